@@ -1,0 +1,378 @@
+"""The experiment file: typed, frozen, and complete before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+TaskKind = Literal["classification", "multilabel", "token_classification"]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+RESERVED_COLUMNS = ("text", "words")
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A mistake in an experiment file; the message names the field, the value and the fix."""
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class EncoderConfig(Config):
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """A folder, or a model id on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    pooling: Literal["auto", "mean", "cls", "max"] = "auto"
+    """How token states become one sentence vector; `auto` takes what the model declares, else mean."""
+    max_length: PositiveInt = 128
+    """Tokens per text, special tokens included; longer training texts are cut and counted."""
+    dropout: Fraction | None = None
+    """Dropout inside the transformer; none given keeps the checkpoint's own."""
+
+
+class TaskConfig(Config):
+    kind: TaskKind
+    """classification (one label a text), multilabel (any number) or token_classification (entities)."""
+    labels: tuple[str, ...] | None = None
+    """Label names (entity types for token classification); read from the training data when absent."""
+    loss_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
+    """Factor on this task's loss under fixed weighting."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """Weights of the labels in the loss: `balanced`, or a number a label (labels not named count 1)."""
+    dropout: Fraction = 0.1
+    """Dropout in front of the head."""
+    hidden_size: PositiveInt | None = None
+    """Units of one optional hidden layer in the head."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target's probability that is spread over all labels."""
+    decoding: Literal["viterbi", "greedy"] = "viterbi"
+    """Token classification: the best legal tag sequence, or the best tag of each token on its own."""
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Multilabel: probability from which a label is given."""
+
+
+class SourceConfig(Config):
+    path: str | None = None
+    """A file, a folder of splits, or a URL that fsspec opens (s3://…); ${VARIABLES} are filled in."""
+    hub: str | None = None
+    """A dataset id on the Hugging Face Hub, or a folder or loader that `datasets.load_dataset` opens."""
+    demo: bool = False
+    """The corpus that comes with this package: sentiment of a sentence and the entities in it."""
+    subset: str | None = None
+    """The Hub dataset's configuration, such as sst2 of nyu-mll/glue."""
+    revision: str | None = None
+    """The Hub dataset's branch, tag or commit."""
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "conll"] | None = None
+    """The files' format; told from the name when absent."""
+    encoding: str = "utf-8"
+    """Character encoding of text files."""
+    splits: dict[Split, str] = Field(default_factory=dict)
+    """Which Hub split, or which file of the folder, is train, validation and test."""
+    columns: dict[str, str | int]
+    """Where things stand: `text` and/or `words`, and one entry a task; numbers for CoNLL columns."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
+    """Share of train that becomes validation when the source has none; drawn with the seed."""
+    limit: PositiveInt | None = None
+    """Keep only this many training rows, drawn with the seed."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be read does; skipped rows are counted and reported."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _demo_columns(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("demo") and "columns" not in data:
+            columns = {"text": "text", "sentiment": "sentiment", "entities": "entities"}
+            return {**data, "columns": columns}
+        return data
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if sum((self.path is not None, self.hub is not None, self.demo)) != 1:
+            raise ValueError("give exactly one of path, hub or demo")
+        if not self.task_columns:
+            raise ValueError("columns names no task: add `<task>: <column>`")
+        if self.format != "conll" and not any(name in self.columns for name in RESERVED_COLUMNS):
+            raise ValueError("columns needs `text`, `words` or both")
+        return self
+
+    @property
+    def task_columns(self) -> dict[str, str | int]:
+        """Task name → column."""
+        return {name: c for name, c in self.columns.items() if name not in RESERVED_COLUMNS}
+
+    @property
+    def title(self) -> str:
+        """How messages call this source."""
+        return self.path or self.hub or "demo"
+
+
+class MixingConfig(Config):
+    strategy: Literal["proportional", "round_robin", "temperature", "joint"] = "proportional"
+    """proportional: all rows shuffled together; round_robin: batches of one task group in turn;
+    temperature: groups drawn by size^(1/temperature); joint: every batch holds every group."""
+    temperature: PositiveFloat = 2.0
+    """1 is proportional to size, large values approach equal shares."""
+
+
+class WeightingConfig(Config):
+    strategy: Literal["fixed", "uncertainty"] = "fixed"
+    """fixed: the tasks' own `loss_weight`; uncertainty: learned (Kendall et al., CVPR 2018)."""
+
+
+class FreezeConfig(Config):
+    encoder: bool = False
+    """Freeze the whole encoder: only heads learn."""
+    embeddings: bool = False
+    """Freeze the embedding tables."""
+    layers: Annotated[int, Field(ge=0)] = 0
+    """Freeze the lowest n layers, and the embeddings with them."""
+    heads: tuple[str, ...] = ()
+    """Heads that keep their weights, by task name."""
+    unfreeze_every: PositiveInt | None = None
+    """Gradual unfreezing (Howard and Ruder, 2018): start with a frozen encoder and free one more
+    layer from the top each k epochs, down to the part that `embeddings` and `layers` keep frozen."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.encoder and self.unfreeze_every:
+            raise ValueError("encoder: true never unfreezes; drop it to use unfreeze_every")
+        return self
+
+
+class OptimConfig(Config):
+    learning_rate: PositiveFloat = 2e-4
+    """Peak rate of the encoder's top layer."""
+    head_learning_rate: PositiveFloat | None = None
+    """Peak rate of the heads; the encoder's when absent."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each layer down learns at this share of the one above (Sun et al., 2019); embeddings lowest."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's moving-average factors."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls after warm-up."""
+    warmup: Fraction = 0.06
+    """Share of training in which the rate rises from zero."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the gradient's norm; null for no clipping."""
+
+
+class TrainingConfig(Config):
+    epochs: PositiveInt = 5
+    """Passes over the data."""
+    batch_size: PositiveInt = 32
+    """Texts per batch over all workers."""
+    batch_tokens: PositiveInt | None = None
+    """Fill batches up to this many padded tokens instead of `batch_size` texts."""
+    accumulation: PositiveInt = 1
+    """Batches whose gradients are summed into one optimiser step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward pass; auto takes bf16 where the hardware has it."""
+    metric: str = "mean"
+    """What picks the best checkpoint: `<task>/<metric>` (intent/accuracy), or the mean over tasks."""
+    patience: PositiveInt | None = None
+    """Stop after this many epochs without a better score."""
+    checkpoint_every: PositiveInt | None = None
+    """Also save a checkpoint each n optimiser steps."""
+    feature_cache: bool = True
+    """Compute what lies below the freeze boundary once per text instead of once per epoch."""
+
+
+class ScaleConfig(Config):
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Data-parallel processes, or [min, max] for an elastic number."""
+    gpu: bool | None = None
+    """One GPU a worker; when absent, as the cluster has them."""
+    cpus_per_worker: PositiveInt | None = None
+    """CPU cores a worker asks for; when absent, an even share of this machine's."""
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+    """How often Ray restarts the workers from the last checkpoint; -1 without end."""
+
+    @field_validator("workers")
+    @classmethod
+    def _ordered(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError("elastic workers are [min, max] with min <= max")
+        return value
+
+
+class Experiment(Config):
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """The run's folder under output_dir; running the same name again resumes it."""
+    tasks: dict[Annotated[str, Field(pattern=NAME_PATTERN)], TaskConfig] = Field(min_length=1)
+    """What the model learns: one head each."""
+    data: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where the labelled texts come from; a source may label one task or several."""
+    output_dir: str = "runs"
+    """Where runs go: a folder or a URL (s3://…) that every node reaches."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Fixes initial heads, data order, dropout and carved splits."""
+    init_from: str | None = None
+    """An artifact whose encoder and heads to start from; its other heads are kept as they are."""
+    encoder: EncoderConfig = EncoderConfig()
+    mixing: MixingConfig = MixingConfig()
+    weighting: WeightingConfig = WeightingConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig = TrainingConfig()
+    scale: ScaleConfig = ScaleConfig()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        for name in self.tasks:
+            if name in RESERVED_COLUMNS:
+                raise ValueError(f"tasks: {name!r} is a reserved column name; rename the task")
+            if not any(name in source.task_columns for source in self.data):
+                raise ValueError(
+                    f"tasks.{name} has no labels: add `{name}: <column>` to a source's columns"
+                )
+        for index, source in enumerate(self.data):
+            for name in source.task_columns:
+                if name not in self.tasks:
+                    raise ValueError(f"data.{index}.columns: {_unknown(name, self.tasks)}")
+        for name in self.freeze.heads:
+            if name not in self.tasks:
+                raise ValueError(f"freeze.heads: {_unknown(name, self.tasks)}")
+        task = self.training.metric.split("/")[0]
+        if self.training.metric != "mean" and task not in self.tasks:
+            raise ValueError(f"training.metric: {_unknown(task, self.tasks)}")
+        return self
+
+
+def _unknown(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return f"unknown task {name!r}{hint}"
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` strings, applied in order; values are YAML.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or a field is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the experiment file ({error})") from error
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top, got {type(raw).__name__}")
+    raw.setdefault("name", Path(path).stem)
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_experiment(raw, where=str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-4 as a string; people who write learning rates mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|Inf)|\.(?:nan|NaN))$"),
+    list("-+0123456789."),
+)
+
+
+def parse_experiment(raw: Mapping[str, Any], where: str = "experiment") -> Experiment:
+    """Validate a plain mapping; `where` is the file that messages name."""
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """Validation errors as lines a person can act on, with the nearest known key for a typo."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+            close = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1)
+            message += f"; did you mean {close[0]!r}?" if close else ""
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            if not isinstance(item["input"], dict | list) and item["type"] != "missing":
+                message += f" (got {item['input']!r})"
+        lines.append(f"{path}: {message}" if path else message)
+    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    """The fields of the config class that a validation error's location points into."""
+    owners: dict[str, type[Config]] = {"tasks": TaskConfig, "data": SourceConfig}
+    model: type[Config] = Experiment
+    if loc:
+        field = Experiment.model_fields.get(str(loc[0]))
+        if str(loc[0]) in owners:
+            model = owners[str(loc[0])]
+        elif field is not None and isinstance(field.annotation, type):
+            model = field.annotation
+    return list(model.model_fields)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: expected key=value, such as training.epochs=5")
+    node: Any = raw
+    parts = key.split(".")
+    for part in parts[:-1]:
+        if isinstance(node, list):
+            node = node[_list_index(node, part, override)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"--set {override}: {part!r} holds a value, not a section")
+    try:
+        parsed = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    if isinstance(node, list):
+        node[_list_index(node, parts[-1], override)] = parsed
+    else:
+        node[parts[-1]] = parsed
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"--set {override}: {part!r} is no index into a list of {len(node)}")
+    return int(part)
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    """The resolved configuration as YAML that `load_experiment` reads back."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def expand_path(path: str) -> str:
+    """Fill in ${VARIABLES} and ~; a variable that is not set is an error, not an empty string."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    missing = re.search(r"\$\{?(\w+)\}?", expanded)
+    if missing:
+        raise ConfigError(f"{path}: the environment variable {missing.group(1)} is not set")
+    return expanded

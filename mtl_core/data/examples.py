@@ -1,0 +1,45 @@
+"""What a row means once its file format is forgotten: a text, and whatever labels it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+
+class DataError(ValueError):
+    """A mistake in the user's data; the message names the file, the line and the fix."""
+
+
+class Span(NamedTuple):
+    """An entity: characters [start, end) of the text, and its type."""
+
+    start: int
+    end: int
+    label: str
+
+
+Target: TypeAlias = str | tuple[str, ...] | tuple[Span, ...]
+"""A label, a set of labels, or the entities: by the task's kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One text with the labels it carries; a task that is absent is unlabelled here.
+
+    `words` are the character spans that tags were given for; entity scores are counted over them.
+    """
+
+    text: str
+    targets: dict[str, Target]
+    words: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All examples of an experiment by split, and what was left out while reading."""
+
+    splits: dict[str, list[Example]]
+    labels: dict[str, tuple[str, ...]]
+    """Label order that the source itself declares (ClassLabel), per task; often empty."""
+    skipped: dict[str, int]
+    """Unreadable rows that were skipped on request, per source."""

@@ -1,0 +1,1 @@
+"""Ray Train and Ray Data commands: train, evaluate, predict, similarity."""
