@@ -1,0 +1,69 @@
+# Every command of the project. `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,mtl_core train_jobs serve_app)))
+DEMO := runs/demo/artifact
+
+export PYTEST_TIMEOUT ?= 300
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint types check format bench-snips bench-pair clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Create .venv and install what constraints.txt pins (PYTHON=python3.12 picks another Python)
+
+demo: $(STAMP) ## Train on the corpus that comes with the project, then predict and compare sentences
+	$(BIN)/python -m train_jobs.train --config train_jobs/configs/demo.yaml
+	$(BIN)/python -m train_jobs.predict --artifact $(DEMO) \
+		--text "The staff at the Grand Hotel in Lisbon were wonderful." \
+		--text "Maria Lopez waited two hours in Berlin and the food was cold." \
+		--text "Acme Corp shipped a phone that broke within a week."
+	$(BIN)/python -m train_jobs.similarity --artifact $(DEMO) \
+		--text "The food was delicious." \
+		--text "I loved the meal." \
+		--text "The train to Berlin was late."
+
+test: $(STAMP) ## Run all tests
+	$(BIN)/python -m pytest -q
+
+test-fast: $(STAMP) ## Run the tests that need no Ray cluster and take no more than seconds
+	$(BIN)/python -m pytest -q -m "not cluster and not slow"
+
+lint: $(STAMP) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Check types
+	$(BIN)/mypy $(PACKAGES)
+
+check: lint types test ## Everything a change must pass: lint, types, test
+
+format: $(STAMP) ## Sort imports, apply safe fixes, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-snips: $(STAMP) ## Measure joint intents and slots on SNIPS
+	$(BIN)/python benchmarks/snips.py
+
+bench-pair: $(STAMP) ## Measure one encoder on two data sets that share no labels
+	$(BIN)/python benchmarks/disjoint_pair.py
+
+clean: ## Remove build leftovers and caches; runs and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	find . \( -path ./$(VENV) -o -path ./.git -o -path ./runs \) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
+			"name another one: make venv PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,251 @@
+"""The artifact folder: what training leaves behind and everything else opens.
+
+    manifest.json        schema version, tasks, labels, metrics, hashes of every weight file
+    experiment.yaml      the resolved configuration
+    encoder/             sentence-transformers layout
+    heads/<task>/        head.json and head.safetensors, readable without the transformer
+    README.md, plots/    model card
+
+Weights are safetensors only and nothing is unpickled. A folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from mtl_core.config import ConfigError, EncoderConfig, Experiment, TaskConfig, load_experiment
+from mtl_core.encoder import SentenceEncoder, file_sha256
+from mtl_core.heads import HEADS, Head
+from mtl_core.model import MultiTaskModel
+
+SCHEMA_VERSION = 1
+
+
+class ArtifactError(ValueError):
+    """The folder is no sound artifact; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact says of itself."""
+
+    schema_version: int
+    name: str
+    tasks: dict[str, dict[str, Any]]
+    """task → kind, labels, metrics by split."""
+    encoder: dict[str, Any]
+    """id, hash, pooling, dimension, max_length, num_layers."""
+    data: dict[str, Any]
+    """split → content fingerprint and number of texts."""
+    versions: dict[str, str]
+    files: dict[str, str]
+    """weight and configuration file → sha256."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """steps, epochs, seconds, best epoch."""
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that takes `folder`'s place when the block ends without an error.
+
+    An older folder of that name stays until the new one is whole.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        retired = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+        if folder.exists():
+            folder.rename(retired)
+        partial.rename(folder)
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_weights(model: MultiTaskModel, folder: Path) -> None:
+    """Write encoder/ and heads/ into an existing folder; each parameter once."""
+    model.encoder.save(folder / "encoder")
+    for task, head in model.head_items:
+        save_head(head, folder / "heads" / task)
+
+
+def save_head(head: Head, folder: Path) -> None:
+    """Write head.json and head.safetensors."""
+    folder.mkdir(parents=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in head.state_dict().items()}
+    save_file(tensors, folder / "head.safetensors")
+    text = json.dumps(head.describe(), indent=2, ensure_ascii=False) + "\n"
+    (folder / "head.json").write_text(text, encoding="utf-8")
+
+
+def load_head(folder: Path) -> Head:
+    """One head, without its encoder, in eval mode.
+
+    Raises:
+        ArtifactError: a file is missing or does not fit.
+    """
+    try:
+        text = (folder / "head.json").read_text(encoding="utf-8")
+        spec = json.loads(text)
+        config = TaskConfig.model_validate(spec["config"])
+        head = HEADS[config.kind](spec["hidden_size"], spec["labels"], config)
+        head.load_state_dict(load_file(folder / "head.safetensors"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{error.filename}: missing; the artifact is not complete") from error
+    except Exception as error:
+        raise ArtifactError(f"{folder}: damaged head: {error}") from error
+    return head.eval()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json last, with the hashes of what it vouches for."""
+    content = {**manifest.__dict__, "files": _hashes(folder)}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    paths = [*folder.glob("encoder/**/*"), *folder.glob("heads/*/*"), folder / "experiment.yaml"]
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(paths) if path.is_file()
+    }
+
+
+def read_manifest(folder: str | Path, check_files: bool = True) -> Manifest:
+    """Read and check an artifact's manifest.
+
+    Raises:
+        ArtifactError: no artifact, a newer schema, or a file that is missing or changed.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["schema_version"]
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: missing; {folder} is no artifact") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: damaged: {error}") from error
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path}: schema version {version} is newer than this software reads "
+            f"({SCHEMA_VERSION}); upgrade multitask-ray"
+        )
+    try:
+        manifest = Manifest(**content)
+    except TypeError as error:
+        raise ArtifactError(f"{path}: damaged: {error}") from error
+    for name, sha256 in manifest.files.items() if check_files else ():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactError(f"{file}: missing; the artifact is not complete")
+        if file_sha256(file) != sha256:
+            raise ArtifactError(f"{file}: damaged: its hash is not the manifest's")
+    return manifest
+
+
+def load_parts(folder: str | Path) -> tuple[SentenceEncoder, dict[str, Head]]:
+    """Encoder and heads of an artifact, in eval mode, after checking every file.
+
+    Raises:
+        ArtifactError: see `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    root = Path(folder)
+    config = EncoderConfig(
+        model=str(root / "encoder"), pooling=manifest.encoder["pooling"],
+        max_length=manifest.encoder["max_length"],
+    )
+    encoder = SentenceEncoder.load(config).eval()
+    return encoder, {task: load_head(root / "heads" / task) for task in manifest.tasks}
+
+
+def load_model(folder: str | Path) -> MultiTaskModel:
+    """The whole model in eval mode."""
+    return MultiTaskModel(*load_parts(folder)).eval()
+
+
+def load_config(folder: str | Path) -> Experiment:
+    """The experiment that made an artifact."""
+    try:
+        return load_experiment(Path(folder) / "experiment.yaml")
+    except ConfigError as error:
+        raise ArtifactError(str(error)) from error
+
+
+def describe_encoder(model: MultiTaskModel, folder: Path, name: str) -> dict[str, Any]:
+    """The manifest's encoder entry, from the written files."""
+    weights = sorted((folder / "encoder").glob("*.safetensors"))
+    return {
+        "id": name,
+        "sha256": file_sha256(weights[0]),
+        "pooling": model.encoder.pooling,
+        "dimension": model.encoder.hidden_size,
+        "max_length": model.encoder.max_length,
+        "num_layers": model.encoder.num_layers,
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """What wrote the artifact."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "ray", "multitask-ray"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def copy_tree(source: str | Path, target: Path) -> None:
+    """Copy a folder's content into an existing one; hard links where the disk allows."""
+
+    def link(src: str, dst: str) -> str:
+        try:
+            os.link(src, dst)
+        except OSError:
+            shutil.copy2(src, dst)
+        return dst
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
+def model_card(manifest: Manifest | Mapping[str, Any]) -> str:
+    """README.md in the Hub's model-card form, with the metrics table."""
+    content = manifest.__dict__ if isinstance(manifest, Manifest) else dict(manifest)
+    lines = [
+        "---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity",
+        "tags: [multi-task, text-classification, token-classification]", "---", "",
+        f"# {content['name']}", "",
+        f"One sentence encoder ({content['encoder']['id']}) with a head for each of "
+        f"{len(content['tasks'])} tasks. `encoder/` opens with SentenceTransformer and AutoModel.",
+        "", "| task | kind | labels | split | metric | value |", "|---|---|---|---|---|---|",
+    ]
+    for task, info in content["tasks"].items():
+        for split, values in info["metrics"].items():
+            for metric, value in values.items():
+                lines.append(
+                    f"| {task} | {info['kind']} | {len(info['labels'])} | {split} | {metric} "
+                    f"| {100 * value:.2f} |"
+                )
+    plots = content.get("plots", [])
+    lines += ["", *(f"![{Path(plot).stem}]({plot})" for plot in plots), ""]
+    lines += ["Libraries: " + ", ".join(f"{k} {v}" for k, v in content["versions"].items()), ""]
+    return "\n".join(lines)

@@ -1,0 +1,320 @@
+"""From examples to arrays: text and spans become sub-word ids and targets, kept on disk by content.
+
+A split is a handful of flat arrays with row offsets, mapped from disk, so that processes on one
+machine share its pages and its size is no concern of theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtl_core.config import TaskConfig
+from mtl_core.data.examples import Corpus, DataError, Example, Span
+from mtl_core.heads import tag_names
+
+FORMAT_VERSION = 1
+IGNORE = -100
+TEXTS_AT_ONCE = 1024
+Labels = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """N texts as arrays; row i owns [starts[i], starts[i+1]) of every flat array."""
+
+    input_ids: NDArray[np.int32]
+    """(all tokens,) sub-word ids, special tokens included."""
+    starts: NDArray[np.int64]
+    """(N+1,)"""
+    targets: dict[str, NDArray[np.int32]]
+    """classification (N,), multilabel (N, C), token classification (all tokens,); IGNORE where a
+    row is unlabelled or a token stands for no text."""
+    present: dict[str, NDArray[np.bool_]]
+    """task → (N,) whether the row carries its label."""
+    word_tokens: NDArray[np.int32]
+    """(all words,) each word's first sub-word within its row, -1 when truncation lost it."""
+    word_starts: NDArray[np.int64]
+    """(N+1,)"""
+    word_tags: dict[str, NDArray[np.int32]]
+    """task → (all words,) gold BIO2 tag ids, IGNORE in rows without the label."""
+    num_truncated: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.starts)
+
+    def label_counts(self, task: str) -> NDArray[np.int64]:
+        """(N,) how many labelled items each row adds to a task's loss."""
+        target = self.targets[task]
+        if target.ndim == 1 and len(target) == len(self.input_ids) and task in self.word_tags:
+            ends = np.concatenate([[0], np.cumsum(target != IGNORE)])
+            counts: NDArray[np.int64] = ends[self.starts[1:]] - ends[self.starts[:-1]]
+            return counts
+        return self.present[task].astype(np.int64)
+
+    def output_counts(self, task: str, num_outputs: int) -> NDArray[np.int64]:
+        """(num_outputs,) how often each label or tag is true."""
+        target = self.targets[task]
+        if target.ndim == 2:
+            return target[self.present[task]].sum(axis=0, dtype=np.int64)
+        return np.bincount(target[target != IGNORE], minlength=num_outputs)
+
+
+def resolve_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig]) -> dict[str, tuple[str, ...]]:
+    """The label names of each task: as configured, as the source declares, or as train has them.
+
+    Raises:
+        DataError: a task without labels in train, or a label elsewhere that is not among them.
+    """
+    labels = {}
+    for task, config in tasks.items():
+        in_train = _names(task, corpus.splits["train"])
+        if not in_train:
+            raise DataError(f"task {task!r} has no label in train: check its column in `data`")
+        labels[task] = config.labels or corpus.labels.get(task) or tuple(sorted(in_train))
+        known = set(labels[task])
+        for split, examples in corpus.splits.items():
+            unknown = sorted(_names(task, examples) - known)
+            if unknown:
+                where = next(e.text for e in examples if set(_names(task, [e])) & set(unknown))
+                fix = (
+                    f"add it to tasks.{task}.labels" if config.labels
+                    else f"mend the row, or list all labels in tasks.{task}.labels"
+                )
+                raise DataError(
+                    f"{split}: label {unknown[0]!r} of task {task!r} "
+                    f"{'is not configured' if config.labels else 'never occurs in train'} "
+                    f"(in {where[:60]!r}); {fix}"
+                )
+    return labels
+
+
+def _names(task: str, examples: Iterable[Example]) -> set[str]:
+    names: set[str] = set()
+    for example in examples:
+        target = example.targets.get(task)
+        if isinstance(target, str):
+            names.add(target)
+        elif target is not None:
+            names.update(item.label if isinstance(item, Span) else item for item in target)
+    return names
+
+
+def encode_split(
+    examples: Sequence[Example], tasks: Mapping[str, TaskConfig], labels: Labels,
+    tokenizer: Any, max_length: int,
+) -> EncodedSplit:
+    """Tokenise and label; texts longer than `max_length` tokens are cut and counted."""
+    builder = _Builder(tasks, labels)
+    for first in range(0, len(examples), TEXTS_AT_ONCE):
+        chunk = examples[first : first + TEXTS_AT_ONCE]
+        texts = [example.text for example in chunk]
+        encoded = tokenizer(
+            texts, truncation=True, max_length=max_length, return_offsets_mapping=True,
+            return_attention_mask=False, return_token_type_ids=False, return_overflowing_tokens=False,
+        )
+        for row, example in enumerate(chunk):
+            offsets = token_offsets(example.text, encoded["offset_mapping"][row])
+            builder.add(example, encoded["input_ids"][row], offsets)
+    return builder.build()
+
+
+def token_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Character range of each sub-word without the spaces that some tokenizers count in.
+
+    Special tokens, and pieces that are nothing but space, come out empty (start == end).
+    """
+    trimmed = []
+    for start, end in offsets:
+        while start < end and text[start].isspace():
+            start += 1
+        trimmed.append((start, end))
+    return trimmed
+
+
+class _Builder:
+    """Collects rows and turns them into arrays."""
+
+    def __init__(self, tasks: Mapping[str, TaskConfig], labels: Labels) -> None:
+        self.tasks = tasks
+        self.index = {task: {name: i for i, name in enumerate(labels[task])} for task in tasks}
+        self.tags = {
+            task: {tag: i for i, tag in enumerate(tag_names(labels[task]))} for task in tasks
+        }
+        self.input_ids: list[int] = []
+        self.starts = [0]
+        self.targets: dict[str, list[Any]] = {task: [] for task in tasks}
+        self.present: dict[str, list[bool]] = {task: [] for task in tasks}
+        self.word_tokens: list[int] = []
+        self.word_starts = [0]
+        self.word_tags: dict[str, list[int]] = {
+            task: [] for task, config in tasks.items() if config.kind == "token_classification"
+        }
+        self.num_truncated = 0
+
+    def add(self, example: Example, ids: Sequence[int], offsets: list[tuple[int, int]]) -> None:
+        self.input_ids.extend(ids)
+        self.starts.append(len(self.input_ids))
+        last = max((end for _, end in offsets), default=0)
+        self.num_truncated += last < len(example.text.rstrip())
+        if self.word_tags:
+            self.word_tokens.extend(_first_tokens(example.words, offsets))
+            self.word_starts.append(len(self.word_tokens))
+        for task, config in self.tasks.items():
+            target = example.targets.get(task)
+            self.present[task].append(target is not None)
+            if config.kind == "classification":
+                index = self.index[task]
+                self.targets[task].append(index[target] if isinstance(target, str) else IGNORE)
+            elif config.kind == "multilabel":
+                self.targets[task].append(_multi_hot(target, self.index[task]))
+            elif target is None:
+                self.targets[task].extend([IGNORE] * len(ids))
+                self.word_tags[task].extend([IGNORE] * len(example.words))
+            else:
+                tags = self.tags[task]
+                self.targets[task].extend(
+                    IGNORE if start == end else tags[tag]
+                    for (start, end), tag in zip(offsets, _tags(offsets, target), strict=True)
+                )
+                self.word_tags[task].extend(tags[t] for t in _tags(example.words, target))
+
+    def build(self) -> EncodedSplit:
+        return EncodedSplit(
+            np.array(self.input_ids, dtype=np.int32),
+            np.array(self.starts, dtype=np.int64),
+            {task: np.array(values, dtype=np.int32) for task, values in self.targets.items()},
+            {task: np.array(values, dtype=np.bool_) for task, values in self.present.items()},
+            np.array(self.word_tokens, dtype=np.int32),
+            np.array(self.word_starts, dtype=np.int64),
+            {task: np.array(values, dtype=np.int32) for task, values in self.word_tags.items()},
+            self.num_truncated,
+        )
+
+
+def _multi_hot(target: Any, index: Mapping[str, int]) -> list[int]:
+    if target is None:
+        return [IGNORE] * len(index)
+    row = [0] * len(index)
+    for name in target:
+        row[index[name]] = 1
+    return row
+
+
+def _tags(pieces: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[str]:
+    """BIO2 tags of character ranges: a piece belongs to the span that its first character is in."""
+    tags, current = [], None
+    ordered = sorted(spans)
+    for start, end in pieces:
+        if start == end:
+            tags.append("O")
+            continue
+        inside = next((span for span in ordered if span.start <= start < span.end), None)
+        if inside is None:
+            tags.append("O")
+        else:
+            tags.append(("I-" if inside == current else "B-") + inside.label)
+        current = inside
+    return tags
+
+
+def _first_tokens(
+    words: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]
+) -> list[int]:
+    """For each word, the first sub-word that touches it, or -1."""
+    tokens, position = [], 0
+    for start, end in words:
+        while position < len(offsets) and (
+            offsets[position][1] <= start or offsets[position][0] == offsets[position][1]
+        ):
+            position += 1
+        found = position < len(offsets) and offsets[position][0] < end
+        tokens.append(position if found else -1)
+    return tokens
+
+
+def cache_root() -> Path:
+    """Where tokenised data and features are kept: MTL_CACHE, else the user's cache folder."""
+    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MTL_CACHE") or fallback / "multitask-ray")
+
+
+def content_key(
+    examples: Sequence[Example], tasks: Mapping[str, TaskConfig], labels: Labels,
+    tokenizer: Any, max_length: int,
+) -> str:
+    """A hash of all that `encode_split` depends on."""
+    digest = hashlib.sha256()
+    kinds = {task: config.kind for task, config in tasks.items()}
+    settings = [FORMAT_VERSION, max_length, kinds, {task: labels[task] for task in tasks}]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for example in examples:
+        row = (example.text, sorted(example.targets.items()), example.words)
+        digest.update(repr(row).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def encode_cached(
+    examples: Sequence[Example], tasks: Mapping[str, TaskConfig], labels: Labels,
+    tokenizer: Any, max_length: int,
+) -> tuple[str, EncodedSplit]:
+    """As `encode_split`, computed once per content; returns the content's key too."""
+    key = content_key(examples, tasks, labels, tokenizer, max_length)
+    cached = load_split(key)
+    if cached is None:
+        save_split(key, encode_split(examples, tasks, labels, tokenizer, max_length))
+        cached = load_split(key)
+        assert cached is not None
+    return key, cached
+
+
+def save_split(key: str, split: EncodedSplit) -> None:
+    """Write under a temporary name, then rename: a reader sees all of it or nothing."""
+    folder = cache_root() / "encoded" / key
+    partial = folder.with_name(f"{key}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir(parents=True)
+    try:
+        for name in ("input_ids", "starts", "word_tokens", "word_starts"):
+            np.save(partial / f"{name}.npy", getattr(split, name))
+        for group in ("targets", "present", "word_tags"):
+            for task, array in getattr(split, group).items():
+                np.save(partial / f"{group}.{task}.npy", array)
+        (partial / "split.json").write_text(json.dumps({"num_truncated": split.num_truncated}))
+        if not folder.exists():
+            partial.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process wrote the same content first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_split(key: str) -> EncodedSplit | None:
+    """A split that `save_split` wrote, mapped from disk, or None."""
+    folder = cache_root() / "encoded" / key
+    try:
+        info = json.loads((folder / "split.json").read_text())
+        arrays = {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}
+    except (OSError, ValueError):
+        return None
+    groups: dict[str, dict[str, Any]] = {"targets": {}, "present": {}, "word_tags": {}}
+    for name in list(arrays):
+        group, dot, task = name.partition(".")
+        if dot:
+            groups[group][task] = arrays.pop(name)
+    return EncodedSplit(**arrays, **groups, num_truncated=info["num_truncated"])

@@ -1,0 +1,210 @@
+"""File formats: the bytes of a JSONL, JSON, CSV, TSV, Parquet or CoNLL file become a table."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal, TypeAlias
+
+from mtl_core.data.examples import DataError
+
+Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "conll"]
+Column: TypeAlias = str | int
+Row: TypeAlias = dict[Column, Any]
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip")
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+}
+
+
+class BadRow(DataError):
+    """One row cannot be read although the rest of its file can: what `on_bad_row: skip` skips."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one split before anything is known about texts and labels."""
+
+    title: str
+    """What messages call it: the file, or the Hub dataset and split."""
+    columns: tuple[Column, ...]
+    """Every column that some row has; for CoNLL the numbers from both ends."""
+    rows: list[tuple[str, Row | BadRow]]
+    """Each row, or why it is none, with its place (`file:line`)."""
+
+
+def format_of(name: str) -> Format | None:
+    """The format that a file's name tells, looking through .gz and the like."""
+    path = PurePosixPath(name.lower())
+    suffix = PurePosixPath(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    return SUFFIXES.get(suffix)
+
+
+def there_is(known: Iterable[Column], sought: Column) -> str:
+    """The end of a message about a name that is not there: the nearest one, and all of them."""
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(sought), names, n=1)
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return (f"did you mean {close[0]!r}? " if close else "") + f"there is: {shown or 'nothing'}"
+
+
+def parse_table(
+    data: bytes, title: str, file_format: Format, encoding: str, wanted: Sequence[Column]
+) -> Table:
+    """Parse one file.
+
+    Args:
+        data: its bytes, decompressed.
+        title: its name in messages.
+        encoding: of the text formats.
+        wanted: columns to read where the format can leave others out (Parquet, CoNLL).
+
+    Raises:
+        DataError: the file as a whole cannot be read, or has no rows.
+    """
+    if file_format == "parquet":
+        table = _parse_parquet(data, title, wanted)
+    elif file_format == "conll":
+        table = _parse_conll(_decode(data, title, encoding), title, wanted)
+    elif file_format == "jsonl":
+        table = _parse_jsonl(_decode(data, title, encoding), title)
+    elif file_format == "json":
+        table = _parse_json(_decode(data, title, encoding), title)
+    else:
+        delimiter = "," if file_format == "csv" else "\t"
+        table = _parse_csv(_decode(data, title, encoding), title, delimiter)
+    if not table.rows:
+        raise DataError(f"{title}: the file has no rows")
+    return table
+
+
+def _decode(data: bytes, title: str, encoding: str) -> str:
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except LookupError as error:
+        raise DataError(f"{title}: {error}; give a name such as utf-8 or latin-1") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        name = "utf-16" if utf16 else "latin-1"
+        raise DataError(
+            f"{title}:{line}: byte {error.start} is not {encoding}; save the file as UTF-8 "
+            f"or name its encoding in the source, such as `encoding: {name}`"
+        ) from error
+
+
+def _parse_jsonl(text: str, title: str) -> Table:
+    rows: list[tuple[str, Row | BadRow]] = []
+    columns: dict[Column, None] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        row: Row | BadRow
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            row = BadRow(f"no valid JSON ({error.msg} at character {error.colno})")
+        else:
+            row = value if isinstance(value, dict) else BadRow("expected a JSON object, {…}")
+        if isinstance(row, dict):
+            columns.update(dict.fromkeys(row))
+        rows.append((f"{title}:{number}", row))
+    return Table(title, tuple(columns), rows)
+
+
+def _parse_json(text: str, title: str) -> Table:
+    try:
+        items = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        hint = "; for one object a line set `format: jsonl`" if error.msg == "Extra data" else ""
+        raise DataError(f"{title}:{error.lineno}: no valid JSON ({error.msg}){hint}") from error
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        hint = "for one object a line set `format: jsonl`"
+        raise DataError(f"{title}: expected a list of objects, [{{…}}, …]; {hint}")
+    columns = dict.fromkeys(name for item in items for name in item)
+    rows = [(f"{title}, row {number}", item) for number, item in enumerate(items, start=1)]
+    return Table(title, tuple(columns), rows)
+
+
+def _parse_csv(text: str, title: str, delimiter: str) -> Table:
+    if not text.strip():
+        return Table(title, (), [])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[str, Row | BadRow]] = []
+    line = 1
+    try:
+        header: list[Column] = [name.strip() for name in next(reader, [])]
+        line = reader.line_num + 1
+        for cells in reader:
+            place = f"{title}:{line}"
+            line = reader.line_num + 1
+            if len(cells) == len(header):
+                rows.append((place, dict(zip(header, cells, strict=True))))
+            elif cells:
+                problem = f"{len(cells)} cells under a header of {len(header)}"
+                rows.append((place, BadRow(f"{problem}; quote cells that hold {delimiter!r}")))
+    except csv.Error as error:
+        raise DataError(
+            f"{title}:{line}: {error}; check this record's quotes (double those in a quoted cell)"
+        ) from error
+    return Table(title, tuple(header), rows)
+
+
+def _parse_parquet(data: bytes, title: str, wanted: Sequence[Column]) -> Table:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        columns = file.schema_arrow.names
+        items = file.read([name for name in columns if name in wanted]).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{title}: no readable Parquet file ({error})") from error
+    rows = [(f"{title}, row {number}", item) for number, item in enumerate(items, start=1)]
+    return Table(title, tuple(columns), rows)
+
+
+def _parse_conll(text: str, title: str, wanted: Sequence[Column]) -> Table:
+    rows: list[tuple[str, Row | BadRow]] = []
+    width = 0
+    for number, lines in _sentences(text):
+        width = width or len(lines[0])
+        odd = next((i for i, cells in enumerate(lines) if len(cells) != width), None)
+        if odd is None:
+            numbers = [c for c in wanted if isinstance(c, int) and -width <= c < width]
+            rows.append((f"{title}:{number}", {c: [cells[c] for cells in lines] for c in numbers}))
+        else:
+            problem = BadRow(f"{len(lines[odd])} columns where the file's first token has {width}")
+            rows.append((f"{title}:{number + odd}", problem))
+    return Table(title, tuple(range(-width, width)), rows)
+
+
+def _sentences(text: str) -> Iterator[tuple[int, list[list[str]]]]:
+    """(number of its first line, cells by line) of each sentence; -DOCSTART- lines are none."""
+    lines: list[list[str]] = []
+    number = 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip() and not line.startswith("-DOCSTART-"):
+            cells = line.split("\t") if "\t" in line else re.split(" +", line.strip())
+            lines.append([cell.strip() for cell in cells])
+        elif lines:
+            yield number - len(lines), lines
+            lines = []
+    if lines:
+        yield number - len(lines) + 1, lines

@@ -1,0 +1,197 @@
+"""Sources to a corpus: rows to examples, what becomes validation, and how many rows are kept."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from mtl_core.config import SPLITS, SourceConfig, Split, TaskConfig, TaskKind
+from mtl_core.data.examples import Corpus, DataError, Example
+from mtl_core.data.files import read_files
+from mtl_core.data.formats import BadRow, Column, Table, there_is
+from mtl_core.data.rows import RowReader
+from mtl_core.data.tags import detect_scheme
+
+Examples = dict[Split, list[Example]]
+
+
+def read_corpus(
+    sources: Sequence[SourceConfig],
+    tasks: Mapping[str, TaskConfig],
+    seed: int,
+    splits: Sequence[Split] = SPLITS,
+) -> Corpus:
+    """Read every source and join them, in order.
+
+    Args:
+        sources: where the labelled texts are.
+        tasks: every task that a source's columns name.
+        seed: draws carved validation splits and limited training rows.
+        splits: which to read; each is a key of the corpus, empty when no source has it.
+
+    Raises:
+        DataError: something in a source cannot be read; the message names the place and the fix.
+        ConfigError: a path holds a ${VARIABLE} that is not set.
+    """
+    examples: dict[str, list[Example]] = {split: [] for split in splits}
+    labels: dict[str, tuple[str, ...]] = {}
+    skipped: Counter[str] = Counter()
+    for source in sources:
+        part = read_source(source, tasks, seed, splits)
+        for split in splits:
+            examples[split] += part.splits[split]
+        for task, names in part.labels.items():
+            labels[task] = tuple(dict.fromkeys(labels.get(task, ()) + names))
+        skipped.update(part.skipped)
+    return Corpus(examples, labels, dict(skipped))
+
+
+def read_source(
+    source: SourceConfig,
+    tasks: Mapping[str, TaskConfig],
+    seed: int,
+    splits: Sequence[Split] = SPLITS,
+) -> Corpus:
+    """Read one source; `read_corpus` says how.
+
+    Rows without any label are dropped, and a split of only such rows (GLUE's test) counts as
+    missing. A missing validation split is carved out of train. Train and validation are always
+    read together, so that neither depends on which of them was asked for.
+    """
+    needed = set(splits)
+    if needed & {"train", "validation"}:
+        needed |= {"train", "validation"}
+    ordered = [split for split in SPLITS if split in needed]
+    examples, labels, skipped = _read(source, tasks, seed, ordered)
+    if "train" in needed:
+        _divide(source, examples, seed)
+    kept: dict[str, list[Example]] = {split: examples.get(split, []) for split in splits}
+    return Corpus(kept, labels, {source.title: skipped} if skipped else {})
+
+
+def _read(
+    source: SourceConfig, tasks: Mapping[str, TaskConfig], seed: int, splits: Sequence[Split]
+) -> tuple[Examples, dict[str, tuple[str, ...]], int]:
+    """What the source itself has: examples by split, declared labels, number of skipped rows."""
+    if source.demo:
+        return _read_demo(source, seed), {}, 0
+    columns: dict[str, Column] = dict(source.columns)
+    if source.format == "conll":
+        columns.setdefault("words", 0)
+    labels: dict[str, tuple[str, ...]] = {}
+    if source.hub is not None:
+        from mtl_core.data.hub import read_hub
+
+        tables, labels = read_hub(source, tasks, splits, list(columns.values()))
+    else:
+        tables = read_files(source, splits, list(columns.values()))
+    _check_columns(source, columns, tables)
+    kinds = {task: tasks[task].kind for task in source.task_columns}
+    for task, kind in kinds.items():
+        if isinstance(columns[task], int) and kind != "token_classification":
+            problem = f"a numbered column has a value a word, which {kind} cannot take"
+            raise DataError(f"{source.title}: columns.{task}: {problem}")
+    examples, skipped = _to_examples(source, columns, kinds, tables)
+    return examples, labels, skipped
+
+
+def _read_demo(source: SourceConfig, seed: int) -> Examples:
+    from mtl_core.data.demo import demo_corpus
+
+    for task, name in source.task_columns.items():
+        if name not in ("sentiment", "entities"):
+            problem = there_is(("sentiment", "entities"), name)
+            raise DataError(f"demo: columns.{task}: no column {name!r}; {problem}")
+    corpus = demo_corpus(seed)
+    examples: Examples = {}
+    for split in SPLITS:
+        examples[split] = []
+        for row in corpus.get(split, ()):
+            named = {task: row.targets.get(str(name)) for task, name in source.task_columns.items()}
+            targets = {task: target for task, target in named.items() if target is not None}
+            if targets:
+                examples[split].append(Example(row.text, targets, row.words))
+    return examples
+
+
+def _check_columns(
+    source: SourceConfig, columns: Mapping[str, Column], tables: Mapping[Split, Table]
+) -> None:
+    """Every column stands in some split, and every split has the text or the words."""
+    everything = dict.fromkeys(name for table in tables.values() for name in table.columns)
+    for role, column in columns.items():
+        if everything and column not in everything:
+            raise DataError(
+                f"{source.title}: columns.{role}: no column {column!r}; "
+                + there_is(everything, column)
+            )
+    content = [columns[role] for role in ("text", "words") if role in columns]
+    for table in tables.values():
+        if table.columns and not set(content) & set(table.columns):
+            raise DataError(
+                f"{table.title}: no column {content[0]!r}; " + there_is(table.columns, content[0])
+            )
+
+
+def _to_examples(
+    source: SourceConfig,
+    columns: Mapping[str, Column],
+    kinds: Mapping[str, TaskKind],
+    tables: Mapping[Split, Table],
+) -> tuple[Examples, int]:
+    """The labelled rows of every table, and how many rows were skipped on request."""
+    reader = RowReader(columns, kinds)
+    examples: Examples = {}
+    skipped = 0
+    for split, table in tables.items():
+        examples[split] = []
+        for place, row in table.rows:
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                example = reader.read(row)
+            except BadRow as error:
+                if source.on_bad_row == "error":
+                    hint = "`on_bad_row: skip` passes such rows over"
+                    raise DataError(f"{place}: {error}; {hint}") from error
+                skipped += 1
+                continue
+            except DataError as error:
+                raise DataError(f"{place}: {error}") from error
+            if example.targets:
+                examples[split].append(example)
+    _check_schemes(source, reader.tags)
+    return examples, skipped
+
+
+def _check_schemes(source: SourceConfig, tags: Mapping[str, Iterable[Sequence[str]]]) -> None:
+    for task, rows in tags.items():
+        try:
+            detect_scheme(rows)
+        except DataError as error:
+            raise DataError(f"{source.title}: columns.{task}: {error}") from error
+
+
+def _divide(source: SourceConfig, examples: Examples, seed: int) -> None:
+    """Carve validation where there is none, then limit train; both keep the rows' order."""
+    train = examples.get("train")
+    if not train:
+        raise DataError(f"{source.title}: the train split has no readable row with a label")
+    if not examples.get("validation"):
+        count = max(1, round(len(train) * source.validation_fraction))
+        examples["validation"], train = _draw(train, count, f"validation {seed}")
+        if not train:
+            raise DataError(f"{source.title}: a single training row; add a validation split")
+    if source.limit is not None and source.limit < len(train):
+        train, _ = _draw(train, source.limit, f"limit {seed}")
+    examples["train"] = train
+
+
+def _draw(rows: list[Example], count: int, seed: str) -> tuple[list[Example], list[Example]]:
+    """`count` rows and the others, both in their old order."""
+    drawn = set(random.Random(seed).sample(range(len(rows)), count))
+    return (
+        [row for index, row in enumerate(rows) if index in drawn],
+        [row for index, row in enumerate(rows) if index not in drawn],
+    )

@@ -1,0 +1,113 @@
+"""Frozen parts run once: token states at the freeze boundary, one encoder pass a text.
+
+The states stand in one mapped file per (encoder, boundary, texts), shared by the processes of a
+machine and by later runs over the same data. Shapes: H hidden units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mtl_core.data.batching import Rows, collate, evaluation_batches
+from mtl_core.data.encoding import EncodedSplit, cache_root
+from mtl_core.model import Batch, MultiTaskModel
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """States of every token of a split after `depth` layers."""
+
+    states: NDArray[np.float16] | NDArray[np.float32]
+    """(all tokens, H), mapped from disk."""
+    depth: int
+
+    def attach(self, batch: Batch, split: EncodedSplit, rows: Rows) -> Batch:
+        """The batch with its states, so that the layers below them need not run."""
+        inside = batch.attention_mask.numpy().astype(bool)
+        states = np.zeros((*inside.shape, self.states.shape[1]), dtype=np.float32)
+        flat = np.concatenate([np.arange(split.starts[r], split.starts[r + 1]) for r in rows])
+        states[inside] = self.states[flat]
+        return replace(batch, states=torch.from_numpy(states), states_depth=self.depth)
+
+
+def cache_file(
+    model: MultiTaskModel, split_key: str, depth: int, dtype: np.dtype[np.generic]
+) -> Path:
+    """Where the states of these texts under these weights are, or will be."""
+    digest = hashlib.sha256(f"{split_key} {depth} {dtype}".encode())
+    digest.update(model.encoder.transformer.config.to_json_string().encode())
+    for name, tensor in model.encoder.transformer.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+    return cache_root() / "features" / f"{digest.hexdigest()[:32]}.npy"
+
+
+@torch.no_grad()
+def build_cache(
+    model: MultiTaskModel, split: EncodedSplit, path: Path, depth: int, device: torch.device,
+    dtype: np.dtype[np.generic], autocast: bool,
+) -> Iterator[float]:
+    """Write the states of every text; yields the share done, and leaves nothing half-written.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    encoder, hidden = model.encoder, model.encoder.hidden_size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = len(split.input_ids) * hidden * dtype.itemsize
+    if size > shutil.disk_usage(path.parent).free * 0.9:
+        raise OSError(f"{path.parent}: the feature cache needs {size / 2**30:.1f} GiB of disk")
+    partial = path.with_suffix(".partial.npy")
+    states = np.lib.format.open_memmap(partial, "w+", dtype, (len(split.input_ids), hidden))
+    done = 0
+    encoder.eval()
+    for rows in evaluation_batches(split):
+        batch = collate(split, rows, pad_id(model), frozenset(), without_labels=True).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = encoder.lower(depth, batch.input_ids, batch.attention_mask)
+        flat = np.concatenate([np.arange(split.starts[r], split.starts[r + 1]) for r in rows])
+        states[flat] = output[batch.attention_mask.bool()].float().cpu().numpy()
+        done += len(flat)
+        yield done / max(len(split.input_ids), 1)
+    states.flush()
+    partial.rename(path)
+
+
+def open_cache(path: Path, depth: int) -> FeatureCache | None:
+    """The cache at `path` if it has been built."""
+    if not path.is_file():
+        return None
+    return FeatureCache(np.load(path, mmap_mode="r"), depth)
+
+
+@torch.no_grad()
+def splits_cleanly(model: MultiTaskModel, split: EncodedSplit, depth: int, device: torch.device) -> bool:
+    """Whether lower and upper part, run one after the other, give what the whole encoder gives.
+
+    True of BERT-like encoders; an architecture that does more between its layers says no here and
+    trains without the cache.
+    """
+    training = model.encoder.training
+    model.encoder.eval()
+    try:
+        rows = np.arange(min(4, len(split)))
+        batch = collate(split, rows, pad_id(model), frozenset(), without_labels=True).to(device)
+        whole, _ = model.encoder(batch.input_ids, batch.attention_mask)
+        states = model.encoder.lower(depth, batch.input_ids, batch.attention_mask)
+        parts, _ = model.encoder.upper(depth, states, batch.attention_mask)
+        return bool(torch.allclose(whole, parts, atol=1e-4))
+    finally:
+        model.encoder.train(training)
+
+
+def pad_id(model: MultiTaskModel) -> int:
+    """The tokenizer's padding id."""
+    return int(model.encoder.tokenizer.pad_token_id or 0)

@@ -1,0 +1,225 @@
+"""What reads the encoder's output for one task, and what it learns from.
+
+Shapes: B texts, L tokens, H hidden units, C classes, N labelled items (texts or tokens),
+T tags: O, then a B- tag for each of E entity types, then an I- tag for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mtl_core.config import TaskConfig, TaskKind
+
+Level = Literal["sentence", "token"]
+
+
+class Head(nn.Module):
+    """Dropout, an optional hidden layer, and a linear layer.
+
+    A head is fed only the items that carry its label. With none it returns an empty sum, so all
+    its parameters still get a gradient (zero) on every rank of a data-parallel run.
+    """
+
+    kind: ClassVar[TaskKind]
+    level: ClassVar[Level]
+
+    def __init__(self, hidden_size: int, labels: Sequence[str], config: TaskConfig) -> None:
+        super().__init__()
+        self.labels = tuple(labels)
+        self.config = config
+        self.hidden_size = hidden_size
+        self.dropout = nn.Dropout(config.dropout)
+        width = config.hidden_size or hidden_size
+        self.hidden = nn.Linear(hidden_size, width) if config.hidden_size else None
+        self.output = nn.Linear(width, self.num_outputs)
+        nn.init.normal_(self.output.weight, std=0.02)
+        nn.init.zeros_(self.output.bias)
+        self.register_buffer("label_weights", None, persistent=False)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.labels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(…, H) features → (…, num_outputs) logits in fp32."""
+        features = self.dropout(features)
+        if self.hidden is not None:
+            features = self.dropout(F.gelu(self.hidden(features)))
+        return self.output(features).float()  # type: ignore[no-any-return]
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses of N items: () for logits (N, num_outputs)."""
+        raise NotImplementedError
+
+    def set_label_counts(self, counts: NDArray[np.int64]) -> None:
+        """Turn `class_weights` into factors, given how often each output occurs in train."""
+        weights = self.config.class_weights
+        if weights is None:
+            return
+        if weights == "balanced":
+            # scikit-learn's rule: n / (number of classes · count), so that the mean factor is 1.
+            factors = counts.sum() / (len(counts) * np.maximum(counts, 1))
+        else:
+            factors = np.array([weights.get(_entity(name), 1.0) for name in self.output_names])
+        device = self.output.weight.device
+        self.label_weights = torch.tensor(factors, dtype=torch.float32, device=device)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return self.labels
+
+    def describe(self) -> dict[str, Any]:
+        """What head.json holds: enough to build this head again without the transformer."""
+        return {
+            "kind": self.kind,
+            "labels": list(self.labels),
+            "hidden_size": self.hidden_size,
+            "config": self.config.model_dump(mode="json", exclude={"labels"}),
+        }
+
+
+class ClassificationHead(Head):
+    """One label a text."""
+
+    kind = "classification"
+    level = "sentence"
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy; targets (N,) int64."""
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(
+            logits, targets, weight=self.label_weights, reduction="sum", label_smoothing=smoothing
+        )
+
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, C) logits → probabilities."""
+        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return shifted / shifted.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
+
+
+class MultilabelHead(Head):
+    """Any number of labels a text, each on its own."""
+
+    kind = "multilabel"
+    level = "sentence"
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Binary cross entropy, averaged over labels; targets (N, C) of 0 and 1."""
+        smoothing = self.config.label_smoothing
+        wanted = targets.float() * (1 - smoothing) + smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        if self.label_weights is not None:
+            losses = losses * self.label_weights
+        return losses.sum() / max(len(self.labels), 1)
+
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, C) logits → probabilities."""
+        return 1 / (1 + np.exp(-logits))  # type: ignore[no-any-return]
+
+
+class TokenClassificationHead(Head):
+    """Entities as BIO2 tags of sub-words; `labels` are the entity types."""
+
+    kind = "token_classification"
+    level = "token"
+
+    @property
+    def num_outputs(self) -> int:
+        return 1 + 2 * len(self.labels)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tag_names(self.labels)
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy over tags; targets (N,) int64."""
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(
+            logits, targets, weight=self.label_weights, reduction="sum", label_smoothing=smoothing
+        )
+
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, T) logits → probabilities of tags."""
+        return ClassificationHead.scores(self, logits)  # type: ignore[arg-type]
+
+    def decode(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """(L, T) logits of one text's sub-words → (L,) tag ids that form a legal BIO2 sequence."""
+        if self.config.decoding == "viterbi":
+            return viterbi(logits)
+        return legalise(logits.argmax(axis=-1), len(self.labels))
+
+
+HEADS: dict[TaskKind, type[Head]] = {
+    "classification": ClassificationHead,
+    "multilabel": MultilabelHead,
+    "token_classification": TokenClassificationHead,
+}
+
+
+def tag_names(entity_types: Sequence[str]) -> tuple[str, ...]:
+    """O, B-x…, I-x…: the order of a token head's outputs."""
+    return ("O", *(f"B-{t}" for t in entity_types), *(f"I-{t}" for t in entity_types))
+
+
+def _entity(tag: str) -> str:
+    """A class weight may name an entity type; it then counts for its B- and I- tags."""
+    return tag[2:] if tag[:2] in ("B-", "I-") else tag
+
+
+def viterbi(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The best-scoring legal BIO2 sequence (Viterbi, 1967, with 0 or -inf as transitions).
+
+    Only I-x is constrained, to follow B-x or I-x. So O and every B- share one best predecessor
+    and each I-x has two candidates: O(T) a token where the textbook recursion takes O(T²).
+
+    Args:
+        logits: (L, T).
+
+    Returns:
+        (L,) tag ids.
+    """
+    length, num_tags = logits.shape
+    num_types = (num_tags - 1) // 2
+    begin, inside = slice(1, 1 + num_types), slice(1 + num_types, num_tags)
+    begin_ids = np.arange(1, 1 + num_types)
+    back = np.zeros((length, num_tags), dtype=np.int64)
+    score = np.full(num_tags, -np.inf) if length == 0 else logits[0].astype(np.float64)
+    if length:
+        score[inside] = -np.inf
+    for position in range(1, length):
+        best = int(score.argmax())
+        from_begin = score[begin] >= score[inside]
+        back[position, : 1 + num_types] = best
+        back[position, inside] = np.where(from_begin, begin_ids, begin_ids + num_types)
+        reached = np.full(num_tags, score[best])
+        reached[inside] = np.maximum(score[begin], score[inside])
+        score = reached + logits[position]
+    tags = np.zeros(length, dtype=np.int64)
+    if length:
+        tags[-1] = score.argmax()
+    for position in range(length - 1, 0, -1):
+        tags[position - 1] = back[position, tags[position]]
+    return tags
+
+
+def legalise(tags: NDArray[np.int64], num_types: int) -> NDArray[np.int64]:
+    """Turn every I-x that continues nothing into B-x; (L,) tag ids in, (L,) out."""
+    legal = tags.copy()
+    for position, tag in enumerate(tags):
+        if tag > num_types:
+            previous = legal[position - 1] if position else 0
+            if previous not in (tag, tag - num_types):
+                legal[position] = tag - num_types
+    return legal
+
+
+def build_head(hidden_size: int, labels: Sequence[str], config: TaskConfig) -> Head:
+    """A fresh head of the task's kind."""
+    return HEADS[config.kind](hidden_size, labels, config)

@@ -1,0 +1,446 @@
+"""Training and evaluation; the only code that talks to torch.distributed.
+
+`fit` is a generator of progress. Each optimiser step works on one global batch: every rank gets a
+share of its rows, each task's loss is divided by the number of its labels in the whole step, and
+gradients are summed over ranks and micro-batches. So one process and many, one batch and several
+accumulated ones, compute the same gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mtl_core import features, freezing, metrics, optim
+from mtl_core.config import Experiment
+from mtl_core.data.batching import Rows, Schedule, collate, evaluation_batches, shard
+from mtl_core.data.encoding import EncodedSplit
+from mtl_core.heads import MultilabelHead, TokenClassificationHead
+from mtl_core.model import Batch, MultiTaskModel
+from mtl_core.state import TrainState
+
+LOG_EVERY = 10
+"""Optimiser steps between two progress events."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and what to try."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the data-parallel ones."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded splits with the content keys that caches go by."""
+
+    splits: dict[str, EncodedSplit]
+    keys: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth telling: a row of metrics.jsonl, or that a checkpoint is due."""
+
+    kind: Literal["features", "step", "validation", "checkpoint", "stopped"]
+    row: dict[str, Any]
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """`auto` takes bf16 on GPUs from Ampere on and on CPUs with bf16 dot products."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def fit(
+    state: TrainState, data: Data, experiment: Experiment, world: World | None = None
+) -> Iterator[Event]:
+    """Train to the end, from wherever `state` stands.
+
+    `state` changes between events; whoever sees a "checkpoint" event may save it, and training
+    goes on from it exactly as if it had never stopped. At the end the model holds the best weights.
+
+    Args:
+        state: model, optimiser and progress; on a model that is already on `world.device`.
+        data: encoded "train", and "validation" to choose by.
+        experiment: what to do.
+        world: this rank's place; one process on the CPU when absent.
+
+    Yields:
+        Progress, the same number of events on every rank.
+
+    Raises:
+        TrainingError: the loss or its gradient is not finite.
+    """
+    world = world or World()
+    if state.optimizer is None:
+        return
+    run = _Run(state, data, experiment, world)
+    yield from run.prepare_features()
+    while state.epoch < experiment.training.epochs and not run.out_of_patience():
+        yield from run.epoch()
+    if run.out_of_patience():
+        yield Event("stopped", {"epoch": state.epoch, "reason": "no better score for "
+                                f"{experiment.training.patience} epochs"})
+    state.restore_best()
+
+
+class _Run:
+    """One call of `fit`: what its steps share."""
+
+    def __init__(self, state: TrainState, data: Data, experiment: Experiment, world: World) -> None:
+        self.state, self.data, self.experiment, self.world = state, data, experiment, world
+        self.model = state.model
+        self.train = data.splits["train"]
+        config = experiment.training
+        self.schedule = Schedule(
+            self.train, experiment.mixing, config.batch_size, config.batch_tokens, experiment.seed
+        )
+        self.tasks = list(experiment.tasks)
+        self.counts = {task: self.train.label_counts(task) for task in self.tasks}
+        self.bf16 = use_bf16(config.precision, world.device)
+        self.pad_id = features.pad_id(self.model)
+        self.caches: dict[str, features.FeatureCache | None] = {"train": None, "validation": None}
+        self.wrapped: MultiTaskModel | DistributedDataParallel = self.model
+
+    def prepare_features(self) -> Iterator[Event]:
+        """Run what never learns once, when it is worth a file."""
+        config = self.experiment.training
+        depth = freezing.cacheable_layers(self.model, self.experiment.freeze, config.epochs)
+        if not config.feature_cache or depth == 0:
+            return
+        device = self.world.device
+        if not features.splits_cleanly(self.model, self.train, depth, device):
+            return
+        dtype = np.dtype(np.float16 if self.bf16 else np.float32)
+        for name in self.caches:
+            split = self.data.splits.get(name)
+            if split is None or not len(split):
+                continue
+            path = features.cache_file(self.model, self.data.keys[name], depth, dtype)
+            if self.world.local_rank == 0 and not path.is_file():
+                for _ in features.build_cache(
+                    self.model, split, path, depth, device, dtype, self.bf16
+                ):
+                    pass
+            self.world.barrier()
+            self.caches[name] = features.open_cache(path, depth)
+            yield Event("features", {"split": name, "texts": len(split), "layers": depth})
+
+    def epoch(self) -> Iterator[Event]:
+        """The rest of the epoch that the state stands in, then validation."""
+        state, config = self.state, self.experiment.training
+        changed = freezing.apply_freezing(self.model, self.experiment.freeze, state.epoch)
+        if changed or self.wrapped is self.model:
+            self.wrapped = self._wrap()
+        batches = self.schedule.batches(state.epoch)
+        steps = [
+            batches[i : i + config.accumulation]
+            for i in range(0, len(batches), config.accumulation)
+        ]
+        log = _StepLog(self.tasks)
+        for number in range(state.step_in_epoch, len(steps)):
+            progress = (state.epoch + (number + 0.5) / len(steps)) / config.epochs
+            factor = optim.set_rates(state.optimizer, self.experiment.optim, progress)
+            self._step(steps[number], log)
+            state.step += 1
+            state.step_in_epoch = number + 1
+            if state.step % LOG_EVERY == 0 or state.step_in_epoch == len(steps):
+                yield Event("step", self._step_row(log, number + 1, len(steps), factor))
+                log = _StepLog(self.tasks)
+            due = config.checkpoint_every and state.step % config.checkpoint_every == 0
+            if due and state.step_in_epoch < len(steps):
+                yield Event("checkpoint", {"step": state.step})
+        yield from self._finish_epoch()
+
+    def _wrap(self) -> MultiTaskModel | DistributedDataParallel:
+        """DDP over what learns now; anew whenever that changes."""
+        if self.world.size == 1:
+            return self.model
+        ids = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(
+            self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+    def _step(self, batches: list[Rows], log: _StepLog) -> None:
+        """One optimiser step over one or more accumulated batches."""
+        state, config = self.state, self.experiment
+        assert state.optimizer is not None and self.model.weighting is not None
+        # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
+        seeds = np.random.SeedSequence([config.seed, state.step, self.world.rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        counts = {
+            task: int(sum(self.counts[task][rows].sum() for rows in batches)) for task in self.tasks
+        }
+        share = {task: float(counts[task] > 0) / len(batches) for task in self.tasks}
+        started = time.perf_counter()
+        for index, rows in enumerate(batches):
+            batch, tokens = self._micro_batch(rows)
+            last = index == len(batches) - 1
+            wrapped = self.wrapped
+            waits = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last \
+                else contextlib.nullcontext()
+            with waits:
+                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+                    sums = wrapped(batch)
+                # DDP averages over ranks where the step's mean needs their sum.
+                losses = {
+                    task: sums[task] * (self.world.size / max(counts[task], 1))
+                    for task in self.tasks
+                }
+                self.model.weighting.backward(losses, share)
+            log.add_losses(sums, counts if last else None, tokens)
+        norm = self._clip()
+        if not math.isfinite(norm):
+            raise self._not_finite(sums)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        log.seconds += time.perf_counter() - started
+
+    def _micro_batch(self, rows: Rows) -> tuple[Batch, int]:
+        """This rank's share of a batch; a rank left without rows gets one without its labels."""
+        mine = shard(rows, self.train.lengths, self.world.rank, self.world.size)
+        empty = len(mine) == 0
+        if empty:
+            mine = rows[:1]
+        token_tasks = frozenset(t for t, head in self.model.head_items if head.level == "token")
+        batch = collate(self.train, mine, self.pad_id, token_tasks, without_labels=empty)
+        cache = self.caches["train"]
+        if cache is not None:
+            batch = cache.attach(batch, self.train, mine)
+        tokens = 0 if empty else int(self.train.lengths[mine].sum())
+        return batch.to(self.world.device), tokens
+
+    def _clip(self) -> float:
+        """Clip the gradient's norm; returns the norm before."""
+        limit = self.experiment.optim.max_grad_norm
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+
+    def _not_finite(self, sums: Mapping[str, Tensor]) -> TrainingError:
+        """All ranks come here together: the gradient that was not finite is the summed one."""
+        values = self.world.all_reduce(torch.stack([sums[t].detach().float() for t in self.tasks]))
+        bad = [t for t, v in zip(self.tasks, values.tolist(), strict=True) if not math.isfinite(v)]
+        what = f"the loss of task {bad[0]!r}" if bad else "the gradient"
+        return TrainingError(
+            f"{what} is not finite at step {self.state.step + 1} (epoch {self.state.epoch + 1}). "
+            "Lower optim.learning_rate, set training.precision: fp32, or set optim.max_grad_norm. "
+            "The weights were not changed by this step; the last checkpoint is kept."
+        )
+
+    def _step_row(self, log: _StepLog, number: int, of: int, factor: float) -> dict[str, Any]:
+        """A row for the log; the sums over ranks make it the same on all."""
+        losses, tokens = log.reduced(self.world)
+        state = self.state
+        assert self.model.weighting is not None
+        row: dict[str, Any] = {
+            "step": state.step, "epoch": round(state.epoch + number / of, 4),
+            "step_in_epoch": number, "steps_in_epoch": of,
+            "learning_rate": factor * self.experiment.optim.learning_rate,
+            "tokens_per_second": tokens / max(log.seconds, 1e-9),
+        }
+        row.update({f"loss/{task}": value for task, value in losses.items()})
+        if self.experiment.weighting.strategy != "fixed":
+            weights = self.model.weighting.current()
+            row.update({f"weight/{task}": value for task, value in weights.items()})
+        return row
+
+    def _finish_epoch(self) -> Iterator[Event]:
+        """Validate, keep the best weights, and ask for a checkpoint."""
+        state = self.state
+        state.epoch += 1
+        state.step_in_epoch = 0
+        row: dict[str, Any] = {"step": state.step, "epoch": float(state.epoch)}
+        result = evaluate(
+            self.model, self.data.splits["validation"], self.world, self.bf16,
+            cache=self.caches["validation"], tasks=self.tasks,
+        )
+        row.update(result.flat("validation"))
+        row["score"] = result.score(self.experiment.training.metric)
+        state.offer(row["score"])
+        row["best"] = state.best_epoch == state.epoch
+        yield Event("validation", row)
+        yield Event("checkpoint", {"step": state.step})
+
+    def out_of_patience(self) -> bool:
+        patience = self.experiment.training.patience
+        return patience is not None and self.state.epoch - self.state.best_epoch >= patience
+
+
+class _StepLog:
+    """Sums since the last progress event."""
+
+    def __init__(self, tasks: list[str]) -> None:
+        self.losses = {task: torch.zeros(()) for task in tasks}
+        self.counts = dict.fromkeys(tasks, 0)
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def add_losses(
+        self, sums: Mapping[str, Tensor], counts: Mapping[str, int] | None, tokens: int
+    ) -> None:
+        for task in self.losses:
+            self.losses[task] = self.losses[task] + sums[task].detach().cpu()
+            self.counts[task] += counts[task] if counts else 0
+        self.tokens += tokens
+
+    def reduced(self, world: World) -> tuple[dict[str, float], int]:
+        """Mean loss a label of each task that was seen, and the tokens, over all ranks."""
+        values = torch.stack([*self.losses.values(), torch.tensor(float(self.tokens))]).double()
+        values = world.all_reduce(values.to(world.device)).tolist()
+        losses = {
+            task: value / self.counts[task]
+            for task, value in zip(self.losses, values[:-1], strict=True)
+            if self.counts[task]
+        }
+        return losses, int(values[-1])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts of one split, over all ranks."""
+
+    kinds: dict[str, Any]
+    labels: dict[str, tuple[str, ...]]
+    counts: dict[str, metrics.Counts]
+    losses: dict[str, float]
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Task → metric → value; a task the split has no label of is left out."""
+        return {
+            task: metrics.scores(self.kinds[task], counts, self.labels[task])
+            for task, counts in self.counts.items()
+            if counts.any()
+        }
+
+    def score(self, metric: str) -> float:
+        """The value of `training.metric`."""
+        scores = self.scores()
+        if metric != "mean":
+            task, _, name = metric.partition("/")
+            values = scores.get(task, {})
+            return values.get(name or metrics.PRIMARY[self.kinds[task]], 0.0)
+        return metrics.mean_score(
+            {task: values[metrics.PRIMARY[self.kinds[task]]] for task, values in scores.items()}
+        )
+
+    def flat(self, split: str) -> dict[str, float]:
+        """`split/task/metric` → value, with the loss."""
+        row = {
+            f"{split}/{task}/{name}": value
+            for task, values in self.scores().items() for name, value in values.items()
+        }
+        return row | {f"{split}/{task}/loss": value for task, value in self.losses.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: MultiTaskModel, split: EncodedSplit, world: World | None = None, bf16: bool = False,
+    cache: features.FeatureCache | None = None, tasks: list[str] | None = None,
+) -> Evaluation:
+    """Score a split; each rank takes every n-th batch and the counts are summed.
+
+    Args:
+        model: on `world.device`; its modules' training modes are put back afterwards.
+        split: encoded with the model's labels.
+        world: this rank's place; one process when absent.
+        bf16: run the forward pass in bfloat16.
+        cache: states of the split's lower layers.
+        tasks: which to score; all that the split has when absent.
+    """
+    world = world or World()
+    tasks = tasks or [task for task in split.targets if task in model.heads]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    heads = {task: model.head(task) for task in tasks}
+    counts = {t: metrics.empty_counts(h.kind, len(h.labels)) for t, h in heads.items()}
+    loss = {task: [0.0, 0.0] for task in tasks}
+    token_tasks = frozenset(task for task, head in model.head_items if head.level == "token")
+    for index, rows in enumerate(evaluation_batches(split)):
+        if index % world.size != world.rank:
+            continue
+        batch = collate(split, rows, features.pad_id(model), token_tasks)
+        batch = cache.attach(batch, split, rows) if cache else batch
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            logits = model.logits(batch.to(world.device))
+        for task, head in heads.items():
+            targets = batch.labelled[task].targets
+            total = head.loss_sum(logits[task].cpu(), targets) if len(targets) else 0.0
+            loss[task][0] += float(total)
+            loss[task][1] += len(targets)
+            _count(counts[task], task, head, logits[task].cpu().numpy(), split, rows, batch)
+    for module, mode in modes:
+        module.training = mode
+    reduced = _reduce(world, counts, loss)
+    return Evaluation(
+        {t: h.kind for t, h in heads.items()}, {t: h.labels for t, h in heads.items()}, *reduced
+    )
+
+
+def _count(
+    counts: metrics.Counts, task: str, head: Any, logits: Any, split: EncodedSplit, rows: Rows,
+    batch: Batch,
+) -> None:
+    """Add one batch's predictions for one task."""
+    if not isinstance(head, TokenClassificationHead):
+        gold = batch.labelled[task].targets.numpy()
+        if isinstance(head, MultilabelHead):
+            chosen = head.scores(logits) >= head.config.threshold
+            metrics.count_multilabel(counts, gold, chosen)
+        else:
+            metrics.count_classes(counts, gold, logits.argmax(axis=-1))
+        return
+    first = 0
+    for row in rows[split.present[task][rows]]:
+        tokens = slice(split.starts[row], split.starts[row + 1])
+        real = split.targets[task][tokens] != -100
+        last = first + int(real.sum())
+        tags = np.zeros(len(real), dtype=np.int64)
+        tags[real] = head.decode(logits[first:last])
+        first = last
+        words = slice(split.word_starts[row], split.word_starts[row + 1])
+        predicted = metrics.word_tags(tags, split.word_tokens[words], len(head.labels))
+        metrics.count_entities(counts, split.word_tags[task][words], predicted)
+
+
+def _reduce(
+    world: World, counts: dict[str, metrics.Counts], loss: dict[str, list[float]]
+) -> tuple[dict[str, metrics.Counts], dict[str, float]]:
+    """Sum over ranks: integers stay exact."""
+    for values in counts.values():
+        total = world.all_reduce(torch.from_numpy(values).to(world.device))
+        values[...] = total.cpu().numpy()
+    sums = torch.tensor(list(loss.values()), dtype=torch.float64, device=world.device)
+    pairs = zip(loss, world.all_reduce(sums).tolist(), strict=True)
+    return counts, {task: total / number for task, (total, number) in pairs if number}

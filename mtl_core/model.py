@@ -1,0 +1,127 @@
+"""One encoder, a dict of heads; `forward` is the training entry point.
+
+Shapes: B texts, L tokens, H hidden units, N labelled items of a task (texts or tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mtl_core.config import Experiment
+from mtl_core.encoder import SentenceEncoder
+from mtl_core.heads import Head, build_head
+from mtl_core.weighting import Weighting, build_weighting
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a batch holds for one task: where, and what is true there."""
+
+    positions: Tensor
+    """(N,) rows of the batch, or for token tasks positions in the flattened (B·L) tokens."""
+    targets: Tensor
+    """(N,) class or tag ids, or (N, C) zeros and ones for multilabel tasks."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Any set of texts; each task's labels stand only where a row carries them."""
+
+    input_ids: Tensor
+    """(B, L) int64."""
+    attention_mask: Tensor
+    """(B, L) int64."""
+    labelled: dict[str, Labelled]
+    states: Tensor | None = None
+    """(B, L, H) cached states of the frozen lower layers, when they are computed once."""
+    states_depth: int = 0
+    """How many layers `states` has behind it."""
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return Batch(
+            move(self.input_ids),
+            move(self.attention_mask),
+            {t: Labelled(move(x.positions), move(x.targets)) for t, x in self.labelled.items()},
+            None if self.states is None else move(self.states),
+            self.states_depth,
+        )
+
+
+class MultiTaskModel(nn.Module):
+    """A shared encoder, a head per task, and the strategy that weighs their losses."""
+
+    def __init__(
+        self, encoder: SentenceEncoder, heads: Mapping[str, Head], weighting: Weighting | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(heads)
+        self.weighting = weighting
+
+    def head(self, task: str) -> Head:
+        head = self.heads[task]
+        assert isinstance(head, Head)
+        return head
+
+    @property
+    def head_items(self) -> list[tuple[str, Head]]:
+        return [(name, self.head(name)) for name in self.heads]
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Token states (B, L, H) and pooled vectors (B, H), from one pass through the encoder."""
+        if batch.states is None:
+            return self.encoder(batch.input_ids, batch.attention_mask)  # type: ignore[no-any-return]
+        return self.encoder.upper(batch.states_depth, batch.states, batch.attention_mask)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Task → () sum of the losses over the items labelled in this batch, 0 where there are none."""
+        return {
+            task: self.head(task).loss_sum(logits, batch.labelled[task].targets)
+            for task, logits in self.logits(batch).items()
+        }
+
+    def logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Task → (N, outputs) logits of the items labelled in this batch."""
+        states, pooled = self.features(batch)
+        flat = states.flatten(0, 1)
+        logits = {}
+        for task, labelled in batch.labelled.items():
+            head = self.head(task)
+            source = pooled if head.level == "sentence" else flat
+            logits[task] = head(source.index_select(0, labelled.positions))
+        return logits
+
+
+def build_model(experiment: Experiment, labels: Mapping[str, tuple[str, ...]]) -> MultiTaskModel:
+    """A model ready to train: pretrained encoder, seeded heads, or what `init_from` holds.
+
+    Raises:
+        EncoderError: the encoder cannot be loaded.
+        ArtifactError: `init_from` is no sound artifact, or does not fit the experiment.
+    """
+    torch.manual_seed(experiment.seed)
+    carried: dict[str, Head] = {}
+    if experiment.init_from is not None:
+        from mtl_core.artifact import load_parts
+
+        encoder, carried = load_parts(experiment.init_from)
+        encoder.max_length = experiment.encoder.max_length
+    else:
+        encoder = SentenceEncoder.load(experiment.encoder)
+    heads: dict[str, Head] = dict(carried)
+    for name, task in experiment.tasks.items():
+        old = carried.get(name)
+        if old is not None and old.labels == tuple(labels[name]) and old.kind == task.kind:
+            continue
+        heads[name] = build_head(encoder.hidden_size, labels[name], task)
+    return MultiTaskModel(encoder, heads, build_weighting(experiment))

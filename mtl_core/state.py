@@ -1,0 +1,115 @@
+"""Where training stands: weights, optimiser and progress, saved without pickles.
+
+Only what learns at some time of the run is stored; the rest comes from the same place again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mtl_core.config import Experiment
+from mtl_core.model import MultiTaskModel
+from mtl_core.optim import build_optimizer
+
+FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
+
+
+class TrainState:
+    """A model in training; None as optimiser when nothing learns."""
+
+    def __init__(self, model: MultiTaskModel, experiment: Experiment) -> None:
+        self.model = model
+        self.optimizer = build_optimizer(
+            model, experiment.optim, experiment.freeze, experiment.training.epochs
+        )
+        self.epoch = 0
+        self.step = 0
+        self.step_in_epoch = 0
+        self.best_score = float("-inf")
+        self.best_epoch = 0
+        self.best: dict[str, Tensor] = {}
+        """Weights of the best epoch, on the CPU."""
+
+    def learning(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters that learn at some time of the run, by name."""
+        assert self.optimizer is not None
+        ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return {name: p for name, p in self.model.named_parameters() if id(p) in ours}
+
+    def offer(self, score: float) -> None:
+        """Keep the present weights if this score beats the best one."""
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, self.epoch
+            self.best = {n: p.detach().cpu().clone() for n, p in self.learning().items()}
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Put the best epoch's weights back into the model."""
+        parameters = self.learning()
+        for name, tensor in self.best.items():
+            parameters[name].copy_(tensor)
+
+    def save(self, folder: Path) -> None:
+        """Write to an existing folder.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        assert self.optimizer is not None
+        parameters = self.learning()
+        tensors = {f"now.{n}": p.detach().cpu().contiguous() for n, p in parameters.items()}
+        if self.best_epoch != self.epoch or self.step_in_epoch:
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        moments = {
+            f"{key}.{name}": value.detach().cpu().contiguous()
+            for name, parameter in parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        _save(tensors, folder / FILES[0])
+        _save(moments, folder / FILES[1])
+        progress: dict[str, Any] = {
+            "epoch": self.epoch, "step": self.step, "step_in_epoch": self.step_in_epoch,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score if self.best else None,
+        }
+        (folder / FILES[2]).write_text(json.dumps(progress, indent=2))
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, on whatever device the model is."""
+        assert self.optimizer is not None
+        progress = json.loads((folder / FILES[2]).read_text())
+        tensors = load_file(folder / FILES[0])
+        moments = load_file(folder / FILES[1])
+        for name, parameter in self.learning().items():
+            parameter.copy_(tensors[f"now.{name}"])
+            if f"step.{name}" in moments:
+                self.optimizer.state[parameter] = {
+                    key: moments[f"{key}.{name}"].to(parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.step_in_epoch, self.best_epoch = progress["step_in_epoch"], progress["best_epoch"]
+        if progress["best_score"] is not None:
+            self.best_score = progress["best_score"]
+            prefix = "best." if any(n.startswith("best.") for n in tensors) else "now."
+            self.best = {
+                name.removeprefix(prefix): tensor.clone()
+                for name, tensor in tensors.items() if name.startswith(prefix)
+            }
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors reports a full disk as an error of its own kind; make it the usual one."""
+    try:
+        save_file(tensors, path)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {error}") from error

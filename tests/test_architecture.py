@@ -1,0 +1,215 @@
+"""Who may import whom, what an import may do, and that the set-up files tell the truth."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from mtl_core.config import load_experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = tuple(
+    name
+    for name in ("mtl_core", "train_jobs", "serve_app")
+    if (ROOT / name / "__init__.py").exists()
+)
+FILES = tuple(path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py")))
+CONFIGS = sorted((ROOT / "train_jobs" / "configs").glob("*.y*ml"))
+HEAVY = ("ray", "datasets", "transformers", "matplotlib", "pandas", "torch")
+
+# Imports argv[1:] and prints, as JSON, what that did. Libraries probe /dev/null and their scratch
+# folder while they load; TMPDIR is private to the run, and what stays in it is looked at after.
+PROBE = """
+import importlib, json, logging, os, sys, tempfile
+
+effects, scratch = [], tempfile.gettempdir()
+writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+def innocent(path):
+    path = os.path.abspath(os.fsdecode(path))
+    return path == os.devnull or path.startswith(scratch + os.sep)
+
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        effects.append(f"{event} {args[-1]!r}")
+    elif event == "os.mkdir" and not innocent(args[0]):
+        effects.append(f"mkdir {args[0]}")
+    elif event == "open" and not isinstance(args[0], int) and args[2] & writing:
+        if not innocent(args[0]):
+            effects.append(f"write {args[0]}")
+
+root_logger = logging.getLogger()
+before = (list(root_logger.handlers), root_logger.level)
+sys.addaudithook(watch)
+for name in sys.argv[1:]:
+    count = len(effects)
+    importlib.import_module(name)
+    if (root_logger.handlers, root_logger.level) != before:
+        effects.append("logging set up")
+        before = (list(root_logger.handlers), root_logger.level)
+    effects[count:] = [f"import {name}: {effect}" for effect in effects[count:]]
+print(json.dumps({"effects": effects, "modules": [m for m in sys.modules if "." not in m]}))
+"""
+
+
+def import_fresh(tmp_path: Path, *names: str) -> tuple[list[str], set[str]]:
+    """Import the names in a new interpreter of an empty home; its effects and loaded modules."""
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    scratch.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": str(home),
+        "TMPDIR": str(scratch),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE, *names],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    left = [p.name for p in scratch.iterdir() if not p.name.startswith("torchinductor_")]
+    return report["effects"] + [f"left behind {name}" for name in left], set(report["modules"])
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Top-level names a file imports from elsewhere, inside functions too, and the lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0], node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0], node.lineno
+
+
+def test_the_packages_are_there() -> None:
+    assert {"mtl_core", "train_jobs"} <= set(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("mtl_core", {"ray", "train_jobs", "serve_app"}),
+        ("train_jobs", {"serve_app"}),
+        ("serve_app", {"train_jobs"}),
+    ],
+)
+def test_a_package_does_not_import(package: str, forbidden: set[str]) -> None:
+    found = [
+        f"{relative(path)}:{line} imports {name}"
+        for path in FILES
+        if path.relative_to(ROOT).parts[0] == package
+        for name, line in imported(path)
+        if name in forbidden
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_every_module_has_no_side_effects(package: str, tmp_path: Path) -> None:
+    names = [
+        module_name(path)
+        for path in FILES
+        if path.relative_to(ROOT).parts[0] == package and path.name != "__main__.py"
+    ]
+    effects, _ = import_fresh(tmp_path, *names)
+    assert not effects
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_alone_loads_nothing_heavy(package: str, tmp_path: Path) -> None:
+    _, modules = import_fresh(tmp_path, package)
+    assert not modules & set(HEAVY)
+
+
+def test_checking_an_experiment_file_does_not_load_torch(tmp_path: Path) -> None:
+    _, modules = import_fresh(tmp_path, "mtl_core.config")
+    assert not modules & set(HEAVY)
+
+
+def test_importing_mtl_core_never_loads_ray(tmp_path: Path) -> None:
+    names = [module_name(path) for path in FILES if path.relative_to(ROOT).parts[0] == "mtl_core"]
+    _, modules = import_fresh(tmp_path, *names)
+    assert "ray" not in modules
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_a_file_says_its_purpose_in_its_first_line(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstring = ast.get_docstring(tree, clean=False)
+    assert docstring is not None, "no docstring"
+    assert tree.body[0].lineno == 1, "the docstring is not on the first line"
+    assert docstring.split("\n")[0].strip(), "the docstring's first line is empty"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_a_shipped_experiment_file_is_valid(path: Path) -> None:
+    assert load_experiment(path).tasks
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + [
+        line for extra, lines in extras.items() if extra != "dev" for line in lines
+    ]
+    declared = {canonicalize_name(Requirement(line).name) for line in requirements}
+    known = {*sys.stdlib_module_names, *PACKAGES, "mtl_core", "train_jobs", "serve_app"}
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = [
+        f"{relative(path)}:{line} imports {name}"
+        for path in FILES
+        for name, line in imported(path)
+        if name not in known
+        and not declared & {canonicalize_name(d) for d in distributions.get(name, [name])}
+    ]
+    assert not undeclared
+
+
+def test_every_pin_is_exact_and_appears_once() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    names = [canonicalize_name(pin.name) for pin in pins]
+    assert len(names) == len(set(names))
+    for pin in pins:
+        assert re.fullmatch(r"==[^*+]+", str(pin.specifier)), f"{pin} is no plain exact version"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_lists_every_target_once() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z][\w-]*):(?!=)", makefile, flags=re.MULTILINE)
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    listed = re.findall(r"^  make ([\w-]+) +\S", shown.stdout, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(targets) == sorted(phony.split())
