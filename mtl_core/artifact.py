@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from mtl_core.config import ConfigError, EncoderConfig, Experiment, TaskConfig, load_experiment
-from mtl_core.encoder import SentenceEncoder, file_sha256
+from mtl_core.encoder import SentenceEncoder, declared_pooling, file_sha256
 from mtl_core.heads import HEADS, Head
 from mtl_core.model import MultiTaskModel
 
@@ -119,7 +119,8 @@ def _hashes(folder: Path) -> dict[str, str]:
     paths = [*folder.glob("encoder/**/*"), *folder.glob("heads/*/*"), folder / "experiment.yaml"]
     return {
         path.relative_to(folder).as_posix(): file_sha256(path)
-        for path in sorted(paths) if path.is_file()
+        for path in sorted(paths)
+        if path.is_file()
     }
 
 
@@ -158,7 +159,9 @@ def read_manifest(folder: str | Path, check_files: bool = True) -> Manifest:
     return manifest
 
 
-def load_parts(folder: str | Path) -> tuple[SentenceEncoder, dict[str, Head]]:
+def load_parts(
+    folder: str | Path, max_length: int | None = None
+) -> tuple[SentenceEncoder, dict[str, Head]]:
     """Encoder and heads of an artifact, in eval mode, after checking every file.
 
     Raises:
@@ -167,8 +170,9 @@ def load_parts(folder: str | Path) -> tuple[SentenceEncoder, dict[str, Head]]:
     manifest = read_manifest(folder)
     root = Path(folder)
     config = EncoderConfig(
-        model=str(root / "encoder"), pooling=manifest.encoder["pooling"],
-        max_length=manifest.encoder["max_length"],
+        model=str(root / "encoder"),
+        pooling=manifest.encoder["pooling"],
+        max_length=max_length or manifest.encoder["max_length"],
     )
     encoder = SentenceEncoder.load(config).eval()
     return encoder, {task: load_head(root / "heads" / task) for task in manifest.tasks}
@@ -187,16 +191,17 @@ def load_config(folder: str | Path) -> Experiment:
         raise ArtifactError(str(error)) from error
 
 
-def describe_encoder(model: MultiTaskModel, folder: Path, name: str) -> dict[str, Any]:
+def describe_encoder(folder: Path, name: str) -> dict[str, Any]:
     """The manifest's encoder entry, from the written files."""
-    weights = sorted((folder / "encoder").glob("*.safetensors"))
+    encoder = folder / "encoder"
+    config = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
+    window = json.loads((encoder / "sentence_bert_config.json").read_text(encoding="utf-8"))
     return {
         "id": name,
-        "sha256": file_sha256(weights[0]),
-        "pooling": model.encoder.pooling,
-        "dimension": model.encoder.hidden_size,
-        "max_length": model.encoder.max_length,
-        "num_layers": model.encoder.num_layers,
+        "sha256": file_sha256(min(encoder.glob("*.safetensors"))),
+        "pooling": declared_pooling(encoder),
+        "dimension": config.get("hidden_size") or config["dim"],
+        "max_length": window["max_seq_length"],
     }
 
 
@@ -227,25 +232,30 @@ def copy_tree(source: str | Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
 
-def model_card(manifest: Manifest | Mapping[str, Any]) -> str:
+def model_card(manifest: Manifest, pictures: Sequence[str] = ()) -> str:
     """README.md in the Hub's model-card form, with the metrics table."""
-    content = manifest.__dict__ if isinstance(manifest, Manifest) else dict(manifest)
     lines = [
-        "---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity",
-        "tags: [multi-task, text-classification, token-classification]", "---", "",
-        f"# {content['name']}", "",
-        f"One sentence encoder ({content['encoder']['id']}) with a head for each of "
-        f"{len(content['tasks'])} tasks. `encoder/` opens with SentenceTransformer and AutoModel.",
-        "", "| task | kind | labels | split | metric | value |", "|---|---|---|---|---|---|",
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "tags: [multi-task, text-classification, token-classification]",
+        "---",
+        "",
+        f"# {manifest.name}",
+        "",
+        f"One sentence encoder ({manifest.encoder['id']}) with a head for each of "
+        f"{len(manifest.tasks)} tasks. `encoder/` opens with SentenceTransformer and AutoModel.",
+        "",
+        "| task | kind | labels | split | metric | value |",
+        "|---|---|---|---|---|---|",
     ]
-    for task, info in content["tasks"].items():
-        for split, values in info["metrics"].items():
-            for metric, value in values.items():
-                lines.append(
-                    f"| {task} | {info['kind']} | {len(info['labels'])} | {split} | {metric} "
-                    f"| {100 * value:.2f} |"
-                )
-    plots = content.get("plots", [])
-    lines += ["", *(f"![{Path(plot).stem}]({plot})" for plot in plots), ""]
-    lines += ["Libraries: " + ", ".join(f"{k} {v}" for k, v in content["versions"].items()), ""]
+    lines += [
+        f"| {task} | {info['kind']} | {len(info['labels'])} "
+        f"| {split} | {metric} | {100 * value:.2f} |"
+        for task, info in manifest.tasks.items()
+        for split, values in info["metrics"].items()
+        for metric, value in values.items()
+    ]
+    lines += ["", *(f"![{Path(picture).stem}]({picture})" for picture in pictures), ""]
+    lines += ["Libraries: " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()), ""]
     return "\n".join(lines)

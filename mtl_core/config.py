@@ -37,7 +37,7 @@ class EncoderConfig(Config):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     pooling: Literal["auto", "mean", "cls", "max"] = "auto"
-    """How token states become one sentence vector; `auto` takes what the model declares, else mean."""
+    """From token states to one vector; `auto` takes what the model declares, else mean."""
     max_length: PositiveInt = 128
     """Tokens per text, special tokens included; longer training texts are cut and counted."""
     dropout: Fraction | None = None
@@ -46,13 +46,13 @@ class EncoderConfig(Config):
 
 class TaskConfig(Config):
     kind: TaskKind
-    """classification (one label a text), multilabel (any number) or token_classification (entities)."""
+    """One label a text, any number of labels a text, or entities."""
     labels: tuple[str, ...] | None = None
-    """Label names (entity types for token classification); read from the training data when absent."""
+    """Label names (for entities their types); read from the training data when absent."""
     loss_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
     """Factor on this task's loss under fixed weighting."""
     class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
-    """Weights of the labels in the loss: `balanced`, or a number a label (labels not named count 1)."""
+    """Weights of labels in the loss: `balanced`, or a number a label (1 for those not named)."""
     dropout: Fraction = 0.1
     """Dropout in front of the head."""
     hidden_size: PositiveInt | None = None
@@ -60,16 +60,16 @@ class TaskConfig(Config):
     label_smoothing: Fraction = 0.0
     """Share of the target's probability that is spread over all labels."""
     decoding: Literal["viterbi", "greedy"] = "viterbi"
-    """Token classification: the best legal tag sequence, or the best tag of each token on its own."""
+    """Entities: the best legal tag sequence, or the best tag of each token on its own."""
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Multilabel: probability from which a label is given."""
 
 
 class SourceConfig(Config):
     path: str | None = None
-    """A file, a folder of splits, or a URL that fsspec opens (s3://…); ${VARIABLES} are filled in."""
+    """A file, a folder of splits, or a URL for fsspec (s3://…); ${VARIABLES} are filled in."""
     hub: str | None = None
-    """A dataset id on the Hugging Face Hub, or a folder or loader that `datasets.load_dataset` opens."""
+    """A dataset id on the Hugging Face Hub, or a folder that `datasets` saved."""
     demo: bool = False
     """The corpus that comes with this package: sentiment of a sentence and the entities in it."""
     subset: str | None = None
@@ -83,7 +83,7 @@ class SourceConfig(Config):
     splits: dict[Split, str] = Field(default_factory=dict)
     """Which Hub split, or which file of the folder, is train, validation and test."""
     columns: dict[str, str | int]
-    """Where things stand: `text` and/or `words`, and one entry a task; numbers for CoNLL columns."""
+    """Where things stand: `text` and/or `words`, and one entry a task; numbers in CoNLL files."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
     """Share of train that becomes validation when the source has none; drawn with the seed."""
     limit: PositiveInt | None = None
@@ -144,7 +144,7 @@ class FreezeConfig(Config):
     """Heads that keep their weights, by task name."""
     unfreeze_every: PositiveInt | None = None
     """Gradual unfreezing (Howard and Ruder, 2018): start with a frozen encoder and free one more
-    layer from the top each k epochs, down to the part that `embeddings` and `layers` keep frozen."""
+    layer from the top each k epochs, down to what `embeddings` and `layers` keep frozen."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -159,7 +159,7 @@ class OptimConfig(Config):
     head_learning_rate: PositiveFloat | None = None
     """Peak rate of the heads; the encoder's when absent."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Each layer down learns at this share of the one above (Sun et al., 2019); embeddings lowest."""
+    """Each layer learns at this share of the one above it (Sun et al., 2019)."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Decoupled weight decay, on matrices only."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -184,7 +184,7 @@ class TrainingConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto takes bf16 where the hardware has it."""
     metric: str = "mean"
-    """What picks the best checkpoint: `<task>/<metric>` (intent/accuracy), or the mean over tasks."""
+    """What picks the best epoch: `<task>/<metric>` (intent/accuracy), or the mean over tasks."""
     patience: PositiveInt | None = None
     """Stop after this many epochs without a better score."""
     checkpoint_every: PositiveInt | None = None
@@ -279,7 +279,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines at the top, got {type(raw).__name__}")
+        raise ConfigError(
+            f"{path}: expected `key: value` lines at the top, got {type(raw).__name__}"
+        )
     raw.setdefault("name", Path(path).stem)
     for override in overrides:
         _apply_override(raw, override)
@@ -292,7 +294,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|Inf)|\.(?:nan|NaN))$"),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|Inf)|\.(?:nan|NaN))$"
+    ),
     list("-+0123456789."),
 )
 

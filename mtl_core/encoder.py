@@ -9,6 +9,8 @@ import copy
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,6 +28,14 @@ BUNDLED_MODELS = {
     ),
 }
 """Model id → (importable package with the weights in its folder `model`, their sha256)."""
+
+
+DROPOUT_FIELDS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+)
 
 
 class EncoderError(ValueError):
@@ -53,6 +63,45 @@ def resolve_model(name: str, revision: str | None = None) -> str:
     return name
 
 
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        EncoderError: there is none, or no way to it.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(model):
+        where = resolve_model(model, revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, use_fast=True, **_revision(revision))
+    if not tokenizer.is_fast:
+        raise EncoderError(
+            f"encoder.model: {model!r} has no fast tokenizer, and entities need the "
+            "character offsets that only fast tokenizers give"
+        )
+    return tokenizer
+
+
+def _revision(revision: str | None) -> dict[str, Any]:
+    return {"revision": revision} if revision else {}
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """Turn what the libraries raise for a missing model or network into what to do about it."""
+    try:
+        yield
+    except EncoderError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EncoderError(
+            f"encoder.model: cannot load {model!r}: {reason}\n"
+            "Without network, give a folder that holds the model, fill the Hugging Face cache on "
+            f"a machine that has one (HF_HOME), or use the bundled {next(iter(BUNDLED_MODELS))}."
+        ) from error
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -77,31 +126,21 @@ class SentenceEncoder(nn.Module):
         Raises:
             EncoderError: the model is in none of the places, or has no fast tokenizer.
         """
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel
 
         where = resolve_model(config.model, config.revision)
-        revision: dict[str, Any] = {"revision": config.revision} if config.revision else {}
-        try:
-            settings = AutoConfig.from_pretrained(where, **revision)
-            for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout",
-                          "attention_dropout"):
-                if config.dropout is not None and hasattr(settings, field):
-                    setattr(settings, field, config.dropout)
-            tokenizer = AutoTokenizer.from_pretrained(where, use_fast=True, **revision)
+        tokenizer = load_tokenizer(config.model, config.revision)
+        with _explained(config.model):
+            settings = AutoConfig.from_pretrained(where, **_revision(config.revision))
+            for name in DROPOUT_FIELDS:
+                if config.dropout is not None and hasattr(settings, name):
+                    setattr(settings, name, config.dropout)
             transformer = AutoModel.from_pretrained(
-                where, config=settings, dtype=torch.float32, use_safetensors=True, **revision
-            )
-        except (OSError, ValueError) as error:
-            raise EncoderError(
-                f"encoder.model: cannot load {config.model!r}: {_first_line(error)}\n"
-                "Without network, give a folder that holds the model, fill the Hugging Face cache "
-                "on a machine that has one (HF_HOME), or use the bundled "
-                f"{next(iter(BUNDLED_MODELS))}."
-            ) from error
-        if not tokenizer.is_fast:
-            raise EncoderError(
-                f"encoder.model: {config.model!r} has no fast tokenizer, and entities need the "
-                "character offsets that only fast tokenizers give"
+                where,
+                config=settings,
+                dtype=torch.float32,
+                use_safetensors=True,
+                **_revision(config.revision),
             )
         pooling = declared_pooling(Path(where)) if config.pooling == "auto" else config.pooling
         limit = _window(settings, tokenizer)
@@ -142,7 +181,9 @@ class SentenceEncoder(nn.Module):
         states: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return states
 
-    def upper(self, num_layers: int, states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def upper(
+        self, num_layers: int, states: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Finish what `lower` began: the layers above the lowest `num_layers`, then pooling.
 
         Args:
@@ -182,7 +223,8 @@ class SentenceEncoder(nn.Module):
                 for i, (path, kind) in enumerate(modules)
             ],
             "sentence_bert_config.json": {
-                "max_seq_length": self.max_length, "do_lower_case": False,
+                "max_seq_length": self.max_length,
+                "do_lower_case": False,
             },
             "config_sentence_transformers.json": {"similarity_fn_name": "cosine", "prompts": {}},
             "1_Pooling/config.json": {"word_embedding_dimension": self.hidden_size, **pooling},
@@ -229,7 +271,7 @@ def _stack_name(transformer: nn.Module) -> str:
     count = transformer.config.num_hidden_layers  # type: ignore[union-attr]
     for name, module in transformer.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name
+            return str(name)
     raise EncoderError(
         f"{type(transformer).__name__} has no list of {count} layers: freezing by layer and "
         "layer-wise rates need one"
@@ -268,12 +310,8 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 def _window(settings: Any, tokenizer: Any) -> int:
-    """Tokens the model can read: position table less its padding offset, or the tokenizer's word."""
+    """Tokens the model can read: its position table, or what the tokenizer says."""
     positions = getattr(settings, "max_position_embeddings", None) or 10**9
     if settings.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= 2
     return int(min(positions, tokenizer.model_max_length))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

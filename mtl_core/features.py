@@ -52,8 +52,13 @@ def cache_file(
 
 @torch.no_grad()
 def build_cache(
-    model: MultiTaskModel, split: EncodedSplit, path: Path, depth: int, device: torch.device,
-    dtype: np.dtype[np.generic], autocast: bool,
+    model: MultiTaskModel,
+    split: EncodedSplit,
+    path: Path,
+    depth: int,
+    device: torch.device,
+    dtype: np.dtype[np.generic],
+    autocast: bool,
 ) -> Iterator[float]:
     """Write the states of every text; yields the share done, and leaves nothing half-written.
 
@@ -89,7 +94,9 @@ def open_cache(path: Path, depth: int) -> FeatureCache | None:
 
 
 @torch.no_grad()
-def splits_cleanly(model: MultiTaskModel, split: EncodedSplit, depth: int, device: torch.device) -> bool:
+def splits_cleanly(
+    model: MultiTaskModel, split: EncodedSplit, depth: int, device: torch.device
+) -> bool:
     """Whether lower and upper part, run one after the other, give what the whole encoder gives.
 
     True of BERT-like encoders; an architecture that does more between its layers says no here and

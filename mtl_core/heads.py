@@ -75,6 +75,13 @@ class Head(nn.Module):
     def output_names(self) -> tuple[str, ...]:
         return self.labels
 
+    def fits(self, other: Head) -> bool:
+        """Whether the other head can take over this one's weights."""
+        mine = [tuple(t.shape) for t in self.state_dict().values()]
+        return self.kind == other.kind and mine == [
+            tuple(t.shape) for t in other.state_dict().values()
+        ]
+
     def describe(self) -> dict[str, Any]:
         """What head.json holds: enough to build this head again without the transformer."""
         return {
@@ -121,7 +128,7 @@ class MultilabelHead(Head):
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, C) logits → probabilities."""
-        return 1 / (1 + np.exp(-logits))  # type: ignore[no-any-return]
+        return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
 
 class TokenClassificationHead(Head):

@@ -25,6 +25,7 @@ from mtl_core import features, freezing, metrics, optim
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, Schedule, collate, evaluation_batches, shard
 from mtl_core.data.encoding import EncodedSplit
+from mtl_core.data.prepare import Data
 from mtl_core.heads import MultilabelHead, TokenClassificationHead
 from mtl_core.model import Batch, MultiTaskModel
 from mtl_core.state import TrainState
@@ -58,14 +59,6 @@ class World:
 
 
 @dataclass(frozen=True)
-class Data:
-    """Encoded splits with the content keys that caches go by."""
-
-    splits: dict[str, EncodedSplit]
-    keys: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Event:
     """Something worth telling: a row of metrics.jsonl, or that a checkpoint is due."""
 
@@ -78,7 +71,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     cpu = torch.cpu
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
@@ -111,8 +104,13 @@ def fit(
     while state.epoch < experiment.training.epochs and not run.out_of_patience():
         yield from run.epoch()
     if run.out_of_patience():
-        yield Event("stopped", {"epoch": state.epoch, "reason": "no better score for "
-                                f"{experiment.training.patience} epochs"})
+        yield Event(
+            "stopped",
+            {
+                "epoch": state.epoch,
+                "reason": f"no better score for {experiment.training.patience} epochs",
+            },
+        )
     state.restore_best()
 
 
@@ -161,6 +159,7 @@ class _Run:
     def epoch(self) -> Iterator[Event]:
         """The rest of the epoch that the state stands in, then validation."""
         state, config = self.state, self.experiment.training
+        assert state.optimizer is not None
         changed = freezing.apply_freezing(self.model, self.experiment.freeze, state.epoch)
         if changed or self.wrapped is self.model:
             self.wrapped = self._wrap()
@@ -196,7 +195,8 @@ class _Run:
     def _step(self, batches: list[Rows], log: _StepLog) -> None:
         """One optimiser step over one or more accumulated batches."""
         state, config = self.state, self.experiment
-        assert state.optimizer is not None and self.model.weighting is not None
+        assert state.optimizer is not None
+        assert self.model.weighting is not None
         # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
         seeds = np.random.SeedSequence([config.seed, state.step, self.world.rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
@@ -209,8 +209,11 @@ class _Run:
             batch, tokens = self._micro_batch(rows)
             last = index == len(batches) - 1
             wrapped = self.wrapped
-            waits = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last \
+            waits = (
+                wrapped.no_sync()
+                if isinstance(wrapped, DistributedDataParallel) and not last
                 else contextlib.nullcontext()
+            )
             with waits:
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                     sums = wrapped(batch)
@@ -235,7 +238,10 @@ class _Run:
         if empty:
             mine = rows[:1]
         token_tasks = frozenset(t for t, head in self.model.head_items if head.level == "token")
-        batch = collate(self.train, mine, self.pad_id, token_tasks, without_labels=empty)
+        multiple = 8 if self.world.device.type == "cuda" else 1
+        batch = collate(
+            self.train, mine, self.pad_id, token_tasks, without_labels=empty, multiple_of=multiple
+        )
         cache = self.caches["train"]
         if cache is not None:
             batch = cache.attach(batch, self.train, mine)
@@ -265,8 +271,10 @@ class _Run:
         state = self.state
         assert self.model.weighting is not None
         row: dict[str, Any] = {
-            "step": state.step, "epoch": round(state.epoch + number / of, 4),
-            "step_in_epoch": number, "steps_in_epoch": of,
+            "step": state.step,
+            "epoch": round(state.epoch + number / of, 4),
+            "step_in_epoch": number,
+            "steps_in_epoch": of,
             "learning_rate": factor * self.experiment.optim.learning_rate,
             "tokens_per_second": tokens / max(log.seconds, 1e-9),
         }
@@ -283,8 +291,12 @@ class _Run:
         state.step_in_epoch = 0
         row: dict[str, Any] = {"step": state.step, "epoch": float(state.epoch)}
         result = evaluate(
-            self.model, self.data.splits["validation"], self.world, self.bf16,
-            cache=self.caches["validation"], tasks=self.tasks,
+            self.model,
+            self.data.splits["validation"],
+            self.world,
+            self.bf16,
+            cache=self.caches["validation"],
+            tasks=self.tasks,
         )
         row.update(result.flat("validation"))
         row["score"] = result.score(self.experiment.training.metric)
@@ -317,8 +329,8 @@ class _StepLog:
 
     def reduced(self, world: World) -> tuple[dict[str, float], int]:
         """Mean loss a label of each task that was seen, and the tokens, over all ranks."""
-        values = torch.stack([*self.losses.values(), torch.tensor(float(self.tokens))]).double()
-        values = world.all_reduce(values.to(world.device)).tolist()
+        sums = torch.stack([*self.losses.values(), torch.tensor(float(self.tokens))]).double()
+        values = world.all_reduce(sums.to(world.device)).tolist()
         losses = {
             task: value / self.counts[task]
             for task, value in zip(self.losses, values[:-1], strict=True)
@@ -359,15 +371,20 @@ class Evaluation:
         """`split/task/metric` → value, with the loss."""
         row = {
             f"{split}/{task}/{name}": value
-            for task, values in self.scores().items() for name, value in values.items()
+            for task, values in self.scores().items()
+            for name, value in values.items()
         }
         return row | {f"{split}/{task}/loss": value for task, value in self.losses.items()}
 
 
 @torch.no_grad()
 def evaluate(
-    model: MultiTaskModel, split: EncodedSplit, world: World | None = None, bf16: bool = False,
-    cache: features.FeatureCache | None = None, tasks: list[str] | None = None,
+    model: MultiTaskModel,
+    split: EncodedSplit,
+    world: World | None = None,
+    bf16: bool = False,
+    cache: features.FeatureCache | None = None,
+    tasks: list[str] | None = None,
 ) -> Evaluation:
     """Score a split; each rank takes every n-th batch and the counts are summed.
 
@@ -409,7 +426,12 @@ def evaluate(
 
 
 def _count(
-    counts: metrics.Counts, task: str, head: Any, logits: Any, split: EncodedSplit, rows: Rows,
+    counts: metrics.Counts,
+    task: str,
+    head: Any,
+    logits: Any,
+    split: EncodedSplit,
+    rows: Rows,
     batch: Batch,
 ) -> None:
     """Add one batch's predictions for one task."""
@@ -431,7 +453,8 @@ def _count(
         first = last
         words = slice(split.word_starts[row], split.word_starts[row + 1])
         predicted = metrics.word_tags(tags, split.word_tokens[words], len(head.labels))
-        metrics.count_entities(counts, split.word_tags[task][words], predicted)
+        gold = split.word_tags[task][words].astype(np.int64)
+        metrics.count_entities(counts, gold, predicted)
 
 
 def _reduce(

@@ -98,21 +98,32 @@ def scores(kind: TaskKind, counts: Counts, labels: Sequence[str]) -> dict[str, f
     right, total = counts[-1, :2]
     if kind == "multilabel":
         macro = np.mean([_prf(*row)[2] for row in counts[:-1]])
-        return {"micro_f1": f1, "macro_f1": float(macro), "precision": precision,
-                "recall": recall, "exact_match": _ratio(right, total)}
-    return {"f1": f1, "precision": precision, "recall": recall,
-            "token_accuracy": _ratio(right, total)}
+        return {
+            "micro_f1": f1,
+            "macro_f1": float(macro),
+            "precision": precision,
+            "recall": recall,
+            "exact_match": _ratio(right, total),
+        }
+    return {
+        "f1": f1,
+        "precision": precision,
+        "recall": recall,
+        "token_accuracy": _ratio(right, total),
+    }
 
 
 def _classification_scores(counts: Counts) -> dict[str, float]:
     """Accuracy, and macro averages over labels that occur or are predicted, as scikit-learn."""
     diagonal, predicted, gold = np.diag(counts), counts.sum(axis=0), counts.sum(axis=1)
-    rows = [
-        _prf(t, p, g) for t, p, g in zip(diagonal, predicted, gold, strict=True) if p + g > 0
-    ]
+    rows = [_prf(t, p, g) for t, p, g in zip(diagonal, predicted, gold, strict=True) if p + g > 0]
     precision, recall, f1 = np.mean(rows, axis=0) if rows else (0.0, 0.0, 0.0)
-    return {"accuracy": _ratio(diagonal.sum(), counts.sum()), "macro_f1": float(f1),
-            "precision": float(precision), "recall": float(recall)}
+    return {
+        "accuracy": _ratio(diagonal.sum(), counts.sum()),
+        "macro_f1": float(f1),
+        "precision": float(precision),
+        "recall": float(recall),
+    }
 
 
 def per_label(kind: TaskKind, counts: Counts, labels: Sequence[str]) -> dict[str, dict[str, Any]]:

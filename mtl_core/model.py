@@ -61,7 +61,10 @@ class MultiTaskModel(nn.Module):
     """A shared encoder, a head per task, and the strategy that weighs their losses."""
 
     def __init__(
-        self, encoder: SentenceEncoder, heads: Mapping[str, Head], weighting: Weighting | None = None
+        self,
+        encoder: SentenceEncoder,
+        heads: Mapping[str, Head],
+        weighting: Weighting | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -84,7 +87,7 @@ class MultiTaskModel(nn.Module):
         return self.encoder.upper(batch.states_depth, batch.states, batch.attention_mask)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Task → () sum of the losses over the items labelled in this batch, 0 where there are none."""
+        """Task → () sum of the losses of the items labelled in this batch, 0 without any."""
         return {
             task: self.head(task).loss_sum(logits, batch.labelled[task].targets)
             for task, logits in self.logits(batch).items()
@@ -111,17 +114,29 @@ def build_model(experiment: Experiment, labels: Mapping[str, tuple[str, ...]]) -
     """
     torch.manual_seed(experiment.seed)
     carried: dict[str, Head] = {}
-    if experiment.init_from is not None:
-        from mtl_core.artifact import load_parts
-
-        encoder, carried = load_parts(experiment.init_from)
-        encoder.max_length = experiment.encoder.max_length
-    else:
+    if experiment.init_from is None:
         encoder = SentenceEncoder.load(experiment.encoder)
+    else:
+        encoder, carried = _start_from(experiment, experiment.init_from)
     heads: dict[str, Head] = dict(carried)
     for name, task in experiment.tasks.items():
+        head = build_head(encoder.hidden_size, labels[name], task)
         old = carried.get(name)
-        if old is not None and old.labels == tuple(labels[name]) and old.kind == task.kind:
-            continue
-        heads[name] = build_head(encoder.hidden_size, labels[name], task)
+        if old is not None and old.labels == head.labels and old.fits(head):
+            head.load_state_dict(old.state_dict())
+        heads[name] = head
     return MultiTaskModel(encoder, heads, build_weighting(experiment))
+
+
+def _start_from(experiment: Experiment, artifact: str) -> tuple[SentenceEncoder, dict[str, Head]]:
+    """An artifact's encoder and heads; heads that this run does not train must stay true."""
+    from mtl_core.artifact import ArtifactError, load_parts
+
+    encoder, carried = load_parts(artifact, experiment.encoder.max_length)
+    kept = [name for name in carried if name not in experiment.tasks]
+    if kept and not experiment.freeze.encoder:
+        raise ArtifactError(
+            f"init_from: the head {kept[0]!r} of {artifact} would answer differently once the "
+            f"encoder learns; set freeze.encoder: true, or train {kept[0]!r} along"
+        )
+    return encoder, carried

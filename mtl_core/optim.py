@@ -77,7 +77,7 @@ def _depth(model: MultiTaskModel, name: str) -> int:
 
 
 def rate_factor(config: OptimConfig, progress: float) -> float:
-    """Share of the peak rate at `progress` (0 to 1) through training: warm-up, then the schedule."""
+    """Share of the peak rate at `progress` (0 to 1): warm-up, then the schedule."""
     if progress < config.warmup:
         return progress / config.warmup
     rest = (progress - config.warmup) / (1 - config.warmup)

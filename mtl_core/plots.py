@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 Matrix: TypeAlias = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
 Curve: TypeAlias = list[tuple[float, float]]
 """Points of step and value."""
 
@@ -41,11 +42,12 @@ PRIMARY_METRICS = ("f1", "micro_f1", "accuracy")
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is faint on white.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", ":")
+_MARKED: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.0, "alpha": 0.9}
 _MAX_CLASSES_WITH_COUNTS = 20
 _MAX_TEXTS_WITH_VALUES = 12
 
 
-def learning_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def learning_curves(history: Rows, path: str | Path) -> None:
     """Training and validation loss, and validation score, of each task by step.
 
     `history` holds the rows of metrics.jsonl: those with event "step" bring `loss/<task>`, those
@@ -149,9 +151,6 @@ def per_type_bars(rows: Mapping[str, Mapping[str, float]], path: str | Path, tit
     save_figure(figure, path)
 
 
-_MARKED: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.0, "alpha": 0.9}
-
-
 def _write_cells(axes: Axes, texts: list[list[str]], is_dark: npt.NDArray[np.bool_]) -> None:
     """Write one text per cell, white where the cell is dark."""
     for row, cells in enumerate(texts):
@@ -198,7 +197,7 @@ def _finish_curves(axes: Axes, title: str, name: str) -> None:
         axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
 
 
-def _tasks(steps: list[Mapping[str, Any]], validations: list[Mapping[str, Any]]) -> list[str]:
+def _tasks(steps: Rows, validations: Rows) -> list[str]:
     """Tasks in the order in which they first occur."""
     trained = [key.removeprefix("loss/") for row in steps for key in row if key.startswith("loss/")]
     checked = [
@@ -210,7 +209,7 @@ def _tasks(steps: list[Mapping[str, Any]], validations: list[Mapping[str, Any]])
     return [task for task in dict.fromkeys([*trained, *checked]) if task]
 
 
-def _curve(rows: list[Mapping[str, Any]], key: str) -> Curve:
+def _curve(rows: Rows, key: str) -> Curve:
     """The finite values of a key by step."""
     return [
         (float(row["step"]), float(row[key]))
@@ -219,7 +218,7 @@ def _curve(rows: list[Mapping[str, Any]], key: str) -> Curve:
     ]
 
 
-def _score_curve(validations: list[Mapping[str, Any]], task: str) -> Curve:
+def _score_curve(validations: Rows, task: str) -> Curve:
     """The task's primary metric by step."""
     curves = (_curve(validations, f"validation/{task}/{metric}") for metric in PRIMARY_METRICS)
     return next((curve for curve in curves if curve), [])
@@ -236,7 +235,7 @@ def _smooth(curve: Curve) -> Curve:
     return smoothed
 
 
-def _best(validations: list[Mapping[str, Any]]) -> tuple[float, str] | None:
+def _best(validations: Rows) -> tuple[float, str] | None:
     """Step of the highest score, the first one of equals, and a phrase for it."""
     curve = _curve(validations, "score")
     if not curve:

@@ -100,7 +100,8 @@ class Predictor:
         for place, _, pooled in self._encode([item.windows[0] for item in tokenized]):
             vectors[place] = pooled.cpu().numpy()
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors / np.maximum(norms, 1e-12)  # type: ignore[no-any-return]
+        unit: Float = vectors / np.maximum(norms, 1e-12)
+        return unit
 
     def predict(
         self, texts: Sequence[str], tasks: Sequence[str] | None = None
@@ -116,7 +117,9 @@ class Predictor:
         """
         heads = {task: self.model.head(task) for task in (self.tasks if tasks is None else tasks)}
         tokenized = self.tokenize(texts)
-        windows = [(text, w) for text, item in enumerate(tokenized) for w in range(len(item.windows))]
+        windows = [
+            (text, w) for text, item in enumerate(tokenized) for w in range(len(item.windows))
+        ]
         wants_tokens = any(head.level == "token" for head in heads.values())
         windows = [(text, w) for text, w in windows if w == 0 or wants_tokens]
         token_logits: dict[str, dict[tuple[int, int], Float]] = {task: {} for task in heads}
@@ -140,7 +143,8 @@ class Predictor:
     def similarity(self, texts: Sequence[str]) -> Float:
         """(N, N) cosines between sentence vectors."""
         vectors = self.embed(texts)
-        return np.clip(vectors @ vectors.T, -1.0, 1.0)
+        cosines: Float = np.clip(vectors @ vectors.T, -1.0, 1.0)
+        return cosines
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         """Split texts into sub-words, and those beyond the window into overlapping windows."""
@@ -151,13 +155,20 @@ class Predictor:
             return []
         limit = self.model.encoder.max_length
         encoded = self.tokenizer(
-            list(texts), truncation=True, max_length=limit, return_overflowing_tokens=True,
-            stride=min(limit // 4, max(limit - 8, 0)), return_offsets_mapping=True,
-            return_attention_mask=False, return_token_type_ids=False,
+            list(texts),
+            truncation=True,
+            max_length=limit,
+            return_overflowing_tokens=True,
+            stride=min(limit // 4, max(limit - 8, 0)),
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
         )
         items = [Tokenized(text, [], []) for text in texts]
         rows = zip(
-            encoded["overflow_to_sample_mapping"], encoded["input_ids"], encoded["offset_mapping"],
+            encoded["overflow_to_sample_mapping"],
+            encoded["input_ids"],
+            encoded["offset_mapping"],
             strict=True,
         )
         for source, ids, offsets in rows:
@@ -248,8 +259,9 @@ def entity_predictions(
             )
             scores = []
         scores.append(score)
-        found[-1].update(end=end, word=text[found[-1]["start"] : end],
-                         score=round(sum(scores) / len(scores), 6))
+        entity = found[-1]
+        entity["end"], entity["word"] = end, text[entity["start"] : end]
+        entity["score"] = round(sum(scores) / len(scores), 6)
     return found
 
 

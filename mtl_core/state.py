@@ -74,7 +74,9 @@ class TrainState:
         _save(tensors, folder / FILES[0])
         _save(moments, folder / FILES[1])
         progress: dict[str, Any] = {
-            "epoch": self.epoch, "step": self.step, "step_in_epoch": self.step_in_epoch,
+            "epoch": self.epoch,
+            "step": self.step,
+            "step_in_epoch": self.step_in_epoch,
             "best_epoch": self.best_epoch,
             "best_score": self.best_score if self.best else None,
         }
@@ -101,7 +103,8 @@ class TrainState:
             prefix = "best." if any(n.startswith("best.") for n in tensors) else "now."
             self.best = {
                 name.removeprefix(prefix): tensor.clone()
-                for name, tensor in tensors.items() if name.startswith(prefix)
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
             }
 
 

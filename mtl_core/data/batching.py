@@ -18,7 +18,6 @@ from mtl_core.data.encoding import IGNORE, EncodedSplit
 from mtl_core.model import Batch, Labelled
 
 Rows = NDArray[np.int64]
-PAD_TO = 8
 BATCHES_PER_BUCKET = 50
 
 
@@ -29,14 +28,17 @@ class Schedule:
     """
 
     def __init__(
-        self, split: EncodedSplit, mixing: MixingConfig, batch_size: int,
-        batch_tokens: int | None, seed: int,
+        self,
+        split: EncodedSplit,
+        mixing: MixingConfig,
+        batch_size: int,
+        batch_tokens: int | None,
+        seed: int,
     ) -> None:
         self.mixing = mixing
         self.seed = seed
         self.groups = task_groups(split)
-        padded = -(-split.lengths // PAD_TO) * PAD_TO
-        self.cost = padded if batch_tokens else np.ones(len(split), dtype=np.int64)
+        self.cost = split.lengths if batch_tokens else np.ones(len(split), dtype=np.int64)
         self.lengths = split.lengths
         self.budget = batch_tokens or batch_size
 
@@ -85,7 +87,7 @@ class Schedule:
         parts = [p if len(p) >= num_batches else _cycle(p, num_batches, random) for p in parts]
         ends = np.cumsum(sizes)[:-1]
         cuts = [np.split(part, len(part) * ends // num_batches) for part in parts]
-        batches = []
+        batches: list[Rows] = []
         for bucket, size in enumerate(sizes):
             slices = []
             for cut in cuts:
@@ -97,7 +99,7 @@ class Schedule:
         return [batches[i] for i in order if len(batches[i])]
 
     def _cut(self, rows: Rows, fractions: NDArray[np.float64]) -> list[Rows]:
-        """Split rows where their summed cost passes the given fractions, never leaving one empty."""
+        """Split rows where their summed cost passes the fractions, never leaving one empty."""
         cost = np.cumsum(self.cost[rows])
         places = np.searchsorted(cost, fractions * (cost[-1] if len(cost) else 0), side="right")
         first = np.arange(1, len(fractions) + 1)
@@ -140,12 +142,25 @@ def evaluation_batches(split: EncodedSplit, batch_tokens: int = 4096) -> Iterato
 
 
 def collate(
-    split: EncodedSplit, rows: Rows, pad_id: int, token_tasks: frozenset[str],
+    split: EncodedSplit,
+    rows: Rows,
+    pad_id: int,
+    token_tasks: frozenset[str],
     without_labels: bool = False,
+    multiple_of: int = 1,
 ) -> Batch:
-    """Rows as a padded batch; with `without_labels`, the same with no task labelled."""
+    """Rows as a padded batch.
+
+    Args:
+        split: where the rows are.
+        rows: (B,) row numbers.
+        pad_id: the tokenizer's padding id.
+        token_tasks: which tasks label tokens.
+        without_labels: leave every task unlabelled.
+        multiple_of: round the padded length up to this; GPUs are fast at few, even shapes.
+    """
     lengths = split.starts[rows + 1] - split.starts[rows]
-    width = int(-(-lengths.max() // PAD_TO) * PAD_TO)
+    width = int(-(-lengths.max() // multiple_of) * multiple_of)
     inside = np.arange(width) < lengths[:, None]
     flat = np.concatenate([np.arange(split.starts[r], split.starts[r + 1]) for r in rows])
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
@@ -153,9 +168,9 @@ def collate(
     labelled = {}
     for task, target in split.targets.items():
         if task in token_tasks:
-            values = np.full((len(rows), width), IGNORE, dtype=np.int64)
-            values[inside] = target[flat]
-            values = values.reshape(-1)
+            grid = np.full((len(rows), width), IGNORE, dtype=np.int64)
+            grid[inside] = target[flat]
+            values = grid.reshape(-1)
             positions = np.flatnonzero(values != IGNORE)
             values = values[positions]
         else:

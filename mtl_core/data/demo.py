@@ -85,7 +85,7 @@ class _Writer:
         return self.rng.choice(pool.held_out if use_held_out else pool.seen)
 
     def facts(self) -> list[str]:
-        """One or two plain sentences, most of them with frames."""
+        """One or two plain sentences, most of them with names."""
         pools = [frames.NEWS if self.rng.random() < 0.85 else frames.NAMELESS]
         if self.rng.random() < 0.3:
             pools.append(frames.NAMELESS)

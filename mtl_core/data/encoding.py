@@ -55,7 +55,8 @@ class EncodedSplit:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        return np.diff(self.starts)
+        lengths: NDArray[np.int64] = self.starts[1:] - self.starts[:-1]
+        return lengths
 
     def label_counts(self, task: str) -> NDArray[np.int64]:
         """(N,) how many labelled items each row adds to a task's loss."""
@@ -92,7 +93,8 @@ def resolve_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig]) -> dict[str,
             if unknown:
                 where = next(e.text for e in examples if set(_names(task, [e])) & set(unknown))
                 fix = (
-                    f"add it to tasks.{task}.labels" if config.labels
+                    f"add it to tasks.{task}.labels"
+                    if config.labels
                     else f"mend the row, or list all labels in tasks.{task}.labels"
                 )
                 raise DataError(
@@ -115,8 +117,11 @@ def _names(task: str, examples: Iterable[Example]) -> set[str]:
 
 
 def encode_split(
-    examples: Sequence[Example], tasks: Mapping[str, TaskConfig], labels: Labels,
-    tokenizer: Any, max_length: int,
+    examples: Sequence[Example],
+    tasks: Mapping[str, TaskConfig],
+    labels: Labels,
+    tokenizer: Any,
+    max_length: int,
 ) -> EncodedSplit:
     """Tokenise and label; texts longer than `max_length` tokens are cut and counted."""
     builder = _Builder(tasks, labels)
@@ -124,8 +129,13 @@ def encode_split(
         chunk = examples[first : first + TEXTS_AT_ONCE]
         texts = [example.text for example in chunk]
         encoded = tokenizer(
-            texts, truncation=True, max_length=max_length, return_offsets_mapping=True,
-            return_attention_mask=False, return_token_type_ids=False, return_overflowing_tokens=False,
+            texts,
+            truncation=True,
+            max_length=max_length,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_overflowing_tokens=False,
         )
         for row, example in enumerate(chunk):
             offsets = token_offsets(example.text, encoded["offset_mapping"][row])
@@ -186,12 +196,13 @@ class _Builder:
                 self.targets[task].extend([IGNORE] * len(ids))
                 self.word_tags[task].extend([IGNORE] * len(example.words))
             else:
+                spans = [span for span in target if isinstance(span, Span)]
                 tags = self.tags[task]
                 self.targets[task].extend(
                     IGNORE if start == end else tags[tag]
-                    for (start, end), tag in zip(offsets, _tags(offsets, target), strict=True)
+                    for (start, end), tag in zip(offsets, _tags(offsets, spans), strict=True)
                 )
-                self.word_tags[task].extend(tags[t] for t in _tags(example.words, target))
+                self.word_tags[task].extend(tags[t] for t in _tags(example.words, spans))
 
     def build(self) -> EncodedSplit:
         return EncodedSplit(
@@ -254,8 +265,11 @@ def cache_root() -> Path:
 
 
 def content_key(
-    examples: Sequence[Example], tasks: Mapping[str, TaskConfig], labels: Labels,
-    tokenizer: Any, max_length: int,
+    examples: Sequence[Example],
+    tasks: Mapping[str, TaskConfig],
+    labels: Labels,
+    tokenizer: Any,
+    max_length: int,
 ) -> str:
     """A hash of all that `encode_split` depends on."""
     digest = hashlib.sha256()
@@ -270,8 +284,11 @@ def content_key(
 
 
 def encode_cached(
-    examples: Sequence[Example], tasks: Mapping[str, TaskConfig], labels: Labels,
-    tokenizer: Any, max_length: int,
+    examples: Sequence[Example],
+    tasks: Mapping[str, TaskConfig],
+    labels: Labels,
+    tokenizer: Any,
+    max_length: int,
 ) -> tuple[str, EncodedSplit]:
     """As `encode_split`, computed once per content; returns the content's key too."""
     key = content_key(examples, tasks, labels, tokenizer, max_length)
@@ -309,12 +326,12 @@ def load_split(key: str) -> EncodedSplit | None:
     folder = cache_root() / "encoded" / key
     try:
         info = json.loads((folder / "split.json").read_text())
-        arrays = {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}
+        arrays: dict[str, Any] = {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}
     except (OSError, ValueError):
         return None
-    groups: dict[str, dict[str, Any]] = {"targets": {}, "present": {}, "word_tags": {}}
+    groups: dict[str, Any] = {"targets": {}, "present": {}, "word_tags": {}}
     for name in list(arrays):
         group, dot, task = name.partition(".")
         if dot:
             groups[group][task] = arrays.pop(name)
-    return EncodedSplit(**arrays, **groups, num_truncated=info["num_truncated"])
+    return EncodedSplit(**(arrays | groups), num_truncated=info["num_truncated"])

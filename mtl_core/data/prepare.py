@@ -1,0 +1,88 @@
+"""From an experiment to encoded splits: read, check, settle labels, tokenise; each once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mtl_core.config import SPLITS, Experiment, TaskConfig
+from mtl_core.data.encoding import (
+    EncodedSplit,
+    Labels,
+    encode_cached,
+    load_split,
+    resolve_labels,
+)
+from mtl_core.data.examples import Corpus, DataError
+from mtl_core.data.sources import read_corpus
+from mtl_core.encoder import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded splits with the content keys that caches go by."""
+
+    splits: dict[str, EncodedSplit]
+    keys: dict[str, str]
+    labels: dict[str, tuple[str, ...]]
+    skipped: dict[str, int]
+    """Unreadable rows left out on request, per source."""
+
+
+def prepare(experiment: Experiment) -> Data:
+    """Read and encode an experiment's data; a second call with the same content only maps files.
+
+    Raises:
+        DataError: the user's data cannot be used as configured.
+        EncoderError: the tokenizer cannot be loaded.
+    """
+    corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed)
+    if not corpus.splits["train"]:
+        raise DataError("no training rows: check the sources' `splits` and `columns`")
+    labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
+    return encode(corpus, experiment, labels)
+
+
+def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
+    """Tokenise every split of a corpus that has rows, with labels already settled."""
+    tokenizer = load_tokenizer(encoder_source(experiment))
+    keys, splits = {}, {}
+    for name, examples in corpus.splits.items():
+        if examples:
+            keys[name], splits[name] = encode_cached(
+                examples, experiment.tasks, labels, tokenizer, experiment.encoder.max_length
+            )
+    return Data(splits, keys, dict(labels), corpus.skipped)
+
+
+def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> Data:
+    """What `prepare` made, in another process: mapped if it is on this machine, else made again."""
+    found = {name: load_split(key) for name, key in keys.items()}
+    splits = {name: split for name, split in found.items() if split is not None}
+    if len(splits) == len(keys):
+        return Data(splits, dict(keys), dict(labels), {})
+    corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed, SPLITS)
+    return encode(corpus, experiment, labels)
+
+
+def encoder_source(experiment: Experiment) -> str:
+    """The model id or folder that the tokenizer comes from."""
+    if experiment.init_from is not None:
+        return f"{experiment.init_from}/encoder"
+    return experiment.encoder.model
+
+
+def with_known_labels(experiment: Experiment, corpus: Corpus) -> Mapping[str, TaskConfig]:
+    """The tasks, with the label order of an `init_from` head where that head can go on learning."""
+    if experiment.init_from is None:
+        return experiment.tasks
+    from mtl_core.artifact import read_manifest
+
+    known = read_manifest(experiment.init_from).tasks
+    fresh = resolve_labels(corpus, experiment.tasks)
+    return {
+        name: config.model_copy(update={"labels": tuple(known[name]["labels"])})
+        if name in known and set(fresh[name]) <= set(known[name]["labels"])
+        else config
+        for name, config in experiment.tasks.items()
+    }

@@ -1,0 +1,78 @@
+"""The Ray cluster a command runs on: the one it is pointed at, or a local one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from mtl_core.config import ConfigError, ScaleConfig
+
+QUIET = {
+    # Ray Train's controller and workers log to their files; the driver shows its own progress.
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Connect to RAY_ADDRESS (set inside `ray job submit`), or start Ray here for the duration."""
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=True,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
+        raise ConfigError(f"cannot reach {where}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, dict[str, float]]:
+    """Number of workers, whether each has a GPU, and what each asks for.
+
+    Raises:
+        ConfigError: no node could ever hold what is asked for, and nothing can add one.
+    """
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    least, most = (
+        (scale.workers, scale.workers) if isinstance(scale.workers, int) else scale.workers
+    )
+    use_gpu = gpus > 0 if scale.gpu is None else scale.gpu
+    share = 1 if least != most else max(1, cpus // most)
+    each = {"CPU": float(scale.cpus_per_worker or share)}
+    if use_gpu:
+        each["GPU"] = 1.0
+    autoscales = bool(os.environ.get("RAY_ADDRESS"))
+    if not autoscales:
+        if use_gpu and gpus < least:
+            raise ConfigError(
+                f"scale: {least} GPU(s) asked for and this machine has {gpus}; set scale.gpu: "
+                "false to train on CPU, or run on a cluster that has them"
+            )
+        if least * each["CPU"] > cpus:
+            raise ConfigError(
+                f"scale: {least} worker(s) of {each['CPU']:g} CPU(s) do not fit on {cpus} CPU(s); "
+                "lower scale.workers or scale.cpus_per_worker"
+            )
+    return (most if least == most else (least, most)), use_gpu, each

@@ -1,0 +1,175 @@
+"""What a person at the terminal sees: errors without tracebacks, progress, tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mtl_core.artifact import ArtifactError
+from mtl_core.config import ConfigError
+from mtl_core.data.examples import DataError
+from mtl_core.encoder import EncoderError
+from mtl_core.loop import TrainingError
+from mtl_core.metrics import PRIMARY
+from mtl_core.predictor import TextError
+
+USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingError, TextError)
+INTERRUPTED = 130
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; a user's mistake gives its message and exit code 1, Ctrl-C gives 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        main()
+    except USER_ERRORS as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+class Progress:
+    """Live table on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, epochs: int, tasks: list[str], seconds_between_lines: float = 10.0) -> None:
+        self.console = Console(stderr=False, highlight=False)
+        self.epochs = epochs
+        self.rows: dict[str, dict[str, str]] = {task: {} for task in tasks}
+        self.between = seconds_between_lines
+        self.state: dict[str, Any] = {"note": "starting workers"}
+        self.started: tuple[float, float] | None = None
+        self.last_line = 0.0
+        self.live = Live(console=self.console, refresh_per_second=4, get_renderable=self._render)
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self.live.__enter__()
+        else:
+            self.console.print("starting workers …")
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        if self.console.is_terminal:
+            self.live.__exit__(*details)
+
+    def show(self, event: str, row: Mapping[str, Any]) -> None:
+        """Take one progress event."""
+        if event == "start":
+            self.state.update(note="training", epoch=float(row["epoch"]))
+            self.started = (time.monotonic(), float(row["epoch"]))
+            self._line(f"{row['workers']} worker(s) on {row['device']}, from step {row['step']}")
+        elif event == "features":
+            self._line(
+                f"{row['split']}: states after {row['layers']} frozen layers of "
+                f"{row['texts']} texts are ready"
+            )
+        elif event == "step":
+            self.state.update(row)
+            for task in self.rows:
+                if f"loss/{task}" in row:
+                    self.rows[task]["loss"] = f"{row[f'loss/{task}']:.4f}"
+            if time.monotonic() - self.last_line > self.between:
+                self._line(self._step_line())
+        elif event == "validation":
+            self._validated(row)
+        elif event == "stopped":
+            self._line(f"stopped early: {row['reason']}")
+
+    def _validated(self, row: Mapping[str, Any]) -> None:
+        self.state.update(epoch=row["epoch"])
+        for task in self.rows:
+            for metric in PRIMARY.values():
+                value = row.get(f"validation/{task}/{metric}")
+                if value is not None:
+                    self.rows[task]["score"] = f"{metric} {100 * value:.2f}"
+        parts = [f"{task} {values.get('score', '')}" for task, values in self.rows.items()]
+        best = " (best so far)" if row.get("best") else ""
+        self._line(f"epoch {row['epoch']:g}/{self.epochs} validation: {', '.join(parts)}{best}")
+
+    def _step_line(self) -> str:
+        state = self.state
+        losses = " ".join(f"{t} {v['loss']}" for t, v in self.rows.items() if "loss" in v)
+        return (
+            f"epoch {state['epoch']:.2f}/{self.epochs} step {state['step']} loss {losses} "
+            f"{state['tokens_per_second']:,.0f} tokens/s ETA {self._eta()}"
+        )
+
+    def _eta(self) -> str:
+        if self.started is None:
+            return "?"
+        since, first = self.started
+        done = self.state["epoch"] - first
+        if done <= 0:
+            return "?"
+        left = (time.monotonic() - since) / done * (self.epochs - self.state["epoch"])
+        return f"{int(left) // 60}:{int(left) % 60:02d}"
+
+    def _line(self, text: str) -> None:
+        self.last_line = time.monotonic()
+        self.console.print(text)
+
+    def _render(self) -> Group:
+        epoch = float(self.state.get("epoch", 0.0))
+        bar = ProgressBar(total=self.epochs, completed=epoch, width=40)
+        words = self.state.get("note", "")
+        if "step" in self.state:
+            words = (
+                f"epoch {epoch:.2f}/{self.epochs}  step {self.state['step']}  "
+                f"{self.state['tokens_per_second']:,.0f} tokens/s  ETA {self._eta()}"
+            )
+        table = Table("task", "training loss", "validation", box=None, header_style="dim")
+        for task, values in self.rows.items():
+            table.add_row(task, values.get("loss", ""), values.get("score", ""))
+        return Group(Text(words), bar, table)
+
+
+def score_table(title: str, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Split → task → metric → value, as percentages; a row for each task and split."""
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "split", "metric", "value"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    tasks = list(dict.fromkeys(task for split in scores.values() for task in split))
+    for task in tasks:
+        for split, values in scores.items():
+            for metric, value in values.get(task, {}).items():
+                table.add_row(task, split, metric, f"{100 * value:.2f}")
+        table.add_section()
+    return table
+
+
+def label_table(title: str, rows: Mapping[str, Mapping[str, Any]], most: int = 40) -> Table:
+    """Precision, recall, F1 and support a label or entity type, worst first when many."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("label")
+    for column in ("precision", "recall", "F1", "support"):
+        table.add_column(column, justify="right")
+    ordered = (
+        sorted(rows.items(), key=lambda item: item[1]["f1"]) if len(rows) > most else rows.items()
+    )
+    for name, row in list(ordered)[:most]:
+        numbers = (f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1"))
+        table.add_row(name, *numbers, str(row["support"]))
+    if len(rows) > most:
+        table.caption = f"the {most} lowest of {len(rows)}; all are in the artifact's report.json"
+    return table

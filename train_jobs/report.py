@@ -1,0 +1,145 @@
+"""From trained weights to the finished artifact: scores, plots, manifest, model card."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_core import plots
+from mtl_core.artifact import (
+    SCHEMA_VERSION,
+    Manifest,
+    copy_tree,
+    describe_encoder,
+    library_versions,
+    model_card,
+    read_manifest,
+    write_manifest,
+)
+from mtl_core.config import Experiment, dump_experiment
+from mtl_core.data.prepare import Data
+from mtl_core.metrics import per_label
+from train_jobs.runs import RunFolder
+from train_jobs.worker import RESULT
+
+MOST_LABELS_IN_MATRIX = 80
+History = Sequence[dict[str, Any]]
+
+
+def history_until(history: History, step: int) -> list[dict[str, Any]]:
+    """The rows that were written up to a checkpoint's step."""
+    return [row for row in history if row.get("step", 0) <= step]
+
+
+def build_artifact(
+    weights: Path, experiment: Experiment, data: Data, folder: RunFolder, seconds: float
+) -> None:
+    """Put together and publish the artifact of a run whose last checkpoint is `weights`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        copy_tree(weights, root)
+        result = json.loads((root / RESULT).read_text(encoding="utf-8"))
+        (root / RESULT).unlink()
+        (root / "experiment.yaml").write_text(dump_experiment(experiment), encoding="utf-8")
+        report = build_report(experiment, data, result["splits"])
+        (root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        pictures = draw(root, experiment, data, result["splits"], folder.history())
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            name=experiment.name,
+            tasks=describe_tasks(root, experiment, result["splits"]),
+            encoder=describe_encoder(root, experiment.init_from or experiment.encoder.model),
+            data={
+                name: {"fingerprint": key, "texts": len(data.splits[name])}
+                for name, key in data.keys.items()
+            },
+            versions=library_versions(),
+            files={},
+            training={
+                "trained": result["trained"],
+                "steps": result["steps"],
+                "epochs": result["epochs"],
+                "best_epoch": result["best_epoch"],
+                "encoder_passes": result["encoder_passes"],
+                "seconds": round(seconds, 1),
+                "skipped_rows": sum(data.skipped.values()),
+            },
+        )
+        write_manifest(root, manifest)
+        (root / "README.md").write_text(model_card(manifest, pictures), encoding="utf-8")
+        folder.publish(root)
+
+
+def describe_tasks(
+    root: Path, experiment: Experiment, splits: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Task → kind, labels and metrics; heads carried over keep the metrics they came with."""
+    carried = read_manifest(experiment.init_from).tasks if experiment.init_from else {}
+    tasks = {}
+    for head in sorted(path.parent for path in root.glob("heads/*/head.json")):
+        spec = json.loads((head / "head.json").read_text(encoding="utf-8"))
+        name = head.name
+        measured = {
+            s: r[name]["scores"] for s, r in splits.items() if r.get(name, {}).get("scores")
+        }
+        if name not in experiment.tasks:
+            measured = carried[name]["metrics"]
+        tasks[name] = {"kind": spec["kind"], "labels": spec["labels"], "metrics": measured}
+    return tasks
+
+
+def build_report(experiment: Experiment, data: Data, splits: dict[str, Any]) -> dict[str, Any]:
+    """Split → task → scores, loss, and precision, recall and F1 a label."""
+    return {
+        split: {
+            task: {
+                "scores": values["scores"],
+                "loss": values["loss"],
+                "labels": per_label(
+                    experiment.tasks[task].kind, np.array(values["counts"]), data.labels[task]
+                ),
+            }
+            for task, values in tasks.items()
+            if values["scores"]
+        }
+        for split, tasks in splits.items()
+    }
+
+
+def read_report(artifact: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Title and per-label rows of each task, from the last split that was scored."""
+    path = Path(artifact) / "report.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for split in list(report)[-1:]:
+        for task, values in report[split].items():
+            yield f"{task}: by label ({split})", values["labels"]
+
+
+def draw(
+    root: Path, experiment: Experiment, data: Data, splits: dict[str, Any], history: History
+) -> list[str]:
+    """Draw what there is to draw; returns the pictures' paths within the artifact."""
+    (root / "plots").mkdir()
+    pictures = []
+    if any(row["event"] == "step" for row in history):
+        pictures.append("plots/learning_curves.png")
+        plots.learning_curves(history, root / pictures[-1])
+    for split, tasks in list(splits.items())[-1:]:
+        for task, values in tasks.items():
+            kind, counts = experiment.tasks[task].kind, np.array(values["counts"])
+            labels = data.labels[task]
+            if not values["scores"] or len(labels) > MOST_LABELS_IN_MATRIX:
+                continue
+            title = f"{task} on {split}"
+            if kind == "classification":
+                pictures.append(f"plots/confusion_{task}.png")
+                plots.confusion_matrix(counts, labels, root / pictures[-1], title)
+            else:
+                pictures.append(f"plots/labels_{task}.png")
+                plots.per_type_bars(per_label(kind, counts, labels), root / pictures[-1], title)
+    return pictures

@@ -1,0 +1,130 @@
+"""The folder of one run: what is in it, whose it is, and how it fills without ever being half-done.
+
+experiment.yaml   the configuration the run was started with
+metrics.jsonl     every progress event
+tensorboard/      the same for TensorBoard
+checkpoint_*/     Ray Train's checkpoints
+artifact/         the result (mtl_core.artifact)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtl_core.artifact import atomic_folder, copy_tree
+from mtl_core.config import ConfigError, Experiment, dump_experiment, expand_path
+
+MACHINE_FIELDS = ("scale", "output_dir")
+"""Parts of an experiment that a resumed run may change: they do not change what it computes."""
+
+
+class RunFolder:
+    """A run's folder on a local disk or behind an fsspec URL."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        import fsspec
+
+        output_dir = expand_path(experiment.output_dir)
+        self.filesystem, self.base = fsspec.core.url_to_fs(output_dir)
+        self.is_local = "file" in self.filesystem.protocol
+        self.name = experiment.name
+        self.storage_path = self.base if self.is_local else output_dir
+        self.path = f"{self.base}/{self.name}"
+
+    @property
+    def artifact(self) -> str:
+        return f"{self.path}/artifact"
+
+    def claim(self, experiment: Experiment, must_exist: bool = False) -> bool:
+        """Take the folder for this experiment; returns whether an earlier run is resumed.
+
+        Raises:
+            ConfigError: it belongs to a run with another configuration, cannot be written, or is
+                not there although `must_exist`.
+        """
+        try:
+            earlier = self._read("experiment.yaml")
+            if earlier is not None:
+                self._check_same(yaml.safe_load(earlier), experiment)
+                return True
+            if must_exist:
+                raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
+            self.filesystem.makedirs(self.path, exist_ok=True)
+            self.write("experiment.yaml", dump_experiment(experiment))
+        except OSError as error:
+            raise ConfigError(f"output_dir: cannot use {self.path}: {error}") from error
+        return False
+
+    def _check_same(self, earlier: Any, experiment: Experiment) -> None:
+        now = yaml.safe_load(dump_experiment(experiment))
+        changed = [
+            f"{path} was {old!r}, now {new!r}"
+            for path, old, new in _differences(earlier, now)
+            if path.split(".")[0] not in MACHINE_FIELDS
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.path} belongs to a run with another configuration:\n  "
+                + "\n  ".join(changed[:8])
+                + "\nGive this one a name of its own (--set name=…), or remove that folder."
+            )
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.filesystem.exists(f"{self.artifact}/manifest.json"))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a small file as a whole."""
+        path = f"{self.path}/{name}"
+        if self.is_local:
+            partial = Path(f"{path}.partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.rename(path)
+        else:
+            self.filesystem.pipe_file(path, text.encode())
+
+    def _read(self, name: str) -> str | None:
+        path = f"{self.path}/{name}"
+        if not self.filesystem.exists(path):
+            return None
+        return str(self.filesystem.cat_file(path).decode("utf-8"))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl; a last line that a crash cut short is dropped."""
+        rows = []
+        for line in (self._read("metrics.jsonl") or "").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def write_history(self, rows: Iterable[dict[str, Any]]) -> None:
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def publish(self, folder: Path) -> None:
+        """Make `folder` the run's artifact, whole or not at all."""
+        if self.is_local:
+            with atomic_folder(Path(self.artifact)) as partial:
+                copy_tree(folder, partial)
+            return
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        # An object store knows no rename: the manifest, which makes it an artifact, goes last.
+        for path in sorted(paths, key=lambda p: p.name == "manifest.json"):
+            target = f"{self.artifact}/{path.relative_to(folder).as_posix()}"
+            self.filesystem.put_file(str(path), target)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted path, old and new value of everything that differs between two plain structures."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if old == new else [(path, old, new)]

@@ -1,0 +1,245 @@
+"""python -m train_jobs.train: from an experiment file to an artifact, on Ray Train."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+)
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from mtl_core.artifact import read_manifest
+from mtl_core.config import Experiment, load_experiment
+from mtl_core.data.prepare import Data, prepare
+from mtl_core.loop import TrainingError
+from train_jobs.cluster import ray_cluster, worker_resources
+from train_jobs.console import Progress, label_table, run_command, score_table
+from train_jobs.report import build_artifact, history_until, read_report
+from train_jobs.runs import RunFolder
+from train_jobs.tensorboard import TensorBoard
+from train_jobs.worker import train_worker
+
+EPILOG = """examples:
+  python -m train_jobs.train --config train_jobs/configs/demo.yaml
+  python -m train_jobs.train --config my.yaml --set training.epochs=5 --set scale.workers=2
+
+Running the same name again resumes it from its last checkpoint; a finished run is shown, not
+repeated. Every key of the file is explained in docs/usage.md."""
+
+
+@ray.remote(num_cpus=0)
+class ProgressLog:
+    """Carries progress from the first worker to the driver."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, dict[str, Any]]] = []
+
+    def append(self, event: str, row: dict[str, Any]) -> None:
+        self.rows.append((event, row))
+
+    def drain(self) -> list[tuple[str, dict[str, Any]]]:
+        rows, self.rows = self.rows, []
+        return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train_jobs.train",
+        description="Train one encoder for many tasks.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="experiment file (YAML)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one field by its dotted path; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="insist on resuming: fail if there is no run of this name",
+    )
+    options = parser.parse_args(arguments)
+    experiment = load_experiment(options.config, options.set)
+    folder = RunFolder(experiment)
+    resumed = folder.claim(experiment, must_exist=options.resume)
+    if folder.is_finished:
+        print(f"{folder.path} is finished; its scores:")
+        show_result(folder)
+        return
+    if resumed:
+        print(f"resuming {folder.path}")
+    train(experiment, folder)
+    show_result(folder)
+
+
+def train(experiment: Experiment, folder: RunFolder) -> None:
+    """Run an experiment to its end and leave the artifact in its folder.
+
+    Raises:
+        TrainingError: training cannot go on.
+        DataError, EncoderError, ConfigError: before any worker starts.
+    """
+    started = time.monotonic()
+    data = prepare(experiment)
+    describe_data(data)
+    with ray_cluster():
+        log = ProgressLog.remote()  # type: ignore[attr-defined]
+        trainer = build_trainer(experiment, folder, data, log)
+        follower = _Follower(experiment, folder, log)
+        with follower:
+            try:
+                result = trainer.fit()
+            except TrainingFailedError as error:
+                raise TrainingError(explain(error, folder)) from error
+        if follower.failure is not None:
+            raise TrainingError(follower.failure)
+        assert result.checkpoint is not None
+        with result.checkpoint.as_directory() as weights:
+            build_artifact(Path(weights), experiment, data, folder, time.monotonic() - started)
+
+
+def build_trainer(experiment: Experiment, folder: RunFolder, data: Data, log: Any) -> TorchTrainer:
+    """The one builder of training runs: a single run and a trial of a sweep both come from here."""
+    workers, use_gpu, resources = worker_resources(experiment.scale)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "experiment": experiment.model_dump(mode="json"),
+            "labels": data.labels,
+            "keys": data.keys,
+            "log": log,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=workers,  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(  # type: ignore[arg-type]
+            name=experiment.name,
+            storage_path=folder.storage_path,
+            failure_config=FailureConfig(max_failures=experiment.scale.max_failures),
+            # Each checkpoint carries the best weights so far, so the latest is all that is needed.
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+class _Follower:
+    """Shows and stores the workers' progress while the driver waits for them."""
+
+    def __init__(self, experiment: Experiment, folder: RunFolder, log: Any) -> None:
+        self.folder, self.log = folder, log
+        self.progress = Progress(experiment.training.epochs, list(experiment.tasks))
+        self.history = folder.history()
+        self.board = TensorBoard(folder)
+        self.failure: str | None = None
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> _Follower:
+        self.progress.__enter__()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.done.set()
+        self.thread.join()
+        self.progress.__exit__(*details)
+        self.board.close()
+
+    def _follow(self) -> None:
+        last = False
+        while not last:
+            last = self.done.wait(0.5)
+            try:
+                rows = ray.get(self.log.drain.remote(), timeout=10)
+            except Exception:
+                continue
+            for event, row in rows:
+                self._take(event, row)
+            if rows:
+                self.folder.write_history(self.history)
+
+    def _take(self, event: str, row: dict[str, Any]) -> None:
+        self.progress.show(event, row)
+        if event == "start":
+            # What came after the checkpoint that workers go on from will come again.
+            self.history = history_until(self.history, row["step"])
+        elif event == "failed":
+            self.failure = row["message"]
+        else:
+            self.history.append({"event": event, **row})
+            self.board.add(row)
+
+
+def explain(error: TrainingFailedError, folder: RunFolder) -> str:
+    """Why the workers failed, in the words of the first of them."""
+    failures = getattr(error, "worker_failures", {})
+    rank, cause = next(iter(failures.items()), (None, error))
+    where = f"worker {rank}: " if rank is not None else ""
+    text = str(cause).strip()
+    if "No space left on device" in text or "Errno 28" in text:
+        return (
+            f"the disk is full while a checkpoint was written to {folder.path}; the one before it "
+            "is whole. Free some space and run the same command to resume."
+        )
+    last = text.splitlines()[-1] if text else type(cause).__name__
+    return (
+        f"training failed after its retries (scale.max_failures). {where}{last}\n"
+        f"Run the same command to resume {folder.path} from its last checkpoint."
+    )
+
+
+def describe_data(data: Data) -> None:
+    """Say what will be learned from what."""
+    for name, split in data.splits.items():
+        rows = ", ".join(f"{task} {int(p.sum())}" for task, p in split.present.items())
+        cut = f"; {split.num_truncated} cut at the length limit" if split.num_truncated else ""
+        print(f"{name}: {len(split)} texts ({rows}), {len(split.input_ids)} tokens{cut}")
+    for source, count in data.skipped.items():
+        print(f"{source}: {count} unreadable row(s) skipped")
+
+
+def show_result(folder: RunFolder) -> None:
+    """Print the artifact's scores and where to go from here."""
+    from rich.console import Console
+
+    if not folder.is_local:
+        print(f"artifact: {folder.artifact}")
+        return
+    console = Console(highlight=False)
+    manifest = read_manifest(folder.artifact, check_files=False)
+    if not manifest.training.get("trained", True):
+        console.print(
+            "Nothing was trained: every part is frozen. These are the scores as it stood."
+        )
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for task, info in manifest.tasks.items():
+        for split, values in info["metrics"].items():
+            scores.setdefault(split, {})[task] = values
+    console.print(score_table(f"{manifest.name}: scores", scores))
+    for title, rows in read_report(folder.artifact):
+        if len(rows) <= 12:
+            console.print(label_table(title, rows))
+    console.print(f"artifact: {folder.artifact}  (plots in plots/, all numbers in report.json)")
+    console.print(f'next:     python -m train_jobs.predict --artifact {folder.artifact} --text "…"')
+
+
+if __name__ == "__main__":
+    run_command(main)
