@@ -64,7 +64,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        retired = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+        retired = partial.with_suffix(".old")
         if folder.exists():
             folder.rename(retired)
         partial.rename(folder)
@@ -137,11 +137,12 @@ def read_manifest(folder: str | Path, check_files: bool = True) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["schema_version"]
+        newer = version > SCHEMA_VERSION
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; {folder} is no artifact") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: damaged: {error}") from error
-    if version > SCHEMA_VERSION:
+        raise ArtifactError(f"{path}: damaged: {error!r}") from error
+    if newer:
         raise ArtifactError(
             f"{path}: schema version {version} is newer than this software reads "
             f"({SCHEMA_VERSION}); upgrade multitask-ray"

@@ -177,9 +177,13 @@ class SentenceEncoder(nn.Module):
     def lower(self, num_layers: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token states (B, L, H) after the lowest `num_layers` layers: input to `upper`."""
         self.num_passes += 1
-        model = _with_layers(self.transformer, layers(self.transformer)[:num_layers])
+        model = self.lower_part(num_layers)
         states: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return states
+
+    def lower_part(self, num_layers: int) -> nn.Module:
+        """What `lower` runs: the transformer, weights shared, without the layers above."""
+        return _with_layers(self.transformer, layers(self.transformer)[:num_layers])
 
     def upper(
         self, num_layers: int, states: Tensor, attention_mask: Tensor
@@ -298,7 +302,8 @@ def _with_layers(transformer: nn.Module, kept: nn.ModuleList) -> nn.Module:
         node._modules[name] = _shallow(node.get_submodule(name))
         node = node.get_submodule(name)
     node._modules[last] = kept
-    if kept[0] is not layers(transformer)[0] and "conv" in node._modules:
+    starts_at_bottom = len(kept) > 0 and kept[0] is layers(transformer)[0]
+    if not starts_at_bottom and "conv" in node._modules:
         node._modules["conv"] = None  # DeBERTa-v2 convolves after its first layer only
     return top
 

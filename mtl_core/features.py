@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,10 +42,13 @@ class FeatureCache:
 def cache_file(
     model: MultiTaskModel, split_key: str, depth: int, dtype: np.dtype[np.generic]
 ) -> Path:
-    """Where the states of these texts under these weights are, or will be."""
+    """Where the states of these texts under these weights are, or will be.
+
+    Layers above `depth` do not count: a run that goes on from a checkpoint finds its file again.
+    """
     digest = hashlib.sha256(f"{split_key} {depth} {dtype}".encode())
     digest.update(model.encoder.transformer.config.to_json_string().encode())
-    for name, tensor in model.encoder.transformer.state_dict().items():
+    for name, tensor in model.encoder.lower_part(depth).state_dict().items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
     return cache_root() / "features" / f"{digest.hexdigest()[:32]}.npy"
@@ -70,20 +74,24 @@ def build_cache(
     size = len(split.input_ids) * hidden * dtype.itemsize
     if size > shutil.disk_usage(path.parent).free * 0.9:
         raise OSError(f"{path.parent}: the feature cache needs {size / 2**30:.1f} GiB of disk")
-    partial = path.with_suffix(".partial.npy")
-    states = np.lib.format.open_memmap(partial, "w+", dtype, (len(split.input_ids), hidden))
+    # A name of its own: trials of a sweep may come to the same states at the same time.
+    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial.npy")
     done = 0
     encoder.eval()
-    for rows in evaluation_batches(split):
-        batch = collate(split, rows, pad_id(model), frozenset(), without_labels=True).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            output = encoder.lower(depth, batch.input_ids, batch.attention_mask)
-        flat = np.concatenate([np.arange(split.starts[r], split.starts[r + 1]) for r in rows])
-        states[flat] = output[batch.attention_mask.bool()].float().cpu().numpy()
-        done += len(flat)
-        yield done / max(len(split.input_ids), 1)
-    states.flush()
-    partial.rename(path)
+    try:
+        states = np.lib.format.open_memmap(partial, "w+", dtype, (len(split.input_ids), hidden))
+        for rows in evaluation_batches(split):
+            batch = collate(split, rows, pad_id(model), frozenset(), without_labels=True).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                output = encoder.lower(depth, batch.input_ids, batch.attention_mask)
+            flat = np.concatenate([np.arange(split.starts[r], split.starts[r + 1]) for r in rows])
+            states[flat] = output[batch.attention_mask.bool()].float().cpu().numpy()
+            done += len(flat)
+            yield done / max(len(split.input_ids), 1)
+        states.flush()
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def open_cache(path: Path, depth: int) -> FeatureCache | None:

@@ -1,4 +1,4 @@
-"""Training and evaluation; the only code that talks to torch.distributed.
+"""Training: what an optimiser step computes, and in what order steps come.
 
 `fit` is a generator of progress. Each optimiser step works on one global batch: every rank gets a
 share of its rows, each task's loss is divided by the number of its labels in the whole step, and
@@ -12,23 +12,22 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mtl_core import features, freezing, metrics, optim
+from mtl_core import features, freezing, optim
 from mtl_core.config import Experiment
-from mtl_core.data.batching import Rows, Schedule, collate, evaluation_batches, shard
-from mtl_core.data.encoding import EncodedSplit
+from mtl_core.data.batching import Rows, Schedule, collate, shard
 from mtl_core.data.prepare import Data
-from mtl_core.heads import MultilabelHead, TokenClassificationHead
+from mtl_core.evaluation import evaluate
 from mtl_core.model import Batch, MultiTaskModel
 from mtl_core.state import TrainState
+from mtl_core.world import World
 
 LOG_EVERY = 10
 """Optimiser steps between two progress events."""
@@ -36,26 +35,6 @@ LOG_EVERY = 10
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what to try."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the data-parallel ones."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
 
 @dataclass(frozen=True)
@@ -101,16 +80,12 @@ def fit(
         return
     run = _Run(state, data, experiment, world)
     yield from run.prepare_features()
-    while state.epoch < experiment.training.epochs and not run.out_of_patience():
+    while state.epoch < experiment.training.epochs:
+        if run.out_of_patience():
+            reason = f"no better score for {experiment.training.patience} epochs"
+            yield Event("stopped", {"epoch": state.epoch, "reason": reason})
+            break
         yield from run.epoch()
-    if run.out_of_patience():
-        yield Event(
-            "stopped",
-            {
-                "epoch": state.epoch,
-                "reason": f"no better score for {experiment.training.patience} epochs",
-            },
-        )
     state.restore_best()
 
 
@@ -163,11 +138,7 @@ class _Run:
         changed = freezing.apply_freezing(self.model, self.experiment.freeze, state.epoch)
         if changed or self.wrapped is self.model:
             self.wrapped = self._wrap()
-        batches = self.schedule.batches(state.epoch)
-        steps = [
-            batches[i : i + config.accumulation]
-            for i in range(0, len(batches), config.accumulation)
-        ]
+        steps = self._steps()
         log = _StepLog(self.tasks)
         for number in range(state.step_in_epoch, len(steps)):
             progress = (state.epoch + (number + 0.5) / len(steps)) / config.epochs
@@ -183,13 +154,25 @@ class _Run:
                 yield Event("checkpoint", {"step": state.step})
         yield from self._finish_epoch()
 
+    def _learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.model.parameters())
+
+    def _steps(self) -> list[list[Rows]]:
+        """The epoch's batches by optimiser step; none while nothing has been unfrozen yet."""
+        batches, size = (
+            self.schedule.batches(self.state.epoch),
+            self.experiment.training.accumulation,
+        )
+        starts = range(0, len(batches), size) if self._learns() else ()
+        return [batches[first : first + size] for first in starts]
+
     def _wrap(self) -> MultiTaskModel | DistributedDataParallel:
         """DDP over what learns now; anew whenever that changes."""
-        if self.world.size == 1:
+        if self.world.size == 1 or not self._learns():
             return self.model
         ids = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(
-            self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            self.model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
 
     def _step(self, batches: list[Rows], log: _StepLog) -> None:
@@ -226,7 +209,7 @@ class _Run:
             log.add_losses(sums, counts if last else None, tokens)
         norm = self._clip()
         if not math.isfinite(norm):
-            raise self._not_finite(sums)
+            raise self._not_finite(log.losses)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         log.seconds += time.perf_counter() - started
@@ -254,9 +237,10 @@ class _Run:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf))
 
-    def _not_finite(self, sums: Mapping[str, Tensor]) -> TrainingError:
+    def _not_finite(self, losses: Mapping[str, Tensor]) -> TrainingError:
         """All ranks come here together: the gradient that was not finite is the summed one."""
-        values = self.world.all_reduce(torch.stack([sums[t].detach().float() for t in self.tasks]))
+        sums = torch.stack([losses[task] for task in self.tasks])
+        values = self.world.all_reduce(sums.to(self.world.device))
         bad = [t for t, v in zip(self.tasks, values.tolist(), strict=True) if not math.isfinite(v)]
         what = f"the loss of task {bad[0]!r}" if bad else "the gradient"
         return TrainingError(
@@ -337,133 +321,3 @@ class _StepLog:
             if self.counts[task]
         }
         return losses, int(values[-1])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Counts of one split, over all ranks."""
-
-    kinds: dict[str, Any]
-    labels: dict[str, tuple[str, ...]]
-    counts: dict[str, metrics.Counts]
-    losses: dict[str, float]
-
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Task → metric → value; a task the split has no label of is left out."""
-        return {
-            task: metrics.scores(self.kinds[task], counts, self.labels[task])
-            for task, counts in self.counts.items()
-            if counts.any()
-        }
-
-    def score(self, metric: str) -> float:
-        """The value of `training.metric`."""
-        scores = self.scores()
-        if metric != "mean":
-            task, _, name = metric.partition("/")
-            values = scores.get(task, {})
-            return values.get(name or metrics.PRIMARY[self.kinds[task]], 0.0)
-        return metrics.mean_score(
-            {task: values[metrics.PRIMARY[self.kinds[task]]] for task, values in scores.items()}
-        )
-
-    def flat(self, split: str) -> dict[str, float]:
-        """`split/task/metric` → value, with the loss."""
-        row = {
-            f"{split}/{task}/{name}": value
-            for task, values in self.scores().items()
-            for name, value in values.items()
-        }
-        return row | {f"{split}/{task}/loss": value for task, value in self.losses.items()}
-
-
-@torch.no_grad()
-def evaluate(
-    model: MultiTaskModel,
-    split: EncodedSplit,
-    world: World | None = None,
-    bf16: bool = False,
-    cache: features.FeatureCache | None = None,
-    tasks: list[str] | None = None,
-) -> Evaluation:
-    """Score a split; each rank takes every n-th batch and the counts are summed.
-
-    Args:
-        model: on `world.device`; its modules' training modes are put back afterwards.
-        split: encoded with the model's labels.
-        world: this rank's place; one process when absent.
-        bf16: run the forward pass in bfloat16.
-        cache: states of the split's lower layers.
-        tasks: which to score; all that the split has when absent.
-    """
-    world = world or World()
-    tasks = tasks or [task for task in split.targets if task in model.heads]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    heads = {task: model.head(task) for task in tasks}
-    counts = {t: metrics.empty_counts(h.kind, len(h.labels)) for t, h in heads.items()}
-    loss = {task: [0.0, 0.0] for task in tasks}
-    token_tasks = frozenset(task for task, head in model.head_items if head.level == "token")
-    for index, rows in enumerate(evaluation_batches(split)):
-        if index % world.size != world.rank:
-            continue
-        batch = collate(split, rows, features.pad_id(model), token_tasks)
-        batch = cache.attach(batch, split, rows) if cache else batch
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-            logits = model.logits(batch.to(world.device))
-        for task, head in heads.items():
-            targets = batch.labelled[task].targets
-            total = head.loss_sum(logits[task].cpu(), targets) if len(targets) else 0.0
-            loss[task][0] += float(total)
-            loss[task][1] += len(targets)
-            _count(counts[task], task, head, logits[task].cpu().numpy(), split, rows, batch)
-    for module, mode in modes:
-        module.training = mode
-    reduced = _reduce(world, counts, loss)
-    return Evaluation(
-        {t: h.kind for t, h in heads.items()}, {t: h.labels for t, h in heads.items()}, *reduced
-    )
-
-
-def _count(
-    counts: metrics.Counts,
-    task: str,
-    head: Any,
-    logits: Any,
-    split: EncodedSplit,
-    rows: Rows,
-    batch: Batch,
-) -> None:
-    """Add one batch's predictions for one task."""
-    if not isinstance(head, TokenClassificationHead):
-        gold = batch.labelled[task].targets.numpy()
-        if isinstance(head, MultilabelHead):
-            chosen = head.scores(logits) >= head.config.threshold
-            metrics.count_multilabel(counts, gold, chosen)
-        else:
-            metrics.count_classes(counts, gold, logits.argmax(axis=-1))
-        return
-    first = 0
-    for row in rows[split.present[task][rows]]:
-        tokens = slice(split.starts[row], split.starts[row + 1])
-        real = split.targets[task][tokens] != -100
-        last = first + int(real.sum())
-        tags = np.zeros(len(real), dtype=np.int64)
-        tags[real] = head.decode(logits[first:last])
-        first = last
-        words = slice(split.word_starts[row], split.word_starts[row + 1])
-        predicted = metrics.word_tags(tags, split.word_tokens[words], len(head.labels))
-        gold = split.word_tags[task][words].astype(np.int64)
-        metrics.count_entities(counts, gold, predicted)
-
-
-def _reduce(
-    world: World, counts: dict[str, metrics.Counts], loss: dict[str, list[float]]
-) -> tuple[dict[str, metrics.Counts], dict[str, float]]:
-    """Sum over ranks: integers stay exact."""
-    for values in counts.values():
-        total = world.all_reduce(torch.from_numpy(values).to(world.device))
-        values[...] = total.cpu().numpy()
-    sums = torch.tensor(list(loss.values()), dtype=torch.float64, device=world.device)
-    pairs = zip(loss, world.all_reduce(sums).tolist(), strict=True)
-    return counts, {task: total / number for task, (total, number) in pairs if number}

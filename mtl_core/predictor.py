@@ -6,6 +6,8 @@ L tokens, T tags.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from mtl_core.model import MultiTaskModel
 
 Float = NDArray[np.float32]
 Offsets = list[tuple[int, int]]
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class Label(TypedDict):
@@ -64,11 +67,15 @@ class TextError(ValueError):
 
 @dataclass(frozen=True)
 class Tokenized:
-    """One text as one or more windows that fit the model; the last may start early to overlap."""
+    """One text as one or more overlapping windows that fit the model."""
 
     text: str
     windows: list[list[int]]
+    """Sub-word ids of each window, special tokens included."""
     offsets: list[Offsets]
+    """Characters [start, end) of each window's sub-words; empty for those that stand for none."""
+    numbers: list[list[int]]
+    """The sub-words' places in the whole text, by which windows overlap; -1 for special tokens."""
 
 
 class Predictor:
@@ -136,7 +143,7 @@ class Predictor:
             for task, head in heads.items():
                 if isinstance(head, TokenClassificationHead):
                     parts = [token_logits[task][text, w] for w in range(len(item.windows))]
-                    logits, offsets = stitch(parts, item.offsets)
+                    logits, offsets = stitch(parts, item)
                     results[text][task] = entity_predictions(head, logits, offsets, item.text)
         return [{task: row[task] for task in heads} for row in results]
 
@@ -151,29 +158,38 @@ class Predictor:
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise TextError(f"text {number + 1} is empty or only spaces")
+            if _LONE_SURROGATE.search(text):
+                raise TextError(f"text {number + 1} is no valid Unicode: it holds half a character")
         if not texts:
             return []
         limit = self.model.encoder.max_length
+        stride = min(limit // 4, max(limit - 8, 0))
         encoded = self.tokenizer(
             list(texts),
             truncation=True,
             max_length=limit,
             return_overflowing_tokens=True,
-            stride=min(limit // 4, max(limit - 8, 0)),
+            stride=stride,
             return_offsets_mapping=True,
+            return_special_tokens_mask=True,
             return_attention_mask=False,
             return_token_type_ids=False,
         )
-        items = [Tokenized(text, [], []) for text in texts]
+        items = [Tokenized(text, [], [], []) for text in texts]
+        advance = limit - self.tokenizer.num_special_tokens_to_add() - stride
         rows = zip(
             encoded["overflow_to_sample_mapping"],
             encoded["input_ids"],
             encoded["offset_mapping"],
+            encoded["special_tokens_mask"],
             strict=True,
         )
-        for source, ids, offsets in rows:
-            items[source].windows.append(ids)
-            items[source].offsets.append(token_offsets(texts[source], offsets))
+        for source, ids, offsets, special in rows:
+            item = items[source]
+            numbers = np.cumsum(1 - np.array(special)) - 1 + advance * len(item.windows)
+            item.windows.append(ids)
+            item.offsets.append(token_offsets(item.text, offsets))
+            item.numbers.append(np.where(special, -1, numbers).tolist())
         return items
 
     @torch.inference_mode()
@@ -211,32 +227,33 @@ def label_prediction(head: Head, logits: Float) -> Classification | Multilabel:
     probabilities = head.scores(logits)  # type: ignore[operator]
     scores = {name: round(float(p), 6) for name, p in zip(head.labels, probabilities, strict=True)}
     if isinstance(head, MultilabelHead):
-        chosen = [name for name, p in scores.items() if p >= head.config.threshold]
+        likely = probabilities >= head.config.threshold
+        chosen = [name for name, yes in zip(head.labels, likely, strict=True) if yes]
         return {"labels": chosen, "scores": scores}
-    best = head.labels[int(probabilities.argmax())]
+    best = head.labels[int(logits.argmax())]
     return {"label": best, "score": scores[best], "scores": scores}
 
 
-def stitch(parts: Sequence[Float], offsets: Sequence[Offsets]) -> tuple[Float, Offsets]:
+def stitch(parts: Sequence[Float], item: Tokenized) -> tuple[Float, Offsets]:
     """One sequence from overlapping windows: each sub-word from where it has most context.
 
     Args:
         parts: (L, T) logits of each window.
-        offsets: the windows' character ranges; sub-words that stand for no text are dropped.
+        item: the windows; sub-words that stand for no text are dropped.
 
     Returns:
-        (L', T) logits and the L' ranges, in the order of the text.
+        (L', T) logits and the L' character ranges, in the order of the text.
     """
-    best: dict[tuple[int, int], tuple[int, Float]] = {}
-    for logits, ranges in zip(parts, offsets, strict=True):
-        for position, place in enumerate(ranges):
-            context = min(position, len(ranges) - 1 - position)
-            if place[0] < place[1] and (place not in best or context > best[place][0]):
-                best[place] = (context, logits[position])
-    ordered = sorted(best)
-    width = parts[0].shape[1]
-    rows = [best[place][1] for place in ordered]
-    return (np.stack(rows) if rows else np.zeros((0, width), np.float32)), ordered
+    best: dict[int, tuple[int, int, int]] = {}
+    for window, (ranges, numbers) in enumerate(zip(item.offsets, item.numbers, strict=True)):
+        for place, ((start, end), number) in enumerate(zip(ranges, numbers, strict=True)):
+            context = min(place, len(ranges) - 1 - place)
+            if number >= 0 and start < end and (number not in best or context > best[number][0]):
+                best[number] = (context, window, place)
+    chosen = [best[number][1:] for number in sorted(best)]
+    rows = [parts[window][place] for window, place in chosen]
+    logits = np.stack(rows) if rows else np.zeros((0, parts[0].shape[1]), np.float32)
+    return logits, [item.offsets[window][place] for window, place in chosen]
 
 
 def entity_predictions(
@@ -246,23 +263,27 @@ def entity_predictions(
     tags = head.decode(logits)
     probabilities = head.scores(logits)
     num_types = len(head.labels)
-    found: list[Entity] = []
-    scores: list[float] = []
+    found: list[list[int]] = []
     for position, tag in enumerate(tags):
-        if tag == 0:
-            continue
-        start, end = offsets[position]
-        score = float(probabilities[position, tag])
-        if tag <= num_types:
-            found.append(
-                Entity(entity_group=head.labels[tag - 1], score=0.0, word="", start=start, end=end)
+        if 1 <= tag <= num_types:
+            found.append([])
+        if tag:
+            found[-1].append(position)
+    entities: list[Entity] = []
+    for positions in found:
+        start, end = offsets[positions[0]][0], offsets[positions[-1]][1]
+        while end < len(text) and unicodedata.combining(text[end]):
+            end += 1  # a mark that the tokenizer strips still belongs to its letter
+        entities.append(
+            Entity(
+                entity_group=head.labels[tags[positions[0]] - 1],
+                score=round(float(probabilities[positions, tags[positions]].mean()), 6),
+                word=text[start:end],
+                start=start,
+                end=end,
             )
-            scores = []
-        scores.append(score)
-        entity = found[-1]
-        entity["end"], entity["word"] = end, text[entity["start"] : end]
-        entity["score"] = round(sum(scores) / len(scores), 6)
-    return found
+        )
+    return entities
 
 
 def flatten(prediction: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import ray
 
 from mtl_core.config import ConfigError, ScaleConfig
 
-QUIET = {
-    # Ray Train's controller and workers log to their files; the driver shows its own progress.
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+LOCAL_SETTINGS = {
+    # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
+    "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -24,7 +24,7 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in QUIET.items():
+    for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     try:

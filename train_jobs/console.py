@@ -24,6 +24,13 @@ from mtl_core.predictor import TextError
 
 USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingError, TextError)
 INTERRUPTED = 130
+SCORE_COLUMNS = {
+    "accuracy": ("accuracy", "exact_match", "token_accuracy"),
+    "precision": ("precision",),
+    "recall": ("recall",),
+    "F1": ("macro_f1", "f1"),
+    "micro F1": ("micro_f1",),
+}
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -127,7 +134,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self.last_line = time.monotonic()
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     def _render(self) -> Group:
         epoch = float(self.state.get("epoch", 0.0))
@@ -145,15 +152,24 @@ class Progress:
 
 
 def score_table(title: str, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """Split → task → metric → value, as percentages; a row for each task and split."""
+    """Split → task → metric → value, as percentages; a row for each task and split.
+
+    Precision, recall and F1 are macro averages for labels and entity-level for entities, whose
+    accuracy is that of tokens.
+    """
     table = Table(title=title, title_justify="left")
-    for column in ("task", "split", "metric", "value"):
-        table.add_column(column, justify="right" if column == "value" else "left")
-    tasks = list(dict.fromkeys(task for split in scores.values() for task in split))
-    for task in tasks:
+    table.add_column("task")
+    table.add_column("split")
+    for name in SCORE_COLUMNS:
+        table.add_column(name, justify="right")
+    for task in dict.fromkeys(task for split in scores.values() for task in split):
         for split, values in scores.items():
-            for metric, value in values.get(task, {}).items():
-                table.add_row(task, split, metric, f"{100 * value:.2f}")
+            if task in values:
+                cells = (
+                    next((f"{100 * values[task][m]:.2f}" for m in ms if m in values[task]), "")
+                    for ms in SCORE_COLUMNS.values()
+                )
+                table.add_row(task, split, *cells)
         table.add_section()
     return table
 

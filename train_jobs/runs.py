@@ -40,25 +40,44 @@ class RunFolder:
     def artifact(self) -> str:
         return f"{self.path}/artifact"
 
-    def claim(self, experiment: Experiment, must_exist: bool = False) -> bool:
-        """Take the folder for this experiment; returns whether an earlier run is resumed.
+    def resumes(self, experiment: Experiment, must_exist: bool = False) -> bool:
+        """Whether there is an earlier run of this experiment to go on from, or to show.
+
+        A folder that holds neither checkpoint nor artifact has nothing to lose and is free.
 
         Raises:
-            ConfigError: it belongs to a run with another configuration, cannot be written, or is
-                not there although `must_exist`.
+            ConfigError: the folder belongs to a run with another configuration, cannot be read, or
+                holds no run although `must_exist`.
         """
         try:
-            earlier = self._read("experiment.yaml")
-            if earlier is not None:
-                self._check_same(yaml.safe_load(earlier), experiment)
-                return True
-            if must_exist:
-                raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
-            self.filesystem.makedirs(self.path, exist_ok=True)
-            self.write("experiment.yaml", dump_experiment(experiment))
+            earlier = self._read("experiment.yaml") if self._holds_weights() else None
         except OSError as error:
             raise ConfigError(f"output_dir: cannot use {self.path}: {error}") from error
-        return False
+        if earlier is not None:
+            self._check_same(yaml.safe_load(earlier), experiment)
+        elif must_exist:
+            raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
+        return earlier is not None
+
+    def claim(self, experiment: Experiment) -> None:
+        """Make the folder this experiment's.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        try:
+            self.filesystem.makedirs(self.path, exist_ok=True)
+            self.write("experiment.yaml", dump_experiment(experiment))
+            if not self._holds_weights():
+                self.write_history([])
+        except OSError as error:
+            raise ConfigError(f"output_dir: cannot use {self.path}: {error}") from error
+
+    def _holds_weights(self) -> bool:
+        if not self.filesystem.exists(self.path):
+            return False
+        names = [Path(path).name for path in self.filesystem.ls(self.path, detail=False)]
+        return any(name == "artifact" or name.startswith("checkpoint_2") for name in names)
 
     def _check_same(self, earlier: Any, experiment: Experiment) -> None:
         now = yaml.safe_load(dump_experiment(experiment))

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     experiment = load_experiment(options.config, options.set)
     folder = RunFolder(experiment)
-    resumed = folder.claim(experiment, must_exist=options.resume)
+    resumed = folder.resumes(experiment, must_exist=options.resume)
     if folder.is_finished:
         print(f"{folder.path} is finished; its scores:")
         show_result(folder)
@@ -97,6 +97,7 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
     started = time.monotonic()
     data = prepare(experiment)
     describe_data(data)
+    folder.claim(experiment)
     with ray_cluster():
         log = ProgressLog.remote()  # type: ignore[attr-defined]
         trainer = build_trainer(experiment, folder, data, log)
@@ -181,10 +182,10 @@ class _Follower:
         if event == "start":
             # What came after the checkpoint that workers go on from will come again.
             self.history = history_until(self.history, row["step"])
-        elif event == "failed":
+        if event == "failed":
             self.failure = row["message"]
-        else:
-            self.history.append({"event": event, **row})
+        self.history.append({"event": event, **row})
+        if event in ("step", "validation"):
             self.board.add(row)
 
 

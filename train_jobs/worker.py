@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from mtl_core.artifact import save_weights
 from mtl_core.config import Experiment, parse_experiment
 from mtl_core.data.prepare import Data, reopen
+from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.freezing import apply_freezing
-from mtl_core.loop import Evaluation, TrainingError, World, evaluate, fit
+from mtl_core.loop import TrainingError, fit
 from mtl_core.model import MultiTaskModel, build_model
 from mtl_core.state import TrainState
+from mtl_core.world import World
 
 RESULT = "result.json"
 
@@ -51,6 +54,7 @@ def train_worker(config: dict[str, Any]) -> None:
                 "step": state.step,
                 "workers": world.size,
                 "device": str(world.device),
+                "pid": os.getpid(),
                 "epoch": state.epoch,
             },
         )

@@ -81,7 +81,7 @@ class Schedule:
         buckets of some batches, so that batches stay random and change from epoch to epoch.
         """
         total = sum(int(self.cost[part].sum()) for part in parts)
-        num_batches = max(1, -(-total // self.budget))
+        num_batches = max(1, min(-(-total // self.budget), max(len(part) for part in parts)))
         num_buckets = max(1, round(num_batches / BATCHES_PER_BUCKET))
         sizes = np.diff(np.linspace(0, num_batches, num_buckets + 1).astype(int))
         parts = [p if len(p) >= num_batches else _cycle(p, num_batches, random) for p in parts]

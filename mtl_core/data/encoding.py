@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class EncodedSplit:
         """(num_outputs,) how often each label or tag is true."""
         target = self.targets[task]
         if target.ndim == 2:
-            return target[self.present[task]].sum(axis=0, dtype=np.int64)
+            sums: NDArray[np.int64] = target[self.present[task]].sum(axis=0, dtype=np.int64)
+            return sums
         return np.bincount(target[target != IGNORE], minlength=num_outputs)
 
 
@@ -87,22 +89,24 @@ def resolve_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig]) -> dict[str,
         if not in_train:
             raise DataError(f"task {task!r} has no label in train: check its column in `data`")
         labels[task] = config.labels or corpus.labels.get(task) or tuple(sorted(in_train))
-        known = set(labels[task])
-        for split, examples in corpus.splits.items():
-            unknown = sorted(_names(task, examples) - known)
-            if unknown:
-                where = next(e.text for e in examples if set(_names(task, [e])) & set(unknown))
-                fix = (
-                    f"add it to tasks.{task}.labels"
-                    if config.labels
-                    else f"mend the row, or list all labels in tasks.{task}.labels"
-                )
-                raise DataError(
-                    f"{split}: label {unknown[0]!r} of task {task!r} "
-                    f"{'is not configured' if config.labels else 'never occurs in train'} "
-                    f"(in {where[:60]!r}); {fix}"
-                )
+    check_labels(corpus, tasks, labels)
     return labels
+
+
+def check_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig], labels: Labels) -> None:
+    """Raise DataError for the first label in a corpus that is not among its task's."""
+    for split, examples in corpus.splits.items():
+        for task, config in tasks.items():
+            unknown = sorted(_names(task, examples) - set(labels[task]))
+            if unknown:
+                where = next(e.text for e in examples if unknown[0] in _names(task, [e]))
+                what, fix = "never occurs in train", f"list all labels in tasks.{task}.labels"
+                if config.labels:
+                    what, fix = "is not a known one", f"known are {', '.join(labels[task][:20])}"
+                raise DataError(
+                    f"{split}: label {unknown[0]!r} of task {task!r} {what} "
+                    f"(in {where[:60]!r}); mend the row, or: {fix}"
+                )
 
 
 def _names(task: str, examples: Iterable[Example]) -> set[str]:
@@ -140,20 +144,40 @@ def encode_split(
         for row, example in enumerate(chunk):
             offsets = token_offsets(example.text, encoded["offset_mapping"][row])
             builder.add(example, encoded["input_ids"][row], offsets)
+            builder.num_truncated += bool(encoded.encodings[row].overflowing)
     return builder.build()
 
 
 def token_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Character range of each sub-word without the spaces that some tokenizers count in.
+    """The characters each sub-word stands for: ranges in order that never overlap.
 
-    Special tokens, and pieces that are nothing but space, come out empty (start == end).
+    Spaces that some tokenizers count in are left out. A character that is cut into pieces (the
+    bytes of an emoji) belongs to the first of them; accents and joiners that a tokenizer drops
+    belong to the piece they follow. Special tokens, and pieces to which no character is left,
+    come out empty (start == end).
     """
-    trimmed = []
+    ranges, used = [], 0
     for start, end in offsets:
+        start = max(start, used)
         while start < end and text[start].isspace():
             start += 1
-        trimmed.append((start, end))
-    return trimmed
+        end = max(start, end)
+        ranges.append((start, end))
+        used = end if start < end else used
+    following = len(text)
+    for place in range(len(ranges) - 1, -1, -1):
+        start, end = ranges[place]
+        if start < end:
+            while end < following and _is_mark(text[end]):
+                end += 1
+            ranges[place] = (start, end)
+            following = start
+    return ranges
+
+
+def _is_mark(character: str) -> bool:
+    """Whether a character only modifies the one before it: a combining, format or control one."""
+    return unicodedata.category(character) in ("Mn", "Me", "Cf", "Cc") and not character.isspace()
 
 
 class _Builder:
@@ -179,8 +203,6 @@ class _Builder:
     def add(self, example: Example, ids: Sequence[int], offsets: list[tuple[int, int]]) -> None:
         self.input_ids.extend(ids)
         self.starts.append(len(self.input_ids))
-        last = max((end for _, end in offsets), default=0)
-        self.num_truncated += last < len(example.text.rstrip())
         if self.word_tags:
             self.word_tokens.extend(_first_tokens(example.words, offsets))
             self.word_starts.append(len(self.word_tokens))
@@ -294,10 +316,10 @@ def encode_cached(
     key = content_key(examples, tasks, labels, tokenizer, max_length)
     cached = load_split(key)
     if cached is None:
-        save_split(key, encode_split(examples, tasks, labels, tokenizer, max_length))
+        encoded = encode_split(examples, tasks, labels, tokenizer, max_length)
+        save_split(key, encoded)
         cached = load_split(key)
-        assert cached is not None
-    return key, cached
+    return key, encoded if cached is None else cached
 
 
 def save_split(key: str, split: EncodedSplit) -> None:

@@ -45,7 +45,8 @@ def prepare(experiment: Experiment) -> Data:
 
 def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
     """Tokenise every split of a corpus that has rows, with labels already settled."""
-    tokenizer = load_tokenizer(encoder_source(experiment))
+    revision = experiment.encoder.revision if experiment.init_from is None else None
+    tokenizer = load_tokenizer(encoder_source(experiment), revision)
     keys, splits = {}, {}
     for name, examples in corpus.splits.items():
         if examples:

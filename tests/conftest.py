@@ -1,0 +1,204 @@
+"""What tests share: a quiet environment, tiny encoders of five architectures, the default one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read by libraries when they are imported, so set before any test module is.
+os.environ.update(RAY_AUTH_MODE="disabled", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+_SESSION_CACHE = tempfile.TemporaryDirectory(prefix="mtl-cache-")
+os.environ["MTL_CACHE"] = _SESSION_CACHE.name
+
+HIDDEN_SIZE = 32
+NUM_LAYERS = 3
+POSITIONS = 130
+SENTENCES = (
+    "Maria Lopez waited two hours in Berlin and the food was cold.",
+    "The staff at the Grand Hotel in Lisbon were wonderful!",
+    "Acme Corp shipped a phone that broke within a week; nobody answered.",
+    "book a table for 7 people at a café near the station tomorrow",
+    "play the newest song by Zoë on my Friday-night playlist, please",
+    "what's the weather in São Paulo next week?",
+    "東京 は とても 楽しい 町 です 日本語",
+    "Привет мир, это очень хороший фильм",
+    "naïve résumé coöperate Ångström cafe\u0301 🙂 👍🏽 🚀",
+)
+SIZES: dict[str, Any] = {
+    "hidden_size": HIDDEN_SIZE,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache() -> Iterator[None]:
+    yield
+    _SESSION_CACHE.cleanup()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_progress_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name → folder of a random three-layer model (dropout 0.1) with a tokenizer of its kind."""
+    makers: dict[str, Callable[[], tuple[Any, Any]]] = {
+        "bert": _bert,
+        "distilbert": _distilbert,
+        "roberta": _roberta,
+        "deberta-v2": _deberta,
+        "mpnet": _mpnet,
+    }
+    root = tmp_path_factory.mktemp("encoders")
+    return {name: _write(root / name, *make()) for name, make in makers.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_deberta_conv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeBERTa-v2 with the convolution that its large checkpoints have behind the first layer."""
+    return _write(tmp_path_factory.mktemp("encoders") / "conv", *_deberta(conv_kernel_size=3))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The default model, which comes with the project's dependencies."""
+    return "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.fixture(scope="session")
+def mtl_data() -> Path:
+    """The folder of public benchmark data."""
+    if not os.environ.get("MTL_DATA"):
+        pytest.skip("MTL_DATA is not set")
+    return Path(os.environ["MTL_DATA"])
+
+
+def _write(folder: Path, tokenizer: Any, config: Any) -> Path:
+    """Save a random model; biases and norms are random too, so that none can be lost unnoticed."""
+    import torch
+    from transformers import AutoModel
+
+    state = torch.get_rng_state()
+    torch.manual_seed(len(folder.name))
+    model = AutoModel.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    torch.set_rng_state(state)
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _trained(like: Any, model: Any, trainer: Any) -> dict[str, Any]:
+    """A tokenizer model fitted to SENTENCES, normalised and split as `like` does: its JSON."""
+    from tokenizers import Tokenizer
+
+    scratch = Tokenizer(model)
+    if like.backend_tokenizer.normalizer is not None:
+        scratch.normalizer = like.backend_tokenizer.normalizer
+    scratch.pre_tokenizer = like.backend_tokenizer.pre_tokenizer
+    scratch.train_from_iterator(SENTENCES, trainer)
+    fitted: dict[str, Any] = json.loads(scratch.to_str())["model"]
+    return fitted
+
+
+def _wordpiece(specials: list[str], like: Any) -> dict[str, int]:
+    from tokenizers.models import WordPiece
+    from tokenizers.trainers import WordPieceTrainer
+
+    trainer = WordPieceTrainer(vocab_size=320, special_tokens=specials, show_progress=False)
+    vocab: dict[str, int] = _trained(like, WordPiece(unk_token="[UNK]"), trainer)["vocab"]
+    return vocab
+
+
+def _bert() -> tuple[Any, Any]:
+    from transformers import BertConfig, BertTokenizerFast
+
+    vocab = _wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], BertTokenizerFast())
+    config = BertConfig(vocab_size=len(vocab), max_position_embeddings=POSITIONS, **SIZES)
+    return BertTokenizerFast(vocab=vocab), config
+
+
+def _distilbert() -> tuple[Any, Any]:
+    from transformers import DistilBertConfig, DistilBertTokenizerFast
+
+    vocab = _wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], DistilBertTokenizerFast())
+    config = DistilBertConfig(
+        vocab_size=len(vocab),
+        dim=HIDDEN_SIZE,
+        n_layers=NUM_LAYERS,
+        n_heads=2,
+        hidden_dim=48,
+        max_position_embeddings=POSITIONS,
+    )
+    return DistilBertTokenizerFast(vocab=vocab), config
+
+
+def _roberta() -> tuple[Any, Any]:
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import RobertaConfig, RobertaTokenizerFast
+
+    trainer = BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fitted = _trained(RobertaTokenizerFast(), BPE(), trainer)
+    vocab, merges = fitted["vocab"], [tuple(pair) for pair in fitted["merges"]]
+    config = RobertaConfig(vocab_size=len(vocab), max_position_embeddings=POSITIONS, **SIZES)
+    return RobertaTokenizerFast(vocab=vocab, merges=merges), config
+
+
+def _deberta(conv_kernel_size: int = 0) -> tuple[Any, Any]:
+    from tokenizers.models import Unigram
+    from tokenizers.trainers import UnigramTrainer
+    from transformers import DebertaV2Config, DebertaV2TokenizerFast
+
+    trainer = UnigramTrainer(
+        vocab_size=260,
+        special_tokens=["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"],
+        unk_token="[UNK]",
+        show_progress=False,
+    )
+    fitted = _trained(DebertaV2TokenizerFast(), Unigram(), trainer)
+    vocab = [(piece, score) for piece, score in fitted["vocab"]]
+    config = DebertaV2Config(
+        vocab_size=len(vocab),
+        max_position_embeddings=POSITIONS,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["c2p", "p2c"],
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        conv_kernel_size=conv_kernel_size,
+        conv_act="gelu",
+        type_vocab_size=0,
+        **SIZES,
+    )
+    return DebertaV2TokenizerFast(vocab=vocab, unk_id=3), config
+
+
+def _mpnet() -> tuple[Any, Any]:
+    from transformers import MPNetConfig, MPNetTokenizerFast
+
+    vocab = _wordpiece(["<s>", "<pad>", "</s>", "[UNK]", "<mask>"], MPNetTokenizerFast())
+    config = MPNetConfig(vocab_size=len(vocab), max_position_embeddings=POSITIONS, **SIZES)
+    return MPNetTokenizerFast(vocab=vocab), config

@@ -1,0 +1,158 @@
+"""A corpus of three tasks that a tiny encoder can learn, and training on it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl_core.artifact import (
+    SCHEMA_VERSION,
+    Manifest,
+    describe_encoder,
+    library_versions,
+    save_weights,
+    write_manifest,
+)
+from mtl_core.config import Experiment, dump_experiment
+from mtl_core.data.examples import Corpus, Example, Span
+from mtl_core.data.prepare import Data, encode
+from mtl_core.loop import Event, fit
+from mtl_core.model import MultiTaskModel, build_model
+from mtl_core.state import TrainState
+from mtl_core.world import World
+
+LABELS = {
+    "topic": ("food", "phone", "music"),
+    "mood": ("good", "bad", "late"),
+    "entities": ("person", "place"),
+}
+TOPICS = {
+    "food": "the food at the table",
+    "phone": "a new phone",
+    "music": "the song on a playlist",
+}
+MOODS = {"good": "wonderful", "bad": "cold", "late": "in two hours"}
+PERSONS = ("Maria Lopez", "Zoë", "Maria Zoë Lopez")
+PLACES = ("Berlin", "Lisbon", "São Paulo", "Grand Hotel")
+
+
+def example(number: int, tasks: set[str]) -> Example:
+    """A made-up sentence that carries labels of these tasks."""
+    draw = random.Random(number)
+    topic = draw.choice(list(TOPICS))
+    moods = tuple(mood for mood in MOODS if draw.random() < 0.5)
+    pieces = [("person", draw.choice(PERSONS)), ("", "had"), ("", TOPICS[topic]), ("", "in")]
+    pieces += [("place", draw.choice(PLACES)), *(("", MOODS[mood]) for mood in moods)]
+    text, words, spans = "", [], []
+    for kind, piece in pieces:
+        if kind:
+            spans.append(Span(len(text), len(text) + len(piece), kind))
+        for word in piece.split():
+            words.append((len(text), len(text) + len(word)))
+            text += word + " "
+    targets = {"topic": topic, "mood": moods, "entities": tuple(spans)}
+    return Example(text.rstrip(), {t: targets[t] for t in targets if t in tasks}, tuple(words))
+
+
+def examples(first: int, count: int, everything: bool = False) -> list[Example]:
+    """Sentences, most with labels of some tasks only; the last task is the rarest."""
+    some = [{"topic", "mood", "entities"}, {"topic"}, {"topic", "mood"}, {"topic"}, {"entities"}]
+    return [example(i, some[0] if everything else some[i % 5]) for i in range(first, first + count)]
+
+
+def experiment(encoder: Path | str, **changes: Any) -> Experiment:
+    """No dropout, fp32 and no clipping, unless `section={field: value}` says otherwise."""
+    kinds = {"topic": "classification", "mood": "multilabel", "entities": "token_classification"}
+    settings: dict[str, Any] = {
+        "name": "small",
+        "tasks": {task: {"kind": kind, "dropout": 0.0} for task, kind in kinds.items()},
+        "data": [{"path": "none.jsonl", "columns": {"text": "text"} | {t: t for t in kinds}}],
+        "seed": 7,
+    }
+    sections: dict[str, dict[str, Any]] = {
+        "encoder": {"model": str(encoder), "max_length": 48, "dropout": 0.0},
+        "optim": {"learning_rate": 2e-4, "max_grad_norm": None},
+        "training": {"epochs": 4, "batch_size": 4, "precision": "fp32"},
+    }
+    for name, change in changes.items():
+        if name == "tasks":
+            for task in kinds:
+                settings["tasks"][task].update(change)
+        elif isinstance(change, Mapping):
+            sections[name] = {**sections.get(name, {}), **change}
+        else:
+            settings[name] = change
+    return Experiment.model_validate(settings | sections)
+
+
+def data(
+    config: Experiment, train: int = 40, validation: int = 30, everything: bool = False
+) -> Data:
+    """The corpus as the experiment's encoder sees it."""
+    splits = {
+        "train": examples(0, train, everything),
+        "validation": examples(10_000, validation, everything),
+    }
+    return encode(Corpus(splits, {}, {}), config, LABELS)
+
+
+def begin(config: Experiment, encoded: Data) -> TrainState:
+    """A model that has learned nothing yet."""
+    model = build_model(config, encoded.labels)
+    for task in config.tasks:
+        head = model.head(task)
+        head.set_label_counts(encoded.splits["train"].output_counts(task, head.num_outputs))
+    return TrainState(model, config)
+
+
+def train(
+    config: Experiment, encoded: Data, world: World | None = None
+) -> tuple[TrainState, list[Event]]:
+    """A whole run and what it told."""
+    state = begin(config, encoded)
+    return state, list(fit(state, encoded, config, world))
+
+
+def first_gradients(state: TrainState) -> dict[str, Tensor]:
+    """A dict that fills with the gradients that the first optimiser step to come sees."""
+    seen: dict[str, Tensor] = {}
+
+    def look(*_: Any) -> None:
+        if not seen:
+            gradients = {n: p.grad for n, p in state.model.named_parameters()}
+            seen.update({n: g.clone() for n, g in gradients.items() if g is not None})
+
+    assert state.optimizer is not None
+    state.optimizer.register_step_pre_hook(look)
+    return seen
+
+
+def weights(model: MultiTaskModel) -> dict[str, Tensor]:
+    """A copy of every parameter."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that are not bit-identical."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def write_artifact(model: MultiTaskModel, config: Experiment, folder: Path) -> Path:
+    """The artifact of a model without any scores."""
+    folder.mkdir(parents=True)
+    save_weights(model, folder)
+    (folder / "experiment.yaml").write_text(dump_experiment(config), encoding="utf-8")
+    tasks = {
+        task: {"kind": head.kind, "labels": list(head.labels), "metrics": {}}
+        for task, head in model.head_items
+    }
+    encoder = describe_encoder(folder, config.encoder.model)
+    manifest = Manifest(SCHEMA_VERSION, config.name, tasks, encoder, {}, library_versions(), {})
+    write_manifest(folder, manifest)
+    return folder

@@ -1,0 +1,137 @@
+"""Several processes compute what one process computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtl_core.config import Experiment
+from mtl_core.data.batching import Schedule, shard
+from mtl_core.data.prepare import Data
+from tests.ranks import SIZES, STEPS, Jobs, evaluate_in_small_batches, plain, run_ranks, steps
+from tests.small_runs import begin, data, experiment, first_gradients, weights
+
+pytestmark = pytest.mark.slow
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {
+        "training": {"batch_size": 4, "accumulation": 2},
+        "tasks": {"class_weights": "balanced", "label_smoothing": 0.1},
+    },
+    "uncertainty": {
+        "training": {"batch_size": 4, "accumulation": 2},
+        "weighting": {"strategy": "uncertainty"},
+    },
+    "fewer texts than processes": {"training": {"batch_size": 2}},
+    "joint": {"mixing": {"strategy": "joint"}, "optim": {"max_grad_norm": 0.5}},
+    "unfreezing": {"training": {"batch_size": 8, "epochs": 5}, "freeze": {"unfreeze_every": 1}},
+    "frozen": {"freeze": {"encoder": True}},
+}
+WITHOUT_EFFECT = ".key.bias"
+"""Softmax undoes a bias of the keys: its gradient is rounding, which AdamW turns into steps."""
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_encoders: dict[str, Path]) -> dict[str, tuple[Experiment, Data]]:
+    configs = {name: experiment(tiny_encoders["bert"], **RUNS[name]) for name in RUNS}
+    return {name: (config, data(config)) for name, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(
+    runs: dict[str, tuple[Experiment, Data]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Where all ranks have left their results."""
+    path = tmp_path_factory.mktemp("ranks")
+    run_ranks(Jobs(path, runs))
+    return path
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_any_number_of_processes_gives_the_gradients_and_weights_of_one(
+    name: str, runs: dict[str, tuple[Experiment, Data]], folder: Path
+) -> None:
+    config, encoded = runs[name]
+    state = begin(config, encoded)
+    gradients = first_gradients(state)
+    rows = steps(state, encoded, config)
+    for size in SIZES:
+        for rank in range(size):
+            path = folder / f"{size}.{name}.{rank}"
+            theirs = load_file(f"{path}.gradients")
+            assert theirs.keys() == gradients.keys()
+            for parameter, gradient in gradients.items():
+                torch.testing.assert_close(theirs[parameter], gradient, rtol=1e-5, atol=1e-6)
+            theirs = load_file(f"{path}.weights")
+            for parameter, weight in weights(state.model).items():
+                if not parameter.endswith(WITHOUT_EFFECT):
+                    torch.testing.assert_close(theirs[parameter], weight, rtol=0, atol=1e-6)
+            told = json.loads(Path(f"{path}.told").read_text())
+            assert told["wrapped"] == (4 if name == "unfreezing" else 1)
+            assert_same_story(told["rows"], rows)
+
+
+def assert_same_story(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
+    assert len(theirs) == len(ours)
+    for left, right in zip(theirs, ours, strict=True):
+        assert left.keys() == right.keys()
+        for key in left.keys() - {"tokens_per_second"}:
+            number = isinstance(left[key], float)
+            assert left[key] == (pytest.approx(right[key], rel=1e-4) if number else right[key])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_runs_deal_tasks_and_texts_out_unevenly(
+    size: int, runs: dict[str, tuple[Experiment, Data]]
+) -> None:
+    config, encoded = runs["accumulated"]
+    split = encoded.splits["train"]
+    counts = {task: split.label_counts(task) for task in config.tasks}
+    batches = Schedule(split, config.mixing, config.training.batch_size, None, config.seed)
+    uneven, absent = 0, 0
+    for rows in batches.batches(0):
+        parts = [shard(rows, split.lengths, rank, size) for rank in range(size)]
+        for task in config.tasks:
+            shares = [counts[task][part].sum() for part in parts]
+            uneven += len(set(shares)) > 1
+            absent += min(shares) == 0 < max(shares)
+    assert uneven >= 5
+    assert absent >= 5
+    small, encoded = runs["fewer texts than processes"]
+    assert small.training.batch_size < max(SIZES)
+
+
+def test_every_rank_is_told_the_same(
+    runs: dict[str, tuple[Experiment, Data]], folder: Path
+) -> None:
+    rows = [json.loads((folder / f"3.plain.{rank}.told").read_text())["rows"] for rank in range(3)]
+    assert_same_story(rows[1], rows[0])
+    assert_same_story(rows[2], rows[0])
+    assert rows[0][-1]["step"] == STEPS
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_evaluation_in_shards_counts_exactly_what_one_process_counts(
+    size: int, runs: dict[str, tuple[Experiment, Data]], folder: Path
+) -> None:
+    config, encoded = runs["plain"]
+    whole = plain(evaluate_in_small_batches(begin(config, encoded), encoded))
+    assert all(whole["scores"][task] for task in config.tasks)
+    for rank in range(size):
+        theirs = json.loads((folder / f"{size}.{rank}.evaluation").read_text())
+        assert theirs["counts"] == whole["counts"]
+        assert theirs["scores"] == whole["scores"]
+        assert theirs["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them(size: int, folder: Path) -> None:
+    for rank in range(size):
+        message = (folder / f"{size}.{rank}.failure").read_text()
+        assert message.startswith("the loss of task 'topic' is not finite at step 11 (epoch 2)")

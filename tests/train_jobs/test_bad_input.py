@@ -1,0 +1,146 @@
+"""What each mistake gets: a message that names place and fix, exit code 1, no traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtl_core.config import parse_experiment
+from mtl_core.data.prepare import prepare
+from mtl_core.model import build_model
+from tests.commands import run, write_config
+from train_jobs import evaluate, predict, similarity, train
+from train_jobs.console import run_command
+
+
+def attempt(capsys: pytest.CaptureFixture[str], main: Any, *arguments: str) -> str:
+    """Run a command in this process, demand that it fails cleanly, and return its message."""
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: main(list(arguments)))
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
+
+
+def test_help_names_every_option_and_an_example() -> None:
+    for command, words in {
+        "train": ("--config", "--set", "--resume", "examples"),
+        "predict": ("--text", "--input", "--output", "examples"),
+        "evaluate": ("--split", "--data", "example"),
+        "similarity": ("--text", "--output", "example"),
+    }.items():
+        shown = run(command, "--help").stdout
+        assert all(word in shown for word in words), command
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("training.epoch=5", ["training.epoch: unknown key", "epochs"]),
+        ("training.epochs=0", ["training.epochs", "greater than 0", "0"]),
+        ("optim.learning_rate=-1", ["optim.learning_rate", "-1"]),
+        ("freeze.heads=[sentimnt]", ["freeze.heads", "did you mean 'sentiment'"]),
+        ("training.metric=intent/f1", ["training.metric", "unknown task 'intent'"]),
+        ("tasks.topic.kind=classification", ["tasks.topic has no labels"]),
+        ("scale.workers=[4, 1]", ["scale.workers", "min <= max"]),
+        ("data.0.path=x.jsonl", ["exactly one of path, hub or demo"]),
+        ("name=../escape", ["name", "pattern"]),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_its_key(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    experiment: dict[str, Any],
+    change: str,
+    words: list[str],
+) -> None:
+    config = write_config(tmp_path, experiment)
+    message = attempt(capsys, train.main, "--config", str(config), "--set", change)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "runs").exists()
+
+
+def with_rows(experiment: dict[str, Any], folder: Path, *rows: dict[str, Any]) -> dict[str, Any]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(path), "columns": {"text": "text", "mood": "mood"}}
+    return {**experiment, "tasks": {"mood": {"kind": "classification"}}, "data": [source]}
+
+
+def test_mistakes_in_data_stop_the_run_before_ray_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    good = {"text": "fine", "mood": "good"}
+    bad = with_rows(experiment, tmp_path, good, {"text": "  ", "mood": "bad"})
+    message = attempt(capsys, train.main, "--config", str(write_config(tmp_path, bad)))
+    assert "rows.jsonl:2" in message
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine", "mood": "good"}\n{"text": \n')
+    message = attempt(capsys, train.main, "--config", str(write_config(tmp_path, bad)))
+    assert "rows.jsonl:2" in message
+
+
+def test_skipped_rows_are_counted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    rows = [{"text": f"row {i}", "mood": "ab"[i % 2]} for i in range(20)]
+    raw = with_rows(experiment, tmp_path, *rows, {"text": " ", "mood": "a"})
+    raw["data"][0]["on_bad_row"] = "skip"
+    data = prepare(parse_experiment(raw))
+    assert sum(data.skipped.values()) == 1
+    train.describe_data(data)
+    assert "1 unreadable row(s) skipped" in capsys.readouterr().out
+
+
+def test_a_text_of_a_hundred_thousand_characters_is_cut_and_counted(
+    tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    rows = [{"text": f"row {i}", "mood": "ab"[i % 2]} for i in range(20)]
+    raw = with_rows(experiment, tmp_path, {"text": "word " * 20_000, "mood": "a"}, *rows)
+    splits = prepare(parse_experiment(raw)).splits
+    assert sum(split.num_truncated for split in splits.values()) == 1
+    assert max(split.lengths.max() for split in splits.values()) == 48
+
+
+def test_an_unreachable_hub_says_what_to_do_without_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    for changes in (
+        {"encoder": {"model": "nobody/no-such-model"}},
+        {
+            "tasks": {"a": {"kind": "classification"}},
+            "data": [{"hub": "nobody/none", "columns": {"text": "t", "a": "l"}}],
+        },
+    ):
+        config = write_config(tmp_path, {**experiment, **changes})
+        message = attempt(capsys, train.main, "--config", str(config))
+        assert "HF_HOME" in message
+
+
+def test_resume_insists_on_a_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    config = str(write_config(tmp_path, experiment))
+    assert "holds no run" in attempt(capsys, train.main, "--config", config, "--resume")
+
+
+def test_what_is_no_artifact_is_refused_by_every_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for main, more in (
+        (predict.main, ["--text", "a"]),
+        (evaluate.main, []),
+        (similarity.main, ["--text", "a", "b"]),
+    ):
+        message = attempt(capsys, main, "--artifact", str(tmp_path), *more)
+        assert "manifest.json: missing" in message
+
+
+def test_an_encoder_head_mismatch_is_refused(tmp_path: Path, experiment: dict[str, Any]) -> None:
+    raw = {**experiment, "encoder": {**experiment["encoder"], "max_length": 5000}}
+    with pytest.raises(ValueError, match=r"encoder\.max_length: 5000 is more than"):
+        build_model(parse_experiment(raw), {"sentiment": ("a", "b"), "entities": ("x",)})

@@ -1,0 +1,192 @@
+"""Prediction for sentences and for files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mtl_core.predictor import Predictor
+from tests.commands import run
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def artifact(finished: Path) -> Path:
+    return finished / "runs/small/artifact"
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_sentences_are_answered_on_the_terminal_and_as_json(artifact: Path) -> None:
+    text = "Maria waited in Berlin."
+    shown = run("predict", "--artifact", str(artifact), "--text", text)
+    assert shown.returncode == 0, shown.stderr
+    assert text in shown.stdout
+    assert "sentiment" in shown.stdout
+    as_json = run("predict", "--artifact", str(artifact), "--text", text, "--json")
+    expected = Predictor.load(artifact).predict([text])[0]
+    assert json.loads(as_json.stdout)["sentiment"]["label"] == expected["sentiment"]["label"]
+
+
+def test_a_file_keeps_columns_and_order_and_equals_the_predictor(
+    artifact: Path, tmp_path: Path, ray_address: str
+) -> None:
+    rows = [{"id": i, "text": f"{'word ' * (i % 9)}Lisbon {i}", "extra": [i]} for i in range(2500)]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(
+        "predict",
+        "--artifact",
+        str(artifact),
+        "--input",
+        str(source),
+        "--output",
+        str(target),
+        address=ray_address,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2500 row(s) written" in done.stdout
+    table = pq.read_table(target).to_pylist()
+    assert [{k: row[k] for k in ("id", "text", "extra")} for row in table] == rows
+    expected = Predictor.load(artifact).predict([row["text"] for row in rows])
+    assert [row["predicted_sentiment"] for row in table] == [
+        e["sentiment"]["label"] for e in expected
+    ]
+    for row, answer in zip(table, expected, strict=True):
+        got = [(e["start"], e["end"], e["entity_group"]) for e in row["predicted_entities"]]
+        assert got == [(e["start"], e["end"], e["entity_group"]) for e in answer["entities"]]
+    assert not list(tmp_path.glob("*.bad.jsonl"))
+    again = run(
+        "predict",
+        "--artifact",
+        str(artifact),
+        "--input",
+        str(source),
+        "--output",
+        str(target),
+        address=ray_address,
+    )
+    assert again.returncode == 1
+    assert "exists" in again.stderr
+    assert "--overwrite" in again.stderr
+
+
+def test_bad_rows_are_named_in_a_side_file_and_the_others_answered(
+    artifact: Path, tmp_path: Path, ray_address: str
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(
+        b'{"text": "fine"}\n{"text": "bro\n\n{"text": "   "}\n{"text": 5}\n["no object"]\n'
+        b'{"other": 1}\n{"text": "\xff\xfe"}\n{"text": "also fine \xf0\x9f\x99\x82"}\n'
+    )
+    done = run(
+        "predict",
+        "--artifact",
+        str(artifact),
+        "--input",
+        str(source),
+        "--output",
+        str(target),
+        address=ray_address,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 row(s) written" in done.stdout
+    assert "6 bad row(s)" in done.stdout
+    assert [row["text"] for row in jsonl(target)] == ["fine", "also fine 🙂"]
+    bad = {row["line"]: row["error"] for row in jsonl(tmp_path / "out.jsonl.bad.jsonl")}
+    assert sorted(bad) == [2, 4, 5, 6, 7, 8]
+    assert "broken JSON" in bad[2]
+    assert "only spaces" in bad[4]
+    assert "int, not text" in bad[5]
+
+
+def test_csv_and_parquet_come_out_with_their_types(
+    artifact: Path, tmp_path: Path, ray_address: str
+) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text(
+        'id,sentence\n1,"two\nlines, one cell"\n2,plain\n3,too,many\n', encoding="utf-8"
+    )
+    done = run(
+        "predict",
+        "--artifact",
+        str(artifact),
+        "--input",
+        str(source),
+        "--column",
+        "sentence",
+        "--output",
+        str(target),
+        "--task",
+        "sentiment",
+        address=ray_address,
+    )
+    assert done.returncode == 0, done.stderr
+    with target.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sentence"] for row in rows] == ["two\nlines, one cell", "plain"]
+    assert set(rows[0]) == {"id", "sentence", "predicted_sentiment", "predicted_sentiment_score"}
+    table = pa.table({"text": ["one", "two"], "when": pa.array([0, 1], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "in.parquet")
+    done = run(
+        "predict",
+        "--artifact",
+        str(artifact),
+        "--input",
+        str(tmp_path / "in.parquet"),
+        "--output",
+        str(tmp_path / "out.parquet"),
+        address=ray_address,
+    )
+    assert done.returncode == 0, done.stderr
+    assert pa.types.is_timestamp(pq.read_schema(tmp_path / "out.parquet").field("when").type)
+
+
+def test_similarity_writes_picture_and_table(artifact: Path, tmp_path: Path) -> None:
+    texts = ["The food was cold.", "The meal was cold.", "Łódź $5 🙂"]
+    done = run(
+        "similarity",
+        "--artifact",
+        str(artifact),
+        "--text",
+        *texts,
+        "--output",
+        str(tmp_path / "map.png"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "map.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.reader(file))
+    matrix = Predictor.load(artifact).similarity(texts)
+    assert table[0][1:] == texts
+    assert [float(v) for v in table[1][1:]] == pytest.approx(matrix[0].tolist(), abs=1e-5)
+
+
+def test_evaluation_repeats_the_scores_of_the_manifest_and_takes_other_files(
+    artifact: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    done = run("evaluate", "--artifact", str(artifact), "--split", "test", "--output", str(report))
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    for task, values in json.loads(report.read_text()).items():
+        assert values["scores"] == manifest["tasks"][task]["metrics"]["test"]
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "The food was cold.", "sentiment": "negative"}\n')
+    done = run("evaluate", "--artifact", str(artifact), "--data", f"sentiment={other}")
+    assert done.returncode == 0, done.stderr
+    assert "entities" not in done.stdout
+    other.write_text('{"text": "The food was cold.", "sentiment": "angry"}\n')
+    done = run("evaluate", "--artifact", str(artifact), "--data", f"sentiment={other}")
+    assert done.returncode == 1
+    assert "'angry'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,229 @@
+"""Training on Ray: what a run leaves behind, and what happens when something dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtl_core.artifact import load_model, read_manifest
+from mtl_core.predictor import Predictor
+from tests.commands import history, run, start, write_config
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+TEXTS = ["Maria Lopez loved the Grand Hotel in Lisbon.", "The food was cold."]
+
+
+def weights(folder: Path, name: str = "small") -> dict[str, str]:
+    """Hashes of the artifact's weight files: equal hashes are equal weights, bit for bit."""
+    files = read_manifest(folder / "runs" / name / "artifact").files
+    return {path: sha for path, sha in files.items() if path.endswith(".safetensors")}
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """Poll until the condition gives something, while the process lives."""
+    for _ in range(1200):
+        found = condition()
+        if found:
+            return found
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.05)
+    raise AssertionError("waited too long")
+
+
+def in_the_middle(folder: Path) -> dict[str, Any] | None:
+    """The row that announced the workers, once a step after the first checkpoint is done."""
+    rows = history(folder)
+    if any(row["event"] == "step" and row["step"] >= 60 for row in rows):
+        return next(row for row in rows if row["event"] == "start")
+    return None
+
+
+def fill(path: Path) -> None:
+    """Write until the disk takes no more."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"\0" * 4096):
+            pass
+
+
+def test_a_run_leaves_artifact_history_events_and_plots(finished: Path) -> None:
+    folder = finished / "runs" / "small"
+    manifest = read_manifest(folder / "artifact")
+    assert set(manifest.tasks) == {"sentiment", "entities"}
+    assert 0 < manifest.tasks["entities"]["metrics"]["test"]["f1"] <= 1
+    rows = history(finished)
+    assert [row["epoch"] for row in rows if row["event"] == "validation"] == [1, 2, 3]
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert (folder / "artifact/plots/learning_curves.png").stat().st_size > 5_000
+    assert (folder / "artifact/plots/confusion_sentiment.png").stat().st_size > 5_000
+    output = (finished / "output.txt").read_text()
+    assert "2 worker(s) on cpu" in output
+    assert "sentiment" in output
+    assert "ETA" in output or "epoch 3/3" in output
+
+
+def test_a_finished_run_is_shown_and_not_repeated(finished: Path, ray_address: str) -> None:
+    before = weights(finished)
+    again = run("train", "--config", str(finished / "experiment.yaml"), address=ray_address)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert weights(finished) == before
+
+
+def test_a_folder_of_another_configuration_is_refused(finished: Path) -> None:
+    other = run("train", "--config", str(finished / "experiment.yaml"), "--set", "seed=7")
+    assert other.returncode == 1
+    assert "another configuration" in other.stderr
+    assert "seed was 42, now 7" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_a_killed_worker_costs_nothing_but_time(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, experiment)
+    process = start("train", "--config", str(config), address=ray_address)
+    row = wait_for(lambda: in_the_middle(tmp_path), process)
+    os.kill(row["pid"], signal.SIGKILL)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    starts = [row for row in history(tmp_path) if row["event"] == "start"]
+    assert starts[-1]["step"] > 0, "the workers started over instead of resuming"
+    assert starts[-1]["pid"] != row["pid"]
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_a_killed_driver_is_resumed_by_the_same_command(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, experiment)
+    process = start("train", "--config", str(config), address=ray_address)
+    wait_for(lambda: in_the_middle(tmp_path), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "runs/small/artifact").exists()
+    resumed = run("train", "--config", str(config), "--resume", address=ray_address)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    assert [r["step"] for r in history(tmp_path) if r["event"] == "start"][-1] > 0
+    steps = [row["step"] for row in history(tmp_path) if row["event"] == "step"]
+    assert steps == sorted(set(steps)), "a step stands twice in the history"
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_ctrl_c_ends_with_130_and_leaves_a_resumable_run(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, experiment)
+    process = start("train", "--config", str(config), address=ray_address)
+    wait_for(lambda: in_the_middle(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "run the same command again" in output
+    assert run("train", "--config", str(config), address=ray_address).returncode == 0
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_one_worker_and_an_elastic_number_give_the_scores_of_two(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    no_dropout = {
+        **experiment,
+        "encoder": {**experiment["encoder"], "dropout": 0.0},
+        "tasks": {name: {**task, "dropout": 0.0} for name, task in experiment["tasks"].items()},
+        "training": {**experiment["training"], "epochs": 1},
+    }
+    for name, workers in (("two", 2), ("elastic", [1, 2])):
+        config = write_config(tmp_path, no_dropout, name=name, scale={"workers": workers})
+        done = run("train", "--config", str(config), address=ray_address)
+        assert done.returncode == 0, done.stderr
+    two, elastic = (load_model(tmp_path / "runs" / n / "artifact") for n in ("two", "elastic"))
+    for (name, a), (_, b) in zip(two.named_parameters(), elastic.named_parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-4, name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_step(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    wild = {**experiment, "optim": {"learning_rate": 1e30, "max_grad_norm": None, "warmup": 0.5}}
+    config = write_config(tmp_path, wild)
+    done = run("train", "--config", str(config), address=ray_address)
+    assert done.returncode == 1
+    assert "is not finite at step" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [row["event"] for row in history(tmp_path)].count("start") == 1, "it was retried in vain"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_keeps_the_checkpoint_before(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
+    try:
+        config = write_config(tmp_path, experiment, scale={"workers": 1, "max_failures": 0})
+        process = start("train", "--config", str(config), address=ray_address)
+        wait_for(lambda: in_the_middle(tmp_path), process)
+        fill(disk / "ballast")
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 1, output
+        assert "disk is full" in output or "No space left" in output
+        assert "Traceback" not in output
+        (disk / "ballast").unlink()
+        resumed = run("train", "--config", str(config), address=ray_address)
+        assert resumed.returncode == 0, resumed.stderr
+        assert [r["step"] for r in history(tmp_path) if r["event"] == "start"][-1] > 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_task_is_added_to_an_artifact_without_touching_what_it_had(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    old = finished / "runs/small/artifact"
+    rows = [{"text": f"{word} number {i}", "kind": word} for i in range(30) for word in ("a", "b")]
+    data = tmp_path / "kinds.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    added = {
+        **experiment,
+        "name": "added",
+        "init_from": str(old),
+        "tasks": {"kind": {"kind": "classification"}},
+        "data": [{"path": str(data), "columns": {"text": "text", "kind": "kind"}}],
+        "freeze": {"encoder": True},
+        "scale": {"workers": 1},
+    }
+    done = run("train", "--config", str(write_config(tmp_path, added)), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    new = tmp_path / "runs/added/artifact"
+    before, after = read_manifest(old), read_manifest(new)
+    assert after.encoder["sha256"] == before.encoder["sha256"]
+    assert set(after.tasks) == {"sentiment", "entities", "kind"}
+    assert after.tasks["sentiment"]["metrics"] == before.tasks["sentiment"]["metrics"]
+    tasks = ["sentiment", "entities"]
+    assert Predictor.load(new).predict(TEXTS, tasks) == Predictor.load(old).predict(TEXTS, tasks)
+
+
+def test_with_everything_frozen_the_run_evaluates_and_says_so(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    frozen = {
+        **experiment,
+        "freeze": {"encoder": True, "heads": ["sentiment", "entities"]},
+        "scale": {"workers": 1},
+    }
+    done = run("train", "--config", str(write_config(tmp_path, frozen)), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing was trained" in done.stdout
+    assert read_manifest(tmp_path / "runs/small/artifact").training["trained"] is False

@@ -1,0 +1,262 @@
+"""python -m train_jobs.predict: answers for sentences, or for a file through Ray Data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from mtl_core.artifact import read_manifest
+from mtl_core.config import ConfigError
+from mtl_core.predictor import Predictor, flatten
+from train_jobs.cluster import ray_cluster
+from train_jobs.console import run_command
+from train_jobs.tables import ROWS_AT_ONCE, Row, TableWriter, check_suffix, count_rows, read_rows
+
+EPILOG = """examples:
+  python -m train_jobs.predict --artifact runs/demo/artifact --text "Maria loved Lisbon."
+  python -m train_jobs.predict --artifact runs/demo/artifact --input in.jsonl --output out.parquet
+
+A file keeps its columns and gains predicted_<task> (and predicted_<task>_score). Rows that cannot
+be read are left out and named, with their line and reason, in OUTPUT.bad.jsonl."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train_jobs.predict",
+        description="Predict with an artifact.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--artifact", required=True, help="artifact folder")
+    parser.add_argument("--text", nargs="+", action="extend", default=[], help="sentences")
+    parser.add_argument("--task", action="append", help="only this task; may be repeated")
+    parser.add_argument("--json", action="store_true", help="with --text: print JSON, a line each")
+    parser.add_argument("--input", help=".jsonl, .csv or .parquet file")
+    parser.add_argument("--output", help=".jsonl, .csv or .parquet file to write")
+    parser.add_argument("--column", default="text", help="the input's text column (%(default)s)")
+    parser.add_argument("--workers", type=int, help="model processes; as many as fit when absent")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    options = parser.parse_args(arguments)
+    if bool(options.text) == bool(options.input):
+        raise ConfigError("give either --text or --input")
+    check_tasks(options.artifact, options.task)
+    if options.text:
+        predictions = Predictor.load(options.artifact).predict(options.text, options.task)
+        show(options.text, predictions, options.json)
+        return
+    if not options.output:
+        raise ConfigError("--input needs --output")
+    predict_file(
+        options.artifact,
+        Path(options.input),
+        Path(options.output),
+        options.column,
+        options.task,
+        options.workers,
+        options.overwrite,
+    )
+
+
+def check_tasks(artifact: str, tasks: Sequence[str] | None) -> None:
+    known = list(read_manifest(artifact, check_files=False).tasks)
+    for task in tasks or ():
+        if task not in known:
+            raise ConfigError(f"--task: unknown task {task!r}; known: {', '.join(known)}")
+
+
+def show(texts: Sequence[str], predictions: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print answers for people, or a JSON object a line."""
+    if as_json:
+        for text, prediction in zip(texts, predictions, strict=True):
+            print(json.dumps({"text": text, **prediction}, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    for text, prediction in zip(texts, predictions, strict=True):
+        line = Text(text, style="bold")
+        for task, answer in prediction.items():
+            line.append(f"\n  {task:<14} ", style="dim")
+            if isinstance(answer, list):
+                found = [f"{e['word']} ({e['entity_group']} {e['score']:.2f})" for e in answer]
+                line.append(", ".join(found) or "none", style="not bold")
+            elif "labels" in answer:
+                line.append(", ".join(answer["labels"]) or "none", style="not bold")
+            else:
+                line.append(f"{answer['label']} ({answer['score']:.2f})", style="not bold")
+        console.print(line, soft_wrap=True)
+
+
+class Predict:
+    """One process of the actor pool: the model is loaded once."""
+
+    def __init__(self, artifact: str, tasks: Sequence[str] | None, threads: int, gpu: bool) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.predictor = Predictor.load(artifact, "cuda" if gpu else "cpu")
+        self.tasks = tasks
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+        answers = self.predictor.predict([str(text) for text in batch["text"]], self.tasks)
+        columns = [json.dumps(flatten(answer)) for answer in answers]
+        return {"number": batch["number"], "prediction": np.array(columns, dtype=object)}
+
+
+def predict_file(
+    artifact: str,
+    source: Path,
+    target: Path,
+    column: str,
+    tasks: Sequence[str] | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> tuple[int, int]:
+    """Predict for every row of a file.
+
+    Texts stream through a pool of model processes; this process reads the file once more in
+    step with the answers, so that columns keep their types and rows their order.
+
+    Returns:
+        Number of rows written, and of rows named in the side file.
+
+    Raises:
+        ConfigError: a path or column that cannot be used; OUTPUT exists.
+    """
+    side = target.with_name(target.name + ".bad.jsonl")
+    check_files(source, target, column, overwrite)
+    written = bad = 0
+    with (
+        ray_cluster(),
+        TableWriter(target) as output,
+        TableWriter(side) as rejected,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows"),
+            TimeRemainingColumn(),
+        ) as progress,
+    ):
+        bar = progress.add_task("predicting", total=count_rows(source))
+        answers = _answers(artifact, source, column, tasks, workers)
+        for row in read_rows(source):
+            problem = row_problem(row, column)
+            if problem:
+                bad += 1
+                rejected.write({"line": row.number, "error": problem, "row": row.values})
+            else:
+                number, prediction = next(answers)
+                assert number == row.number
+                named = {f"predicted_{name}": value for name, value in prediction.items()}
+                output.write({**row.values, **named})
+                written += 1
+            progress.advance(bar)
+    if not bad:
+        side.unlink(missing_ok=True)
+    print(
+        f"{written} row(s) written to {target}" + (f", {bad} bad row(s) to {side}" if bad else "")
+    )
+    return written, bad
+
+
+def check_files(source: Path, target: Path, column: str, overwrite: bool) -> None:
+    """Refuse what cannot work before a model is loaded."""
+    check_suffix("--input", source)
+    check_suffix("--output", target)
+    if not source.is_file():
+        raise ConfigError(f"--input: no file {source}")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"--output: {target} exists; remove it, or add --overwrite")
+    first = next((row for row in read_rows(source) if row.error is None), None)
+    if first is None:
+        raise ConfigError(f"--input: {source} has no readable row")
+    if column not in first.values:
+        raise ConfigError(
+            f"--column: {source} has no column {column!r}; it has {', '.join(first.values)}"
+        )
+
+
+def row_problem(row: Row, column: str) -> str | None:
+    """Why a row cannot be predicted for, or None."""
+    if row.error:
+        return row.error
+    text = row.values.get(column)
+    if not isinstance(text, str):
+        return f"column {column!r} holds {type(text).__name__}, not text"
+    return None if text.strip() else f"column {column!r} is empty or only spaces"
+
+
+def _answers(
+    artifact: str, source: Path, column: str, tasks: Sequence[str] | None, workers: int | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Row number and prediction of each good row, in order."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = int(have.get("CPU", 1)), int(have.get("GPU", 0))
+    pool = workers or max(1, gpus or cpus - 1)
+    threads = 1 if gpus else max(1, (cpus - 1) // pool)
+    dataset = _texts(source, column).map_batches(
+        Predict,
+        fn_constructor_args=(str(Path(artifact).absolute()), tasks, threads, gpus > 0),
+        batch_size=256,
+        compute=ActorPoolStrategy(size=pool),
+        num_cpus=0 if gpus else threads,
+        num_gpus=1 if gpus else 0,
+    )
+    for batch in dataset.iter_batches(batch_size=ROWS_AT_ONCE):
+        for number, prediction in zip(batch["number"], batch["prediction"], strict=True):
+            yield int(number), json.loads(prediction)
+
+
+def _texts(source: Path, column: str) -> Dataset:
+    """The good rows' numbers and texts as a stream of blocks."""
+    import pyarrow as pa
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    path = source.absolute()
+
+    def blocks() -> Iterator[pa.Table]:
+        numbers: list[int] = []
+        texts: list[str] = []
+        for row in read_rows(path):
+            if row_problem(row, column) is None:
+                numbers.append(row.number)
+                texts.append(row.values[column])
+            if len(numbers) == ROWS_AT_ONCE:
+                yield pa.table({"number": numbers, "text": texts})
+                numbers, texts = [], []
+        yield pa.table(
+            {"number": pa.array(numbers, pa.int64()), "text": pa.array(texts, pa.string())}
+        )
+
+    class Texts(Datasource):
+        def estimate_inmemory_data_size(self) -> int:
+            return path.stat().st_size
+
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
+            metadata = BlockMetadata(
+                num_rows=None,
+                size_bytes=path.stat().st_size,
+                input_files=(str(path),),
+                exec_stats=None,
+            )
+            return [ReadTask(blocks, metadata)]
+
+    dataset: Dataset = ray.data.read_datasource(Texts())  # type: ignore[no-untyped-call]
+    return dataset
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,53 @@
+"""python -m train_jobs.similarity: cosines between sentences, as a heatmap and a table."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+from mtl_core.config import ConfigError
+from mtl_core.plots import similarity_heatmap
+from mtl_core.predictor import Predictor
+from train_jobs.console import run_command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train_jobs.similarity",
+        description="Cosine similarity between sentences, as PNG heatmap and CSV.",
+        epilog='example: python -m train_jobs.similarity --artifact runs/demo/artifact --text "A" '
+        '"B" "C"',
+    )
+    parser.add_argument("--artifact", required=True, help="artifact folder")
+    parser.add_argument("--text", nargs="+", action="extend", default=[], help="the sentences")
+    parser.add_argument("--input", help="a text file with a sentence a line, instead of --text")
+    parser.add_argument(
+        "--output",
+        default="similarity.png",
+        help="the picture; the table goes beside it as .csv (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    texts = list(options.text)
+    if options.input:
+        lines = Path(options.input).read_text(encoding="utf-8").splitlines()
+        texts += [line for line in lines if line.strip()]
+    if len(texts) < 2:
+        raise ConfigError("--text: give at least two sentences to compare")
+    picture = Path(options.output).with_suffix(".png")
+    matrix = Predictor.load(options.artifact).similarity(texts)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    similarity_heatmap(matrix, texts, picture)
+    with picture.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", *texts])
+        for text, row in zip(texts, matrix, strict=True):
+            writer.writerow([text, *(f"{value:.6f}" for value in row)])
+    for row, text in enumerate(texts):
+        for column in range(row + 1, len(texts)):
+            print(f"{matrix[row, column]:+.3f}  {text}  |  {texts[column]}")
+    print(f"written: {picture} and {picture.with_suffix('.csv')}")
+
+
+if __name__ == "__main__":
+    run_command(main)

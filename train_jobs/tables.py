@@ -1,0 +1,177 @@
+"""Rows in and out for batch prediction: JSONL, CSV and Parquet, read and written as streams."""
+
+from __future__ import annotations
+
+import csv
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from mtl_core.config import ConfigError
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+ROWS_AT_ONCE = 1024
+
+
+class Row(NamedTuple):
+    """A row of the input, or what is wrong with it."""
+
+    number: int
+    """Line of the file, counted from 1; for Parquet the row."""
+    values: dict[str, Any]
+    error: str | None
+
+
+def check_suffix(option: str, path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{option}: {path} should end in one of {', '.join(SUFFIXES)}")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file in order; a row that cannot be read comes with its error."""
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif path.suffix == ".csv":
+        yield from _read_csv(path)
+    else:
+        yield from _read_jsonl(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                shown = line.decode("utf-8", "replace").rstrip("\n")
+                yield Row(number, {"line": shown[:500]}, f"broken JSON: {error}")
+                continue
+            if isinstance(values, dict):
+                yield Row(number, values, None)
+            else:
+                yield Row(number, {"line": values}, "not a JSON object")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        for cells in reader:
+            if len(cells) == len(header):
+                yield Row(reader.line_num, dict(zip(header, cells, strict=True)), None)
+            elif cells:
+                problem = f"{len(cells)} cells where the header has {len(header)}"
+                yield Row(reader.line_num, {"cells": cells}, problem)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"--input: {path} is no Parquet file: {error}") from error
+    number = 0
+    for batch in file.iter_batches(ROWS_AT_ONCE):
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(number, values, None)
+
+
+def count_rows(path: Path) -> int | None:
+    """How many rows there are, for a progress bar; None when only reading them all would tell."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return int(pq.ParquetFile(path).metadata.num_rows)
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    return None
+
+
+class TableWriter:
+    """Writes rows to a file that appears, whole, when the block ends without an error."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        self.pending: list[dict[str, Any]] = []
+        self.file: Any = None
+        self.writer: Any = None
+
+    def __enter__(self) -> Self:
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.suffix != ".parquet":
+            self.file = self.partial.open("w", encoding="utf-8", newline="")
+        return self
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.path.suffix == ".jsonl":
+            self.file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        elif self.path.suffix == ".csv":
+            if self.writer is None:
+                self.writer = csv.DictWriter(self.file, list(row), restval="")
+                self.writer.writeheader()
+            self._write_csv(row)
+        else:
+            self.pending.append(row)
+            if len(self.pending) == ROWS_AT_ONCE:
+                self._flush()
+
+    def _write_csv(self, row: dict[str, Any]) -> None:
+        extra = [name for name in row if name not in self.writer.fieldnames]
+        if extra:
+            raise ConfigError(
+                f"--output: column {extra[0]!r} is not in the first row and a CSV cannot gain it; "
+                "write .jsonl"
+            )
+        flat = {
+            name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+            for name, value in row.items()
+        }
+        self.writer.writerow(flat)
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self.pending:
+            return
+        try:
+            if self.writer is None:
+                table = pa.Table.from_pylist(self.pending)
+                self.writer = pq.ParquetWriter(self.partial, table.schema)
+            else:
+                table = pa.Table.from_pylist(self.pending, schema=self.writer.schema)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ConfigError(
+                f"--output: columns change their type from row to row, which Parquet cannot hold "
+                f"({error}); write .jsonl"
+            ) from error
+        self.writer.write_table(table)
+        self.pending = []
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None and self.path.suffix == ".parquet":
+                self._flush()
+            if self.path.suffix == ".parquet" and self.writer is not None:
+                self.writer.close()
+            if self.file is not None:
+                self.file.close()
+            if kind is None and self.partial.exists():
+                self.partial.rename(self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
