@@ -67,7 +67,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         retired = partial.with_suffix(".old")
         if folder.exists():
             folder.rename(retired)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if retired.exists():
+                retired.rename(folder)
+            raise
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -95,14 +100,14 @@ def load_head(folder: Path) -> Head:
     Raises:
         ArtifactError: a file is missing or does not fit.
     """
+    for name in ("head.json", "head.safetensors"):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name}: missing; the artifact is not complete")
     try:
-        text = (folder / "head.json").read_text(encoding="utf-8")
-        spec = json.loads(text)
+        spec = json.loads((folder / "head.json").read_text(encoding="utf-8"))
         config = TaskConfig.model_validate(spec["config"])
         head = HEADS[config.kind](spec["hidden_size"], spec["labels"], config)
         head.load_state_dict(load_file(folder / "head.safetensors"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{error.filename}: missing; the artifact is not complete") from error
     except Exception as error:
         raise ArtifactError(f"{folder}: damaged head: {error}") from error
     return head.eval()
@@ -137,20 +142,17 @@ def read_manifest(folder: str | Path, check_files: bool = True) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["schema_version"]
-        newer = version > SCHEMA_VERSION
+        manifest = Manifest(**content) if version <= SCHEMA_VERSION else None
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; {folder} is no artifact") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged: {error!r}") from error
-    if newer:
+    if manifest is None:
         raise ArtifactError(
             f"{path}: schema version {version} is newer than this software reads "
             f"({SCHEMA_VERSION}); upgrade multitask-ray"
         )
-    try:
-        manifest = Manifest(**content)
-    except TypeError as error:
-        raise ArtifactError(f"{path}: damaged: {error}") from error
+    _check_shape(manifest, path)
     for name, sha256 in manifest.files.items() if check_files else ():
         file = folder / name
         if not file.is_file():
@@ -158,6 +160,15 @@ def read_manifest(folder: str | Path, check_files: bool = True) -> Manifest:
         if file_sha256(file) != sha256:
             raise ArtifactError(f"{file}: damaged: its hash is not the manifest's")
     return manifest
+
+
+def _check_shape(manifest: Manifest, path: Path) -> None:
+    """Raise ArtifactError unless what loading relies on is there."""
+    for name in ("tasks", "encoder", "files"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ArtifactError(f"{path}: damaged: {name!r} is no mapping")
+    for name in {"pooling", "max_length"} - manifest.encoder.keys():
+        raise ArtifactError(f"{path}: damaged: 'encoder' has no {name!r}")
 
 
 def load_parts(

@@ -183,6 +183,7 @@ class SentenceEncoder(nn.Module):
 
     def lower_part(self, num_layers: int) -> nn.Module:
         """What `lower` runs: the transformer, weights shared, without the layers above."""
+        assert num_layers > 0, "some architectures cannot run without a layer"
         return _with_layers(self.transformer, layers(self.transformer)[:num_layers])
 
     def upper(
@@ -302,8 +303,7 @@ def _with_layers(transformer: nn.Module, kept: nn.ModuleList) -> nn.Module:
         node._modules[name] = _shallow(node.get_submodule(name))
         node = node.get_submodule(name)
     node._modules[last] = kept
-    starts_at_bottom = len(kept) > 0 and kept[0] is layers(transformer)[0]
-    if not starts_at_bottom and "conv" in node._modules:
+    if kept[0] is not layers(transformer)[0] and "conv" in node._modules:
         node._modules["conv"] = None  # DeBERTa-v2 convolves after its first layer only
     return top
 

@@ -128,7 +128,9 @@ class MultilabelHead(Head):
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, C) logits → probabilities."""
-        return (1 / (1 + np.exp(-logits))).astype(np.float32)
+        # A sigmoid; this form of it never overflows.
+        probabilities: NDArray[np.float32] = (0.5 + 0.5 * np.tanh(0.5 * logits)).astype(np.float32)
+        return probabilities
 
 
 class TokenClassificationHead(Head):

@@ -68,7 +68,9 @@ class MultiTaskModel(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict()
+        # Past the checks for attribute names: a task may be called `type`, `values` or `v1.2`.
+        self.heads._modules.update(heads)
         self.weighting = weighting
 
     def head(self, task: str) -> Head:

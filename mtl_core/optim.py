@@ -51,7 +51,7 @@ def _peak_rate(
     assert model.weighting is not None
     part, _, rest = name.partition(".")
     if part == "heads":
-        task = rest.split(".")[0]
+        task = rest.rsplit(".", 2)[0]  # what follows is a layer of the head and its tensor
         learns = task in model.weighting.loss_weights and task not in freeze.heads
         return (config.head_learning_rate or config.learning_rate) if learns else None
     if part == "weighting":

@@ -7,7 +7,6 @@ L tokens, T tags.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +69,12 @@ class Tokenized:
     """One text as one or more overlapping windows that fit the model."""
 
     text: str
+    offsets: Offsets
+    """Characters [start, end) of each of the text's sub-words; empty where one stands for none."""
     windows: list[list[int]]
     """Sub-word ids of each window, special tokens included."""
-    offsets: list[Offsets]
-    """Characters [start, end) of each window's sub-words; empty for those that stand for none."""
     numbers: list[list[int]]
-    """The sub-words' places in the whole text, by which windows overlap; -1 for special tokens."""
+    """Which of the text's sub-words each window holds: places in `offsets`, -1 for specials."""
 
 
 class Predictor:
@@ -188,8 +187,12 @@ class Predictor:
             item = items[source]
             numbers = np.cumsum(1 - np.array(special)) - 1 + advance * len(item.windows)
             item.windows.append(ids)
-            item.offsets.append(token_offsets(item.text, offsets))
             item.numbers.append(np.where(special, -1, numbers).tolist())
+            known = len(item.offsets)
+            pairs = zip(item.numbers[-1], offsets, strict=True)
+            item.offsets.extend(offset for number, offset in pairs if number >= known)
+        for item in items:
+            item.offsets[:] = token_offsets(item.text, item.offsets)
         return items
 
     @torch.inference_mode()
@@ -244,16 +247,16 @@ def stitch(parts: Sequence[Float], item: Tokenized) -> tuple[Float, Offsets]:
     Returns:
         (L', T) logits and the L' character ranges, in the order of the text.
     """
-    best: dict[int, tuple[int, int, int]] = {}
-    for window, (ranges, numbers) in enumerate(zip(item.offsets, item.numbers, strict=True)):
-        for place, ((start, end), number) in enumerate(zip(ranges, numbers, strict=True)):
-            context = min(place, len(ranges) - 1 - place)
-            if number >= 0 and start < end and (number not in best or context > best[number][0]):
-                best[number] = (context, window, place)
-    chosen = [best[number][1:] for number in sorted(best)]
-    rows = [parts[window][place] for window, place in chosen]
-    logits = np.stack(rows) if rows else np.zeros((0, parts[0].shape[1]), np.float32)
-    return logits, [item.offsets[window][place] for window, place in chosen]
+    best: dict[int, tuple[int, Float]] = {}
+    for logits, numbers in zip(parts, item.numbers, strict=True):
+        for place, number in enumerate(numbers):
+            context = min(place, len(numbers) - 1 - place)
+            if number >= 0 and (number not in best or context > best[number][0]):
+                best[number] = (context, logits[place])
+    kept = [number for number, (start, end) in enumerate(item.offsets) if start < end]
+    width = parts[0].shape[1]
+    rows = np.array([best[number][1] for number in kept], dtype=np.float32).reshape(-1, width)
+    return rows, [item.offsets[number] for number in kept]
 
 
 def entity_predictions(
@@ -272,8 +275,6 @@ def entity_predictions(
     entities: list[Entity] = []
     for positions in found:
         start, end = offsets[positions[0]][0], offsets[positions[-1]][1]
-        while end < len(text) and unicodedata.combining(text[end]):
-            end += 1  # a mark that the tokenizer strips still belongs to its letter
         entities.append(
             Entity(
                 entity_group=head.labels[tags[positions[0]] - 1],

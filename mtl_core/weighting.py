@@ -57,22 +57,21 @@ class UncertaintyWeighting(Weighting):
 
     def __init__(self, loss_weights: Mapping[str, float]) -> None:
         super().__init__(loss_weights)
-        self.log_variance = nn.ParameterDict(
-            {task: nn.Parameter(torch.zeros(())) for task in loss_weights}
-        )
+        self.log_variance = nn.Parameter(torch.zeros(len(self.loss_weights)))
+        """s of each task, in the order of `loss_weights`."""
 
     def combine(self, losses: Mapping[str, Tensor], share: Mapping[str, float]) -> Tensor:
         terms = []
-        for task, loss in losses.items():
-            s = self.log_variance[task]
-            weighted = self.loss_weights[task] * torch.exp(-s) * loss
+        for task, s in zip(self.loss_weights, self.log_variance.unbind(), strict=True):
+            weighted = self.loss_weights[task] * torch.exp(-s) * losses[task]
             terms.append(weighted + 0.5 * s * share[task])
         return torch.stack(terms).sum()
 
     def current(self) -> dict[str, float]:
+        factors = torch.exp(-self.log_variance.detach()).tolist()
         return {
-            task: weight * float(torch.exp(-self.log_variance[task].detach()))
-            for task, weight in self.loss_weights.items()
+            task: weight * factor
+            for (task, weight), factor in zip(self.loss_weights.items(), factors, strict=True)
         }
 
 

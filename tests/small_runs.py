@@ -65,7 +65,7 @@ def examples(first: int, count: int, everything: bool = False) -> list[Example]:
     return [example(i, some[0] if everything else some[i % 5]) for i in range(first, first + count)]
 
 
-def experiment(encoder: Path | str, **changes: Any) -> Experiment:
+def experiment(folder: Path | str, /, **changes: Any) -> Experiment:
     """No dropout, fp32 and no clipping, unless `section={field: value}` says otherwise."""
     kinds = {"topic": "classification", "mood": "multilabel", "entities": "token_classification"}
     settings: dict[str, Any] = {
@@ -75,7 +75,7 @@ def experiment(encoder: Path | str, **changes: Any) -> Experiment:
         "seed": 7,
     }
     sections: dict[str, dict[str, Any]] = {
-        "encoder": {"model": str(encoder), "max_length": 48, "dropout": 0.0},
+        "encoder": {"model": str(folder), "max_length": 48, "dropout": 0.0},
         "optim": {"learning_rate": 2e-4, "max_grad_norm": None},
         "training": {"epochs": 4, "batch_size": 4, "precision": "fp32"},
     }
@@ -116,6 +116,18 @@ def train(
     """A whole run and what it told."""
     state = begin(config, encoded)
     return state, list(fit(state, encoded, config, world))
+
+
+def learned(folder: Path | str, /, **changes: Any) -> tuple[TrainState, Data, list[Event]]:
+    """A model that knows 32 texts, its training and validation data, by heart."""
+    rates = {"learning_rate": 5e-3, "head_learning_rate": 5e-2, "max_grad_norm": 1.0}
+    settings = {"optim": rates, "training": {"epochs": 60, "batch_size": 8}} | changes
+    config = experiment(folder, **settings)
+    encoded = data(config, train=32, everything=True)
+    encoded.splits["validation"] = encoded.splits["train"]
+    encoded.keys["validation"] = encoded.keys["train"]
+    state, events = train(config, encoded)
+    return state, encoded, events
 
 
 def first_gradients(state: TrainState) -> dict[str, Tensor]:

@@ -125,7 +125,9 @@ def test_entity_scores_are_those_of_strict_seqeval(rows: Any) -> None:
                 assert list(row.values()) == pytest.approx(expected)
             else:
                 assert row["support"] == row["f1"] == 0
-    words = [(g, p) for gs, ps in zip(gold, guess, strict=True) for g, p in zip(gs, ps, strict=True)]
+    words = [
+        (g, p) for gs, ps in zip(gold, guess, strict=True) for g, p in zip(gs, ps, strict=True)
+    ]
     right = sum(g == p for g, p in words)
     assert found["token_accuracy"] == pytest.approx(right / len(words))
 

@@ -85,9 +85,9 @@ class Progress:
         if event == "start":
             self.state.update(note="training", epoch=float(row["epoch"]))
             self.started = (time.monotonic(), float(row["epoch"]))
-            self._line(f"{row['workers']} worker(s) on {row['device']}, from step {row['step']}")
+            self.note(f"{row['workers']} worker(s) on {row['device']}, from step {row['step']}")
         elif event == "features":
-            self._line(
+            self.note(
                 f"{row['split']}: states after {row['layers']} frozen layers of "
                 f"{row['texts']} texts are ready"
             )
@@ -97,11 +97,11 @@ class Progress:
                 if f"loss/{task}" in row:
                     self.rows[task]["loss"] = f"{row[f'loss/{task}']:.4f}"
             if time.monotonic() - self.last_line > self.between:
-                self._line(self._step_line())
+                self.note(self._step_line())
         elif event == "validation":
             self._validated(row)
         elif event == "stopped":
-            self._line(f"stopped early: {row['reason']}")
+            self.note(f"stopped early: {row['reason']}")
 
     def _validated(self, row: Mapping[str, Any]) -> None:
         self.state.update(epoch=row["epoch"])
@@ -112,7 +112,7 @@ class Progress:
                     self.rows[task]["score"] = f"{metric} {100 * value:.2f}"
         parts = [f"{task} {values.get('score', '')}" for task, values in self.rows.items()]
         best = " (best so far)" if row.get("best") else ""
-        self._line(f"epoch {row['epoch']:g}/{self.epochs} validation: {', '.join(parts)}{best}")
+        self.note(f"epoch {row['epoch']:g}/{self.epochs} validation: {', '.join(parts)}{best}")
 
     def _step_line(self) -> str:
         state = self.state
@@ -132,7 +132,8 @@ class Progress:
         left = (time.monotonic() - since) / done * (self.epochs - self.state["epoch"])
         return f"{int(left) // 60}:{int(left) % 60:02d}"
 
-    def _line(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
         self.last_line = time.monotonic()
         self.console.print(text, soft_wrap=True)
 

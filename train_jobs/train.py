@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -107,6 +108,8 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
                 result = trainer.fit()
             except TrainingFailedError as error:
                 raise TrainingError(explain(error, folder)) from error
+            except SystemExit as stop:  # Ray Train turns Ctrl-C into this
+                raise KeyboardInterrupt from stop
         if follower.failure is not None:
             raise TrainingError(follower.failure)
         assert result.checkpoint is not None
@@ -162,7 +165,8 @@ class _Follower:
         self.done.set()
         self.thread.join()
         self.progress.__exit__(*details)
-        self.board.close()
+        with contextlib.suppress(OSError):  # the run itself says that the disk is full
+            self.board.close()
 
     def _follow(self) -> None:
         last = False
@@ -175,7 +179,18 @@ class _Follower:
             for event, row in rows:
                 self._take(event, row)
             if rows:
-                self.folder.write_history(self.history)
+                self._store(rows)
+
+    def _store(self, rows: list[tuple[str, dict[str, Any]]]) -> None:
+        """A full disk must not end a run that may still have room for its checkpoints."""
+        try:
+            self.folder.write_history(self.history)
+            for event, row in rows:
+                if event in ("step", "validation"):
+                    self.board.add(row)
+            self.board.flush()
+        except OSError as error:
+            self.progress.note(f"metrics.jsonl cannot be written ({error}); trying again later")
 
     def _take(self, event: str, row: dict[str, Any]) -> None:
         self.progress.show(event, row)
@@ -185,8 +200,6 @@ class _Follower:
         if event == "failed":
             self.failure = row["message"]
         self.history.append({"event": event, **row})
-        if event in ("step", "validation"):
-            self.board.add(row)
 
 
 def explain(error: TrainingFailedError, folder: RunFolder) -> str:

@@ -268,15 +268,18 @@ def _tags(pieces: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[str]
 def _first_tokens(
     words: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """For each word, the first sub-word that touches it, or -1."""
-    tokens, position = [], 0
+    """For each word, the first sub-word that begins in it, else the first that touches it, or -1.
+
+    A sub-word may begin in one word and end in the next where no space parts them.
+    """
+    solid = [(place, span) for place, span in enumerate(offsets) if span[0] < span[1]]
+    tokens, index = [], 0
     for start, end in words:
-        while position < len(offsets) and (
-            offsets[position][1] <= start or offsets[position][0] == offsets[position][1]
-        ):
-            position += 1
-        found = position < len(offsets) and offsets[position][0] < end
-        tokens.append(position if found else -1)
+        while index < len(solid) and solid[index][1][1] <= start:
+            index += 1
+        touching = [place for place, span in solid[index : index + 1] if span[0] < end]
+        beginning = [p for p, span in solid[index : index + 2] if start <= span[0] < end]
+        tokens.append((beginning or touching or [-1])[0])
     return tokens
 
 
@@ -333,7 +336,11 @@ def save_split(key: str, split: EncodedSplit) -> None:
         for group in ("targets", "present", "word_tags"):
             for task, array in getattr(split, group).items():
                 np.save(partial / f"{group}.{task}.npy", array)
-        (partial / "split.json").write_text(json.dumps({"num_truncated": split.num_truncated}))
+        info = {
+            "num_truncated": split.num_truncated,
+            "arrays": sorted(path.stem for path in partial.glob("*.npy")),
+        }
+        (partial / "split.json").write_text(json.dumps(info))
         if not folder.exists():
             partial.rename(folder)
     except OSError:
@@ -344,12 +351,14 @@ def save_split(key: str, split: EncodedSplit) -> None:
 
 
 def load_split(key: str) -> EncodedSplit | None:
-    """A split that `save_split` wrote, mapped from disk, or None."""
+    """A split that `save_split` wrote, mapped from disk; None if it is not there, or not whole."""
     folder = cache_root() / "encoded" / key
     try:
         info = json.loads((folder / "split.json").read_text())
-        arrays: dict[str, Any] = {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}
-    except (OSError, ValueError):
+        arrays: dict[str, Any] = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in info["arrays"]
+        }
+    except (OSError, ValueError, KeyError):
         return None
     groups: dict[str, Any] = {"targets": {}, "present": {}, "word_tags": {}}
     for name in list(arrays):

@@ -1,0 +1,78 @@
+"""From an experiment to encoded splits, in this process and in another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtl_core.config import Experiment, parse_experiment
+from mtl_core.data import prepare as module
+from mtl_core.data.examples import DataError
+from mtl_core.data.prepare import prepare, reopen
+
+
+@pytest.fixture
+def experiment(
+    tiny_encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Experiment:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+    lines = [f'{{"text": "line {i}", "label": "{"ab"[i % 2]}"}}\n' for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    return parse_experiment(
+        {
+            "name": "x",
+            "tasks": {"t": {"kind": "classification"}},
+            "data": [
+                {"path": str(tmp_path / "train.jsonl"), "columns": {"text": "text", "t": "label"}}
+            ],
+            "encoder": {"model": str(tiny_encoders["bert"]), "max_length": 16},
+        }
+    )
+
+
+def test_only_splits_with_rows_are_encoded(experiment: Experiment) -> None:
+    data = prepare(experiment)
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 18,
+        "validation": 2,
+    }
+    assert data.keys.keys() == data.splits.keys()
+    assert data.labels == {"t": ("a", "b")}
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_another_process_opens_the_same_data(
+    experiment: Experiment,
+    same_machine: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = prepare(experiment)
+    if same_machine:
+        monkeypatch.setattr(module, "load_tokenizer", None)  # nothing is tokenised again
+    else:
+        monkeypatch.setenv("MTL_CACHE", str(tmp_path / "elsewhere"))
+    again = reopen(experiment, data.labels, data.keys)
+    assert again.keys == data.keys
+    for name, split in data.splits.items():
+        assert np.array_equal(again.splits[name].input_ids, split.input_ids)
+        assert np.array_equal(again.splits[name].targets["t"], split.targets["t"])
+
+
+def test_the_tokenizer_is_of_the_models_revision(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load(model: str, revision: str | None = None) -> Any:
+        asked.append((model, revision))
+        raise DataError("seen")
+
+    monkeypatch.setattr(module, "load_tokenizer", load)
+    encoder = experiment.encoder.model_copy(update={"model": "some/model", "revision": "v2"})
+    with pytest.raises(DataError, match="seen"):
+        prepare(experiment.model_copy(update={"encoder": encoder}))
+    assert asked == [("some/model", "v2")]

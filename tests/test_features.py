@@ -1,0 +1,225 @@
+"""Training on cached states is training without the cache, minus the passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mtl_core import features
+from mtl_core.config import EncoderConfig, FreezeConfig, TaskConfig
+from mtl_core.data.batching import Schedule, collate, evaluation_batches
+from mtl_core.data.encoding import EncodedSplit, encode_split
+from mtl_core.data.examples import Example, Span
+from mtl_core.encoder import SentenceEncoder, layers
+from mtl_core.freezing import apply_freezing
+from mtl_core.heads import build_head
+from mtl_core.model import MultiTaskModel
+from mtl_core.weighting import FixedWeighting
+
+ARCHITECTURES = ("bert", "distilbert", "roberta", "deberta-v2", "mpnet", "deberta-v2-conv")
+TASKS = {
+    "intent": TaskConfig(kind="classification", dropout=0.0),
+    "ner": TaskConfig(kind="token_classification", dropout=0.0),
+}
+LABELS = {"intent": ("ask", "tell"), "ner": ("loc",)}
+EXAMPLES = [
+    Example("in " * n + "Berlin", {"intent": intent, "ner": (Span(3 * n, 3 * n + 6, "loc"),)})
+    for n, intent in enumerate(["ask", "tell", "ask", "ask", "tell", "tell"] * 3)
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_encoders: dict[str, Path], tiny_deberta_conv: Path) -> dict[str, Path]:
+    return tiny_encoders | {"deberta-v2-conv": tiny_deberta_conv}
+
+
+def model_of(folder: Path) -> MultiTaskModel:
+    torch.manual_seed(0)
+    encoder = SentenceEncoder.load(EncoderConfig(model=str(folder), dropout=0.0))
+    heads = {task: build_head(32, LABELS[task], config) for task, config in TASKS.items()}
+    return MultiTaskModel(encoder, heads, FixedWeighting(dict.fromkeys(TASKS, 1.0)))
+
+
+def split_for(model: MultiTaskModel) -> EncodedSplit:
+    return encode_split(EXAMPLES, TASKS, LABELS, model.encoder.tokenizer, 64)
+
+
+def build(
+    model: MultiTaskModel, split: EncodedSplit, path: Path, depth: int, dtype: str = "float32"
+) -> features.FeatureCache:
+    done = list(
+        features.build_cache(model, split, path, depth, CPU, np.dtype(dtype), autocast=False)
+    )
+    assert done == sorted(done)
+    assert done[-1] == 1
+    cache = features.open_cache(path, depth)
+    assert cache is not None
+    return cache
+
+
+def losses_and_gradients(
+    model: MultiTaskModel, split: EncodedSplit, cache: features.FeatureCache | None
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    rows = Schedule(split, _mixing(), 8, None, 0).batches(0)[0]
+    batch = collate(split, rows, features.pad_id(model), frozenset({"ner"}))
+    if cache is not None:
+        batch = cache.attach(batch, split, rows)
+    model.zero_grad(set_to_none=True)
+    sums = model(batch)
+    torch.stack(list(sums.values())).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {task: float(loss.detach()) for task, loss in sums.items()}, gradients
+
+
+def _mixing() -> Any:
+    from mtl_core.config import MixingConfig
+
+    return MixingConfig()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_cached_training_computes_what_uncached_training_does(
+    folders: dict[str, Path], name: str, depth: int, tmp_path: Path
+) -> None:
+    model = model_of(folders[name])
+    split = split_for(model)
+    cache = build(model, split, tmp_path / "states.npy", depth)
+    apply_freezing(model, FreezeConfig(layers=depth), 0)
+    plain, plain_gradients = losses_and_gradients(model, split, None)
+    cached, cached_gradients = losses_and_gradients(model, split, cache)
+    assert cached == pytest.approx(plain, rel=1e-5)
+    assert cached_gradients.keys() == plain_gradients.keys()
+    for parameter, gradient in plain_gradients.items():
+        torch.testing.assert_close(
+            cached_gradients[parameter], gradient, atol=1e-4, rtol=1e-4, msg=parameter
+        )
+    learning = {f"layer.{i}." for i in range(depth, 3)}
+    assert any(p.startswith("heads.") for p in plain_gradients)
+    assert all(any(part in p for p in plain_gradients) for part in learning)
+
+
+def test_a_half_precision_cache_is_close(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = model_of(folders["bert"])
+    split = split_for(model)
+    cache = build(model, split, tmp_path / "states.npy", 3, "float16")
+    assert cache.states.dtype == np.float16
+    apply_freezing(model, FreezeConfig(encoder=True), 0)
+    plain, _ = losses_and_gradients(model, split, None)
+    cached, _ = losses_and_gradients(model, split, cache)
+    assert cached == pytest.approx(plain, rel=1e-2)
+
+
+def test_the_encoder_passes_once_per_batch_in_all_not_per_epoch(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = model_of(folders["bert"])
+    split = split_for(model)
+    cache = build(model, split, tmp_path / "states.npy", 3)
+    passes = len(list(evaluation_batches(split)))
+    assert model.encoder.num_passes == passes
+    for _ in range(3):
+        losses_and_gradients(model, split, cache)
+    assert model.encoder.num_passes == passes
+
+
+def cache_files(model: MultiTaskModel, key: str = "k", depth: int = 2) -> Path:
+    return features.cache_file(model, key, depth, np.dtype("float32"))
+
+
+def test_a_cache_is_found_by_texts_depth_and_the_weights_below(folders: dict[str, Path]) -> None:
+    model = model_of(folders["bert"])
+    path = cache_files(model)
+    assert cache_files(model_of(folders["bert"])) == path
+    others = [
+        cache_files(model, key="other"),
+        cache_files(model, depth=1),
+        features.cache_file(model, "k", 2, np.dtype("float16")),
+        cache_files(model_of(folders["distilbert"])),
+    ]
+    assert len({path, *others}) == 5
+    stack = layers(model.encoder.transformer)
+    with torch.no_grad():
+        next(stack[2].parameters()).add_(1)
+    assert cache_files(model) == path, "layers above the boundary may learn"
+    with torch.no_grad():
+        next(stack[1].parameters()).view(-1)[0] += 1e-3
+    changed = cache_files(model)
+    assert changed != path
+    with torch.no_grad():
+        model.encoder.transformer.embeddings.word_embeddings.weight[5, 0] += 1e-3
+    assert cache_files(model) not in (path, changed)
+
+
+def test_a_build_that_stops_halfway_leaves_no_file(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(folders["bert"])
+    split = split_for(model)
+    monkeypatch.setattr(features, "evaluation_batches", lambda s: evaluation_batches(s, 32))
+    path = tmp_path / "cache" / "states.npy"
+    running = features.build_cache(model, split, path, 3, CPU, np.dtype("float32"), False)
+    assert 0 < next(running) < 1
+    assert features.open_cache(path, 3) is None
+    assert list(path.parent.iterdir())
+    running.close()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_two_builds_of_one_cache_at_once_both_succeed(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(folders["bert"])
+    split = split_for(model)
+    monkeypatch.setattr(features, "evaluation_batches", lambda s: evaluation_batches(s, 32))
+    path = tmp_path / "states.npy"
+    arguments: Any = (model, split, path, 3, CPU, np.dtype("float32"), False)
+    slow, fast = features.build_cache(*arguments), features.build_cache(*arguments)
+    next(slow)
+    next(fast)
+    list(fast)
+    finished = np.array(np.load(path))
+    list(slow)
+    assert np.array_equal(np.load(path), finished)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_built(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(folders["bert"])
+    usage = features.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="feature cache needs"):
+        build(model, split_for(model), tmp_path / "states.npy", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_known_architectures_split_cleanly_and_stay_in_their_mode(
+    folders: dict[str, Path], name: str
+) -> None:
+    model = model_of(folders[name])
+    split = split_for(model)
+    for training in (True, False):
+        model.encoder.train(training)
+        assert all(features.splits_cleanly(model, split, depth, CPU) for depth in (1, 2, 3))
+        assert {m.training for m in model.encoder.modules()} == {training}
+
+
+def test_an_encoder_that_does_more_between_its_layers_is_noticed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(folders["bert"])
+    upper = SentenceEncoder.upper
+
+    def wrong(self: Any, depth: int, states: Any, mask: Any) -> Any:
+        return upper(self, depth, states + 0.1, mask)
+
+    monkeypatch.setattr(SentenceEncoder, "upper", wrong)
+    assert not features.splits_cleanly(model, split_for(model), 2, CPU)

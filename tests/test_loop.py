@@ -1,0 +1,413 @@
+"""Training: what a step computes, what a run repeats exactly, and what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtl_core.config import Experiment
+from mtl_core.data.prepare import Data
+from mtl_core.evaluation import evaluate
+from mtl_core.loop import Event, TrainingError, fit
+from mtl_core.state import TrainState
+from tests.small_runs import (
+    begin,
+    changed,
+    data,
+    experiment,
+    first_gradients,
+    learned,
+    train,
+    weights,
+)
+
+DROPOUT: dict[str, Any] = {"encoder": {"dropout": 0.1}, "tasks": {"dropout": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_encoders: dict[str, Path]) -> Path:
+    return tiny_encoders["bert"]
+
+
+def of(events: list[Event], kind: str) -> list[dict[str, Any]]:
+    return [event.row for event in events if event.kind == kind]
+
+
+# What a step computes
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "uncertainty"])
+def test_accumulated_batches_make_the_step_of_one_large_batch(strategy: str, bert: Path) -> None:
+    sizes = {"batch_size": 24, "epochs": 3}, {"batch_size": 6, "accumulation": 4, "epochs": 3}
+    large, parts = (
+        experiment(bert, training=size, weighting={"strategy": strategy}) for size in sizes
+    )
+    gradients, ends = [], []
+    for config in (large, parts):
+        encoded = data(config, train=24)
+        state = begin(config, encoded)
+        gradients.append(first_gradients(state))
+        events = list(fit(state, encoded, config))
+        assert len(of(events, "step")) == state.step == 3
+        ends.append(weights(state.model))
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-5, atol=1e-6)
+    for name in ends[0]:
+        if not name.endswith(".key.bias"):  # has no effect, so its gradient is only rounding
+            torch.testing.assert_close(ends[1][name], ends[0][name], rtol=0, atol=1e-6)
+
+
+def test_a_loss_weight_of_zero_silences_a_task(bert: Path) -> None:
+    config = experiment(bert, tasks={"loss_weight": 0.0}, training={"epochs": 1})
+    encoded = data(config)
+    state = begin(config, encoded)
+    gradients = first_gradients(state)
+    list(fit(state, encoded, config))
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_the_gradient_is_clipped_to_the_norm_asked_for(bert: Path) -> None:
+    config = experiment(bert, optim={"max_grad_norm": 1e-3}, training={"epochs": 1})
+    encoded = data(config)
+    state = begin(config, encoded)
+    gradients = first_gradients(state)
+    list(fit(state, encoded, config))
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    value: float, accumulation: int, bert: Path
+) -> None:
+    config = experiment(bert, training={"accumulation": accumulation})
+    encoded = data(config)
+    state = begin(config, encoded)
+    assert state.optimizer is not None
+    run = fit(state, encoded, config)
+    next(run)
+    with torch.no_grad():
+        state.model.head("mood").output.weight[1, 3] = value
+    after_step = [weights(state.model)]
+    state.optimizer.register_step_post_hook(lambda *_: after_step.append(weights(state.model)))
+    with pytest.raises(TrainingError, match="the loss of task 'mood' is not finite") as caught:
+        list(run)
+    assert f"at step {state.step + 1} (epoch {state.epoch + 1})" in str(caught.value)
+    for name, weight in weights(state.model).items():
+        torch.testing.assert_close(weight, after_step[-1][name], rtol=0, atol=0, equal_nan=True)
+
+
+# What a run tells
+
+
+def test_a_run_tells_losses_speed_and_the_scores_of_every_epoch(bert: Path) -> None:
+    config = experiment(bert, training={"epochs": 2})
+    state, events = train(config, data(config))
+    kinds = [event.kind for event in events]
+    assert kinds == ["step", "validation", "checkpoint"] * 2
+    for number, row in enumerate(of(events, "step"), start=1):
+        assert (row["step"], row["epoch"], row["step_in_epoch"]) == (10 * number, number, 10)
+        assert row["tokens_per_second"] > 0
+        assert all(0 < row[f"loss/{task}"] < 5 for task in config.tasks)
+    for number, row in enumerate(of(events, "validation"), start=1):
+        assert (row["step"], row["epoch"]) == (10 * number, number)
+        primary = [row[f"validation/{name}"] for name in ("topic/accuracy", "mood/micro_f1")]
+        primary.append(row["validation/entities/f1"])
+        assert row["score"] == pytest.approx(sum(primary) / 3)
+        assert all(row[f"validation/{task}/loss"] > 0 for task in config.tasks)
+    assert state.step == 20
+
+
+def test_the_first_loss_told_is_the_mean_over_labels(bert: Path) -> None:
+    config = experiment(bert, training={"epochs": 1, "batch_size": 40})
+    encoded = data(config)
+    state = begin(config, encoded)
+    expected = evaluate(state.model, encoded.splits["train"]).losses
+    row = next(fit(state, encoded, config)).row
+    for task in config.tasks:
+        assert row[f"loss/{task}"] == pytest.approx(expected[task], rel=1e-5)
+
+
+def test_learned_task_weights_are_told(bert: Path) -> None:
+    config = experiment(bert, weighting={"strategy": "uncertainty"}, training={"epochs": 1})
+    _, events = train(config, data(config))
+    (row,) = of(events, "step")
+    assert all(row[f"weight/{task}"] != 1.0 for task in config.tasks)
+
+
+def test_the_metric_of_one_task_can_pick_the_best_epoch(bert: Path) -> None:
+    config = experiment(bert, training={"epochs": 2, "metric": "topic/macro_f1"})
+    _, events = train(config, data(config))
+    for row in of(events, "validation"):
+        assert row["score"] == row["validation/topic/macro_f1"]
+
+
+def test_the_model_ends_with_the_weights_of_the_best_epoch(bert: Path) -> None:
+    config = experiment(bert, optim={"learning_rate": 3e-3})
+    encoded = data(config)
+    state = begin(config, encoded)
+    at_epoch: dict[int, Any] = {}
+    for event in fit(state, encoded, config):
+        if event.kind == "validation":
+            at_epoch[state.epoch] = (event.row["score"], weights(state.model), event.row["best"])
+    best = max(at_epoch, key=lambda epoch: at_epoch[epoch][0])
+    assert state.best_epoch == best
+    assert at_epoch[best][2] is True
+    assert not changed(at_epoch[best][1], weights(state.model))
+
+
+def test_training_stops_when_patience_is_out(bert: Path) -> None:
+    # Nothing moves, so that no epoch is better than the first.
+    config = experiment(bert, optim={"learning_rate": 1e-30}, training={"patience": 2, "epochs": 9})
+    state, events = train(config, data(config))
+    assert state.epoch == 3
+    assert of(events, "stopped") == [{"epoch": 3, "reason": "no better score for 2 epochs"}]
+
+
+def test_running_out_of_patience_in_the_last_epoch_is_no_early_stop(bert: Path) -> None:
+    config = experiment(bert, optim={"learning_rate": 1e-30}, training={"patience": 2, "epochs": 3})
+    _, events = train(config, data(config))
+    assert not of(events, "stopped")
+
+
+# What a run repeats
+
+
+def test_the_same_seed_gives_the_same_weights_to_the_bit(bert: Path) -> None:
+    config = experiment(bert, **DROPOUT)
+    encoded = data(config)
+    first, _ = train(config, encoded)
+    torch.rand(7)
+    second, _ = train(config, encoded)
+    assert not changed(weights(first.model), weights(second.model))
+
+
+def test_another_seed_gives_other_weights(bert: Path) -> None:
+    config = experiment(bert)
+    first, _ = train(config, data(config))
+    second, _ = train(config.model_copy(update={"seed": 8}), data(config))
+    trained = {n for n in weights(first.model) if ".pooler." not in n}
+    assert changed(weights(first.model), weights(second.model)) >= {
+        n for n in trained if n.endswith("weight") and "embeddings" not in n
+    }
+
+
+def save_at(
+    state: TrainState, encoded: Data, config: Experiment, folder: Path, step: int
+) -> Iterator[Event]:
+    """Pass a run's events on, saving the state when the checkpoint of a step is due."""
+    for event in fit(state, encoded, config):
+        if event.kind == "checkpoint" and event.row["step"] == step:
+            folder.mkdir()
+            state.save(folder)
+        yield event
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"freeze": {"unfreeze_every": 1}}, {"mixing": {"strategy": "temperature"}}],
+    ids=["plain", "unfreezing", "temperature"],
+)
+@pytest.mark.parametrize("step", [3, 10, 15, 20, 27, 40], ids="after step {}".format)
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(
+    step: int, changes: dict[str, Any], bert: Path, tmp_path: Path
+) -> None:
+    config = experiment(
+        bert, training={"checkpoint_every": 3}, optim={"learning_rate": 2e-3}, **DROPOUT, **changes
+    )
+    encoded = data(config)
+    undisturbed = begin(config, encoded)
+    told = list(save_at(undisturbed, encoded, config, tmp_path / "state", step))
+
+    torch.rand(step)  # the generator stands elsewhere, as in a new process
+    resumed = begin(config, encoded)
+    resumed.load(tmp_path / "state")
+    assert (resumed.step, resumed.epoch) == (step, step // 10)
+    rest = list(fit(resumed, encoded, config))
+
+    assert not changed(weights(undisturbed.model), weights(resumed.model))
+    assert (resumed.best_epoch, resumed.best_score) == (
+        undisturbed.best_epoch,
+        undisturbed.best_score,
+    )
+    validations = of(told, "validation")[step // 10 :]
+    assert of(rest, "validation") == validations
+
+
+def test_best_weights_and_patience_survive_a_resume(bert: Path, tmp_path: Path) -> None:
+    # The rate is so high that later epochs are worse than the first.
+    config = experiment(
+        bert,
+        optim={"learning_rate": 0.3, "warmup": 0.0, "schedule": "constant"},
+        training={"checkpoint_every": 3, "patience": 2, "epochs": 9},
+    )
+    encoded = data(config)
+    state = begin(config, encoded)
+    state.offer(2.0)  # no epoch reaches this
+    best = weights(state.model)
+    told = list(save_at(state, encoded, config, tmp_path / "state", 12))
+    assert state.epoch == 2
+    assert of(told, "stopped")
+
+    resumed = begin(config, encoded)
+    resumed.load(tmp_path / "state")
+    assert changed(best, weights(resumed.model))
+    rest = list(fit(resumed, encoded, config))
+    assert of(rest, "stopped") == of(told, "stopped")
+    assert resumed.step == state.step
+    assert not changed(best, weights(resumed.model))
+
+
+RESUME = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from mtl_core.config import load_experiment
+from mtl_core.loop import fit
+from tests.small_runs import begin, data, weights
+
+folder = Path(sys.argv[1])
+config = load_experiment(folder / "experiment.yaml")
+encoded = data(config)
+state = begin(config, encoded)
+state.load(folder / "state")
+list(fit(state, encoded, config))
+save_file(weights(state.model), folder / "end.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_another_process_resumes_to_the_same_bit(bert: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from mtl_core.config import dump_experiment
+
+    config = experiment(bert, training={"checkpoint_every": 3}, **DROPOUT)
+    encoded = data(config)
+    state = begin(config, encoded)
+    list(save_at(state, encoded, config, tmp_path / "state", 15))
+    (tmp_path / "experiment.yaml").write_text(dump_experiment(config), encoding="utf-8")
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", RESUME, str(tmp_path)], cwd=root, check=True)
+    assert not changed(weights(state.model), load_file(tmp_path / "end.safetensors"))
+
+
+# What a run leaves alone
+
+
+def test_nothing_is_trained_when_everything_is_frozen(bert: Path) -> None:
+    config = experiment(bert, freeze={"encoder": True, "heads": ["topic", "mood", "entities"]})
+    encoded = data(config)
+    state = begin(config, encoded)
+    before = weights(state.model)
+    assert list(fit(state, encoded, config)) == []
+    assert not changed(before, weights(state.model))
+
+
+def test_a_frozen_head_keeps_its_weights_while_the_rest_learns(bert: Path) -> None:
+    config = experiment(bert, freeze={"heads": ["mood"]}, training={"epochs": 1})
+    encoded = data(config)
+    state = begin(config, encoded)
+    before = weights(state.model)
+    list(fit(state, encoded, config))
+    moved = changed(before, weights(state.model))
+    assert {"heads.topic.output.weight", "heads.entities.output.weight"} <= moved
+    assert not any(name.startswith("heads.mood.") for name in moved)
+
+
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_a_frozen_encoder_keeps_its_bytes_and_reads_every_text_once(
+    epochs: int, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path))
+    config = experiment(bert, freeze={"encoder": True}, training={"epochs": epochs}, **DROPOUT)
+    encoded = data(config)
+    state = begin(config, encoded)
+    before = weights(state.model)
+    passes = state.model.encoder.num_passes
+    list(fit(state, encoded, config))
+    moved = changed(before, weights(state.model))
+    assert moved == {name for name in before if name.startswith("heads.")}
+    # Per split one batch that fills the cache; and the check that the encoder splits cleanly.
+    assert state.model.encoder.num_passes - passes == 2 + 2
+    again = begin(config, encoded)
+    list(fit(again, encoded, config))
+    assert again.model.encoder.num_passes == 2
+    assert not changed(weights(state.model), weights(again.model))
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"])
+@pytest.mark.parametrize("freeze", [{"encoder": True}, {"layers": 2}], ids=["encoder", "2 layers"])
+def test_cached_features_train_what_the_whole_encoder_trains(
+    freeze: dict[str, Any], name: str, tiny_encoders: dict[str, Path]
+) -> None:
+    ends, passes = [], []
+    for cached in (True, False):
+        config = experiment(
+            tiny_encoders[name], freeze=freeze, training={"feature_cache": cached, "epochs": 2}
+        )
+        encoded = data(config)
+        state = begin(config, encoded)
+        gradients = first_gradients(state)
+        events = list(fit(state, encoded, config))
+        assert bool(of(events, "features")) == cached
+        ends.append(gradients)
+        passes.append(state.model.encoder.num_passes)
+    assert passes[0] < passes[1]
+    for parameter, gradient in ends[1].items():
+        torch.testing.assert_close(ends[0][parameter], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_gradual_unfreezing_frees_one_more_layer_each_time(bert: Path) -> None:
+    config = experiment(bert, freeze={"unfreeze_every": 2}, training={"epochs": 8})
+    encoded = data(config)
+    state = begin(config, encoded)
+    before = weights(state.model)
+    moved: dict[int, set[str]] = {}
+    for event in fit(state, encoded, config):
+        if event.kind == "validation":
+            moved[state.epoch] = changed(before, weights(state.model))
+            before = weights(state.model)
+    parts = ["embeddings", *(f"encoder.layer.{depth}." for depth in range(3))]
+    for epoch in range(1, 9):
+        free = {0: [], 1: parts[3:], 2: parts[2:], 3: parts}[(epoch - 1) // 2]
+        expected = {
+            name
+            for name in before
+            if name.startswith("heads.") or any(f"transformer.{part}" in name for part in free)
+        }
+        assert moved[epoch] - UNMOVED == expected - UNMOVED, epoch
+
+
+UNMOVED = {"encoder.transformer.embeddings.token_type_embeddings.weight"} | {
+    f"encoder.transformer.encoder.layer.{depth}.attention.self.key.bias" for depth in range(3)
+}
+"""Moved by rounding only, or not at all."""
+
+
+def test_epochs_in_which_nothing_is_free_yet_only_validate(bert: Path) -> None:
+    config = experiment(bert, freeze={"unfreeze_every": 1, "heads": ["topic", "mood", "entities"]})
+    encoded = data(config)
+    state, events = train(config, encoded)
+    assert [event.kind for event in events[:2]] == ["validation", "checkpoint"]
+    assert state.step == 30
+
+
+# Whether it learns
+
+
+def test_a_tiny_model_learns_32_texts_by_heart(bert: Path) -> None:
+    _, _, events = learned(bert)
+    best = max(of(events, "validation"), key=lambda row: float(row["score"]))
+    assert best["validation/topic/accuracy"] == 1.0
+    assert best["validation/mood/micro_f1"] > 0.98
+    assert best["validation/entities/f1"] > 0.98

@@ -1,0 +1,155 @@
+"""A checkpoint holds all that training needs, and nothing that is unpickled."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mtl_core.loop import fit
+from mtl_core.state import TrainState
+from tests.small_runs import begin, changed, data, experiment, weights
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_encoders: dict[str, Path]) -> Path:
+    return tiny_encoders["bert"]
+
+
+def half_way(bert: Path, steps: int = 13, **changes: Any) -> TrainState:
+    """A state in the middle of the second epoch, whose best weights are the first epoch's."""
+    config = experiment(
+        bert, training={"checkpoint_every": 1}, optim={"learning_rate": 1e-3}, **changes
+    )
+    state = begin(config, encoded := data(config))
+    if steps:
+        next(
+            event
+            for event in fit(state, encoded, config)
+            if event.kind == "checkpoint" and event.row["step"] == steps
+        )
+    return state
+
+
+def moments(state: TrainState) -> dict[str, Any]:
+    assert state.optimizer is not None
+    return {
+        f"{key}.{name}": value
+        for name, parameter in state.learning().items()
+        for key, value in state.optimizer.state[parameter].items()
+    }
+
+
+def names(path: Path) -> set[str]:
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+def test_a_checkpoint_gives_back_weights_moments_and_progress(bert: Path, tmp_path: Path) -> None:
+    state = half_way(bert)
+    state.save(tmp_path)
+    other = half_way(bert, steps=0)
+    assert changed(weights(state.model), weights(other.model))
+    other.load(tmp_path)
+    assert not changed(weights(state.model), weights(other.model))
+    assert moments(state)
+    assert not changed(moments(state), moments(other))
+    assert state.best
+    assert not changed(state.best, other.best)
+    assert changed(state.best, dict(state.learning()))
+    for name in ("epoch", "step", "step_in_epoch", "best_score", "best_epoch"):
+        assert getattr(other, name) == getattr(state, name)
+    assert (other.epoch, other.step, other.step_in_epoch) == (1, 13, 3)
+
+
+def test_a_checkpoint_before_the_first_step_gives_back_the_beginning(
+    bert: Path, tmp_path: Path
+) -> None:
+    state = half_way(bert, steps=0)
+    state.save(tmp_path)
+    before = weights(state.model)
+    state.load(tmp_path)
+    assert not changed(before, weights(state.model))
+    assert (state.epoch, state.step, state.best, state.best_score) == (0, 0, {}, float("-inf"))
+
+
+def test_loading_does_not_tie_the_best_weights_to_the_moving_ones(
+    bert: Path, tmp_path: Path
+) -> None:
+    state = half_way(bert, steps=0)
+    state.epoch = 1
+    state.offer(0.5)
+    state.save(tmp_path)
+    best = weights(state.model)
+    state.load(tmp_path)
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.zero_()
+    state.restore_best()
+    assert not {n for n in changed(best, weights(state.model)) if ".pooler." not in n}
+
+
+def test_a_checkpoint_is_safetensors_and_json(bert: Path, tmp_path: Path) -> None:
+    half_way(bert).save(tmp_path)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["model.safetensors", "optimizer.safetensors", "progress.json"]
+    assert names(tmp_path / "model.safetensors")
+    assert names(tmp_path / "optimizer.safetensors")
+    assert json.loads((tmp_path / "progress.json").read_text())["step"] == 13
+
+
+def test_only_what_learns_is_stored(bert: Path, tmp_path: Path) -> None:
+    half_way(bert, freeze={"encoder": True, "heads": ["mood"]}).save(tmp_path)
+    stored = names(tmp_path / "model.safetensors") | names(tmp_path / "optimizer.safetensors")
+    heads = {name.partition("heads.")[2].split(".")[0] for name in stored}
+    assert heads == {"topic", "entities"}
+
+
+def test_the_best_weights_are_stored_once_when_they_are_the_present_ones(
+    bert: Path, tmp_path: Path
+) -> None:
+    state = half_way(bert, steps=0)
+    state.epoch = 1
+    state.offer(0.5)
+    state.save(tmp_path)
+    assert {name.split(".")[0] for name in names(tmp_path / "model.safetensors")} == {"now"}
+    other = half_way(bert, steps=0)
+    other.load(tmp_path)
+    assert not changed(state.best, other.best)
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """What a full disk looks like from inside a process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+def test_a_full_disk_is_an_os_error_and_older_checkpoints_stay(
+    file: str, bert: Path, tmp_path: Path
+) -> None:
+    state = half_way(bert)
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    older.mkdir()
+    newer.mkdir()
+    state.save(older)
+    room = (older / file).stat().st_size - 1
+    with files_no_larger_than(room), pytest.raises(OSError, match=file):
+        state.save(newer)
+    assert not (newer / "progress.json").exists()
+    other = half_way(bert, steps=0)
+    other.load(older)
+    assert other.step == 13
+    assert not changed(weights(state.model), weights(other.model))
