@@ -1,6 +1,6 @@
 """SNIPS, intents and slots from one encoder pass: test scores over three seeds and the time a run.
 
-    MTL_DATA=… python benchmarks/snips.py [--seeds 1 2 3]
+MTL_DATA=… python benchmarks/snips.py [--seeds 1 2 3]
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class EncoderConfig(Config):
 
 class TaskConfig(Config):
     kind: TaskKind
-    """One label a text, any number of labels a text, or entities."""
+    """classification: one label a text; multilabel: any number; token_classification: entities."""
     labels: tuple[str, ...] | None = None
     """Label names (for entities their types); read from the training data when absent."""
     loss_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
@@ -178,7 +178,7 @@ class TrainingConfig(Config):
     batch_size: PositiveInt = 32
     """Texts per batch over all workers."""
     batch_tokens: PositiveInt | None = None
-    """Fill batches up to this many padded tokens instead of `batch_size` texts."""
+    """Tokens per batch, about so many, instead of a number of texts."""
     accumulation: PositiveInt = 1
     """Batches whose gradients are summed into one optimiser step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -292,13 +292,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 3e-4 as a string; people who write learning rates mean a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|Inf)|\.(?:nan|NaN))$"
-    ),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$"),
+        list("-+0123456789."),
+    )
 
 
 def parse_experiment(raw: Mapping[str, Any], where: str = "experiment") -> Experiment:
@@ -370,7 +373,8 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
 
 def dump_experiment(experiment: Experiment) -> str:
     """The resolved configuration as YAML that `load_experiment` reads back."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    content = experiment.model_dump(mode="json")
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def expand_path(path: str) -> str:

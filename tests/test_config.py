@@ -267,7 +267,6 @@ def test_what_is_dumped_loads_as_the_same_experiment(file: Path, tmp_path: Path)
     assert experiment.tasks["intent"].labels == ("yes", "no", "1", "null", "日本", "on")
 
 
-@pytest.mark.xfail(reason="the dumper does not quote what only our loader takes for a number")
 def test_text_that_looks_like_a_rate_survives_dumping(tmp_path: Path) -> None:
     experiment = parse_experiment(raw(encoder={"revision": "3e4"}))  # a short commit hash
     dumped = tmp_path / "x.yaml"

@@ -34,9 +34,7 @@ class TensorBoard:
             for name, value in row.items()
             if isinstance(value, int | float) and name != "step"
         ]
-        event = Event(
-            wall_time=time.time(), step=row.get("step", 0), summary=Summary(value=values)
-        )
+        event = Event(wall_time=time.time(), step=row.get("step", 0), summary=Summary(value=values))
         self.writer.write_event(event)
 
     def flush(self) -> None:

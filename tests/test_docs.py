@@ -1,0 +1,88 @@
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from docs.make_reference import reference
+from mtl_core.config import load_experiment, parse_experiment
+from train_jobs import evaluate, predict, similarity, train
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "similarity": similarity}
+
+
+def yaml_blocks() -> list[str]:
+    return [
+        block
+        for page in PAGES
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"^\s*(?:\$ )?(python -m train_jobs\.\w+ .*)$", text, re.MULTILINE)
+    return found
+
+
+def test_the_reference_of_the_experiment_file_is_current() -> None:
+    assert (ROOT / "docs/experiment.md").read_text(encoding="utf-8") == reference(), "make docs"
+
+
+def test_whole_experiments_in_the_pages_are_valid() -> None:
+    whole = [raw for raw in map(yaml.safe_load, yaml_blocks()) if "data" in raw]
+    assert len(whole) >= 2
+    for raw in whole:
+        assert parse_experiment(raw).tasks
+
+
+def test_snippets_in_the_pages_use_known_keys() -> None:
+    base = load_experiment(ROOT / "train_jobs/configs/demo.yaml").model_dump(mode="json")
+    for block in yaml_blocks():
+        if "data:" in block:
+            continue
+        for line in filter(str.strip, block.splitlines()):
+            parse_experiment({**base, **yaml.safe_load(line)})
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_commands_in_the_pages_name_existing_options(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, module, *arguments = shlex.split(command, comments=True)
+    with pytest.raises(SystemExit):
+        COMMANDS[module.removeprefix("train_jobs.")].main(["--help"])
+    known = capsys.readouterr().out
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert argument in known, argument
+        if argument.startswith("train_jobs/configs/"):
+            assert (ROOT / argument).is_file()
+
+
+def test_make_targets_in_the_pages_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    named = {
+        target
+        for page in PAGES
+        for target in re.findall(r"`?make ([a-z][a-z-]+)`", page.read_text())
+    }
+    assert named
+    assert named <= targets
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
