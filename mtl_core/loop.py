@@ -70,7 +70,7 @@ def fit(
         world: this rank's place; one process on the CPU when absent.
 
     Yields:
-        Progress, the same number of events on every rank.
+        Progress; "validation" and "checkpoint" come on every rank together.
 
     Raises:
         TrainingError: the loss or its gradient is not finite.
@@ -122,14 +122,18 @@ class _Run:
             if split is None or not len(split):
                 continue
             path = features.cache_file(self.model, self.data.keys[name], depth, dtype)
+            row = {"split": name, "texts": len(split), "layers": depth}
             if self.world.local_rank == 0 and not path.is_file():
-                for _ in features.build_cache(
+                shown = 0.0
+                for done in features.build_cache(
                     self.model, split, path, depth, device, dtype, self.bf16
                 ):
-                    pass
+                    if done >= shown + 0.1 and done < 1:
+                        shown = done
+                        yield Event("features", {**row, "done": round(done, 2)})
             self.world.barrier()
             self.caches[name] = features.open_cache(path, depth)
-            yield Event("features", {"split": name, "texts": len(split), "layers": depth})
+            yield Event("features", {**row, "done": 1.0})
 
     def epoch(self) -> Iterator[Event]:
         """The rest of the epoch that the state stands in, then validation."""
@@ -159,10 +163,8 @@ class _Run:
 
     def _steps(self) -> list[list[Rows]]:
         """The epoch's batches by optimiser step; none while nothing has been unfrozen yet."""
-        batches, size = (
-            self.schedule.batches(self.state.epoch),
-            self.experiment.training.accumulation,
-        )
+        batches = self.schedule.batches(self.state.epoch)
+        size = self.experiment.training.accumulation
         starts = range(0, len(batches), size) if self._learns() else ()
         return [batches[first : first + size] for first in starts]
 

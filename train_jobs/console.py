@@ -88,8 +88,8 @@ class Progress:
             self.note(f"{row['workers']} worker(s) on {row['device']}, from step {row['step']}")
         elif event == "features":
             self.note(
-                f"{row['split']}: states after {row['layers']} frozen layers of "
-                f"{row['texts']} texts are ready"
+                f"{row['split']}: {100 * row['done']:.0f} % of {row['texts']} texts are through "
+                f"the {row['layers']} frozen layers"
             )
         elif event == "step":
             self.state.update(row)
