@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -36,6 +37,9 @@ SCORE_COLUMNS = {
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; a user's mistake gives its message and exit code 1, Ctrl-C gives 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     try:
         import transformers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -77,6 +78,18 @@ def test_a_finished_run_is_shown_and_not_repeated(finished: Path, ray_address: s
     assert again.returncode == 0
     assert "is finished" in again.stdout
     assert weights(finished) == before
+
+
+def test_a_driver_that_died_before_the_artifact_stood_builds_it_without_training_again(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, experiment)
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/small/artifact")
+    done = run("train", "--config", str(config), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path) == weights(finished)
+    assert [row["event"] for row in history(tmp_path)].count("start") == 1
 
 
 def test_a_folder_of_another_configuration_is_refused(finished: Path) -> None:
