@@ -18,11 +18,12 @@ from mtl_core.artifact import (
     save_weights,
     write_manifest,
 )
+from mtl_core.build import build_model
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.examples import Corpus, Example, Span
 from mtl_core.data.prepare import Data, encode
 from mtl_core.loop import Event, fit
-from mtl_core.model import MultiTaskModel, build_model
+from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
 from mtl_core.world import World
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtl_core.build import build_model
 from mtl_core.config import EncoderConfig, TaskConfig, parse_experiment
 from mtl_core.encoder import SentenceEncoder
 from mtl_core.heads import build_head
-from mtl_core.model import Batch, Labelled, MultiTaskModel, build_model
+from mtl_core.model import Batch, Labelled, MultiTaskModel
 
 LABELS = ("a", "b")
 

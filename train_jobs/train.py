@@ -21,6 +21,7 @@ from ray.train.v2.api.config import (
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from mtl_core.artifact import read_manifest
+from mtl_core.build import inherit
 from mtl_core.config import Experiment, load_experiment
 from mtl_core.data.prepare import Data, prepare
 from mtl_core.loop import TrainingError
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="insist on resuming: fail if there is no run of this name",
     )
     options = parser.parse_args(arguments)
-    experiment = load_experiment(options.config, options.set)
+    experiment = inherit(load_experiment(options.config, options.set))
     folder = RunFolder(experiment)
     resumed = folder.resumes(experiment, must_exist=options.resume)
     if folder.is_finished:

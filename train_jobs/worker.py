@@ -13,12 +13,13 @@ import ray.train.torch
 import torch
 
 from mtl_core.artifact import save_weights
+from mtl_core.build import build_model
 from mtl_core.config import Experiment, parse_experiment
 from mtl_core.data.prepare import Data, reopen
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.freezing import apply_freezing
 from mtl_core.loop import TrainingError, fit
-from mtl_core.model import MultiTaskModel, build_model
+from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
 from mtl_core.world import World
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mtl_core.artifact import read_manifest
 from mtl_core.config import SPLITS, Experiment, TaskConfig
 from mtl_core.data.encoding import (
     EncodedSplit,
@@ -77,8 +78,6 @@ def with_known_labels(experiment: Experiment, corpus: Corpus) -> Mapping[str, Ta
     """The tasks, with the label order of an `init_from` head where that head can go on learning."""
     if experiment.init_from is None:
         return experiment.tasks
-    from mtl_core.artifact import read_manifest
-
     known = read_manifest(experiment.init_from).tasks
     fresh = resolve_labels(corpus, experiment.tasks)
     return {

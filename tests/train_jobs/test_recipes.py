@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mtl_core.build import build_model
 from mtl_core.config import load_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.loop import fit
-from mtl_core.model import build_model
 from mtl_core.state import TrainState
 
 CONFIGS = Path(__file__).parents[2] / "train_jobs" / "configs"

@@ -1,0 +1,62 @@
+"""From an experiment to a model ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mtl_core.artifact import ArtifactError, load_parts, read_manifest
+from mtl_core.config import Experiment
+from mtl_core.encoder import SentenceEncoder
+from mtl_core.heads import Head, build_head
+from mtl_core.model import MultiTaskModel
+from mtl_core.weighting import build_weighting
+
+
+def inherit(experiment: Experiment) -> Experiment:
+    """An experiment file's contents with what `init_from` decides unless the file says otherwise.
+
+    Raises:
+        ArtifactError: `init_from` is no sound artifact.
+    """
+    if experiment.init_from is None or "max_length" in experiment.encoder.model_fields_set:
+        return experiment
+    window = read_manifest(experiment.init_from, check_files=False).encoder["max_length"]
+    encoder = experiment.encoder.model_copy(update={"max_length": window})
+    return experiment.model_copy(update={"encoder": encoder})
+
+
+def build_model(experiment: Experiment, labels: Mapping[str, tuple[str, ...]]) -> MultiTaskModel:
+    """A model ready to train: pretrained encoder, seeded heads, or what `init_from` holds.
+
+    Raises:
+        EncoderError: the encoder cannot be loaded.
+        ArtifactError: `init_from` is no sound artifact, or does not fit the experiment.
+    """
+    torch.manual_seed(experiment.seed)
+    carried: dict[str, Head] = {}
+    if experiment.init_from is None:
+        encoder = SentenceEncoder.load(experiment.encoder)
+    else:
+        encoder, carried = _start_from(experiment, experiment.init_from)
+    heads: dict[str, Head] = dict(carried)
+    for name, task in experiment.tasks.items():
+        head = build_head(encoder.hidden_size, labels[name], task)
+        old = carried.get(name)
+        if old is not None and old.labels == head.labels and old.fits(head):
+            head.load_state_dict(old.state_dict())
+        heads[name] = head
+    return MultiTaskModel(encoder, heads, build_weighting(experiment))
+
+
+def _start_from(experiment: Experiment, artifact: str) -> tuple[SentenceEncoder, dict[str, Head]]:
+    """An artifact's encoder and heads; heads that this run does not train must stay true."""
+    encoder, carried = load_parts(artifact, experiment.encoder.max_length)
+    kept = [name for name in carried if name not in experiment.tasks]
+    if kept and not experiment.freeze.encoder:
+        raise ArtifactError(
+            f"init_from: the head {kept[0]!r} of {artifact} would answer differently once the "
+            f"encoder learns; set freeze.encoder: true, or train {kept[0]!r} along"
+        )
+    return encoder, carried
