@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from runs import over_seeds, score, spread
+from seed_runs import over_seeds, score, spread
 
 CONFIG = Path("train_jobs/configs/banking77_wnut17.yaml")
 METRICS = {"intent": "accuracy", "entities": "f1"}

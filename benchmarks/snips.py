@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from runs import over_seeds, score, spread
+from seed_runs import over_seeds, score, spread
 
 
 def main() -> None:

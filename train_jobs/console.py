@@ -165,14 +165,19 @@ def score_table(title: str, scores: Mapping[str, Mapping[str, Mapping[str, float
     table = Table(title=title, title_justify="left")
     table.add_column("task")
     table.add_column("split")
-    for name in SCORE_COLUMNS:
+    columns = {
+        name: metrics
+        for name, metrics in SCORE_COLUMNS.items()
+        if any(m in task for split in scores.values() for task in split.values() for m in metrics)
+    }
+    for name in columns:
         table.add_column(name, justify="right")
     for task in dict.fromkeys(task for split in scores.values() for task in split):
         for split, values in scores.items():
             if task in values:
                 cells = (
                     next((f"{100 * values[task][m]:.2f}" for m in ms if m in values[task]), "")
-                    for ms in SCORE_COLUMNS.values()
+                    for ms in columns.values()
                 )
                 table.add_row(task, split, *cells)
         table.add_section()

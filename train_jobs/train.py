@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import threading
 import time
 from pathlib import Path
@@ -252,8 +253,9 @@ def show_result(folder: RunFolder) -> None:
     for title, rows in read_report(folder.artifact):
         if len(rows) <= 12:
             console.print(label_table(title, rows))
-    console.print(f"artifact: {folder.artifact}  (plots in plots/, all numbers in report.json)")
-    console.print(f'next:     python -m train_jobs.predict --artifact {folder.artifact} --text "…"')
+    where = os.path.relpath(folder.artifact)
+    print(f"artifact: {where}  (plots in plots/, all numbers in report.json)")
+    print(f'next:     python -m train_jobs.predict --artifact {where} --text "…"')
 
 
 if __name__ == "__main__":
