@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 # Read by libraries when they are imported, so set before any test module is.
-os.environ.update(RAY_AUTH_MODE="disabled", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# One thread: a sum over tiny tensors is faster so, and always in the same order.
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)
 _SESSION_CACHE = tempfile.TemporaryDirectory(prefix="mtl-cache-")
 os.environ["MTL_CACHE"] = _SESSION_CACHE.name
 
