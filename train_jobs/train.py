@@ -253,7 +253,8 @@ def show_result(folder: RunFolder) -> None:
     for title, rows in read_report(folder.artifact):
         if len(rows) <= 12:
             console.print(label_table(title, rows))
-    where = os.path.relpath(folder.artifact)
+    near = os.path.relpath(folder.artifact)
+    where = folder.artifact if near.startswith("..") else near
     print(f"artifact: {where}  (plots in plots/, all numbers in report.json)")
     print(f'next:     python -m train_jobs.predict --artifact {where} --text "…"')
 
