@@ -27,6 +27,7 @@ def attempt(capsys: pytest.CaptureFixture[str], main: Any, *arguments: str) -> s
     return message
 
 
+@pytest.mark.slow
 def test_help_names_every_option_and_an_example() -> None:
     for command, words in {
         "train": ("--config", "--set", "--resume", "examples"),
