@@ -164,6 +164,28 @@ class TokenClassificationHead(Head):
             return viterbi(logits)
         return legalise(logits.argmax(axis=-1), len(self.labels))
 
+    def decode_texts(
+        self, logits: NDArray[np.float32], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """(T, K) logits of the sub-words of texts of these lengths → (T,) tag ids.
+
+        Where every sub-word's likeliest tag makes a legal sequence, that is the answer: no legal
+        sequence scores higher. Only the other texts are decoded one by one.
+        """
+        tags: NDArray[np.int64] = logits.argmax(axis=-1)
+        if not len(tags):
+            return tags
+        ends = np.cumsum(lengths)
+        before = np.concatenate([[0], tags[:-1]])
+        before[(ends - lengths)[lengths > 0]] = 0
+        num_types = len(self.labels)
+        illegal = (tags > num_types) & (before != tags) & (before != tags - num_types)
+        texts = np.unique(np.searchsorted(ends, np.flatnonzero(illegal), side="right"))
+        for text in texts:
+            rows = slice(ends[text] - lengths[text], ends[text])
+            tags[rows] = self.decode(logits[rows])
+        return tags
+
 
 HEADS: dict[TaskKind, type[Head]] = {
     "classification": ClassificationHead,

@@ -11,21 +11,15 @@ import pytest
 import torch
 
 from mtl_core import metrics
+from mtl_core.answers import Features, Prediction, flatten, run_head
 from mtl_core.data.encoding import encode_split
 from mtl_core.data.examples import Example, Span
 from mtl_core.data.tags import spans_to_tags
 from mtl_core.evaluation import evaluate
 from mtl_core.heads import tag_names
 from mtl_core.model import MultiTaskModel
-from mtl_core.predictor import (
-    Prediction,
-    Predictor,
-    TextError,
-    Tokenized,
-    flatten,
-    label_prediction,
-    stitch,
-)
+from mtl_core.predictor import Predictor
+from mtl_core.windows import TextError, Tokenized
 from tests.small_runs import (
     LABELS,
     begin,
@@ -214,12 +208,12 @@ def test_where_windows_are_cut_changes_no_entity(
     name: str, tiny_encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = without_context(tiny_encoders[name], tmp_path / "encoder")
-    predictor = scattered(folder)
+    model = scattered(folder).model
     text = " ".join(MIXED * 3)
     answers: list[Any] = []
     for limit in (48, 32, 19, 8):
-        predictor.model.encoder.max_length = limit
-        answers.append(predictor.predict([text], ["entities"])[0]["entities"])
+        model.encoder.max_length = limit
+        answers.append(Predictor(model).predict([text], ["entities"])[0]["entities"])
     assert len(answers[0]) > 20
     for other in answers[1:]:
         assert [{**e, "score": 0} for e in other] == [{**e, "score": 0} for e in answers[0]]
@@ -268,20 +262,20 @@ def test_windows_hold_every_sub_word_of_a_text(
 def test_overlapping_windows_give_each_sub_word_where_it_has_most_context() -> None:
     item = Tokenized(
         "abcd",
-        [(0, 1), (1, 2), (2, 3), (3, 4)],
         [[0, 1, 2, 3, 0], [0, 2, 3, 4, 0]],
         [[-1, 0, 1, 2, -1], [-1, 1, 2, 3, -1]],
+        [(0, 1), (1, 2), (2, 3), (3, 4)],
     )
-    parts = [np.array([[9], [10], [11], [12], [9]]), np.array([[9], [21], [22], [23], [9]])]
-    logits, offsets = stitch(parts, item)
-    assert logits[:, 0].tolist() == [10, 11, 22, 23]
+    offsets, windows, places = item.placed
     assert offsets == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert windows.tolist() == [0, 0, 1, 1]
+    assert places.tolist() == [1, 2, 2, 3]
 
 
 def test_sub_words_that_stand_for_no_text_have_no_tag() -> None:
-    item = Tokenized("🙂 a", [(0, 1), (1, 1), (2, 3)], [[7, 1, 2, 3]], [[-1, 0, 1, 2]])
-    logits, offsets = stitch([np.arange(4.0, dtype=np.float32)[:, None]], item)
-    assert logits[:, 0].tolist() == [1, 3]
+    item = Tokenized("🙂 a", [[7, 1, 2, 3]], [[-1, 0, 1, 2]], [(0, 1), (1, 1), (2, 3)])
+    offsets, _, places = item.placed
+    assert places.tolist() == [1, 3]
     assert offsets == [(0, 1), (2, 3)]
 
 
@@ -309,8 +303,16 @@ def test_probabilities_belong_to_the_labels(expert: Predictor) -> None:
 
 def test_a_label_is_given_from_its_threshold_on(expert: Predictor) -> None:
     head = expert.model.head("mood")
-    below, at = np.nextafter(np.float32(0), np.float32(-1)) - 1e-6, 0.0
-    answer: Any = label_prediction(head, np.array([below, at, 1.0], dtype=np.float32))
+    features = Features(np.zeros((1, 32), np.float32), np.zeros((0, 32)), np.zeros(1, np.int64))
+    kept = [parameter.detach().clone() for parameter in head.parameters()]
+    with torch.no_grad():
+        head.output.weight.zero_()
+        head.output.bias.copy_(torch.tensor([-1e-6, 0.0, 1.0]))
+    output: Any = run_head(head, features)
+    with torch.no_grad():
+        for parameter, values in zip(head.parameters(), kept, strict=True):
+            parameter.copy_(values)
+    (answer,) = output.predictions()
     assert answer["scores"]["good"] == 0.5  # rounded, but less
     assert answer["labels"] == ["bad", "late"]
 
@@ -370,7 +372,7 @@ def test_batches_are_bounded_by_tokens(expert: Predictor) -> None:
     expert.model.encoder.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     expert.predict(["the food " * 9] * 500 + ["Zoë"] * 500, ["topic"])
     assert len(shapes) > 1
-    assert all(rows * width <= expert.batch_tokens for rows, width in shapes)
+    assert all(rows * width <= expert.stage.batch_tokens for rows, width in shapes)
     assert sum(rows for rows, _ in shapes) == 1000
 
 

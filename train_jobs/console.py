@@ -21,7 +21,7 @@ from mtl_core.data.examples import DataError
 from mtl_core.encoder import EncoderError
 from mtl_core.loop import TrainingError
 from mtl_core.metrics import PRIMARY
-from mtl_core.predictor import TextError
+from mtl_core.windows import TextError
 
 USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingError, TextError)
 INTERRUPTED = 130

@@ -1,0 +1,105 @@
+"""Texts as overlapping windows of sub-words that fit the model.
+
+Shapes: T sub-words of a text that stand for characters of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from mtl_core.data.encoding import token_offsets
+
+Offsets = list[tuple[int, int]]
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+class TextError(ValueError):
+    """A text that cannot be predicted for."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """One text as one or more overlapping windows."""
+
+    text: str
+    windows: list[list[int]]
+    """Sub-word ids of each window, special tokens included."""
+    numbers: list[list[int]]
+    """Which of the text's sub-words each window holds: places in `ranges`, -1 for specials."""
+    ranges: Offsets
+    """Characters [start, end) of each of the text's sub-words, as the tokenizer gives them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.windows))
+
+    @cached_property
+    def placed(self) -> tuple[Offsets, NDArray[np.int64], NDArray[np.int64]]:
+        """Where each sub-word that stands for text is read: in the window with most context.
+
+        Returns:
+            T character ranges, in order and without overlap; (T,) windows; (T,) places in them.
+        """
+        offsets = token_offsets(self.text, self.ranges)
+        home: list[tuple[int, int, int]] = [(-1, 0, 0)] * len(offsets)
+        for window, numbers in enumerate(self.numbers):
+            last = len(numbers) - 1
+            for place, number in enumerate(numbers):
+                context = min(place, last - place)
+                if number >= 0 and context > home[number][0]:
+                    home[number] = (context, window, place)
+        kept = [number for number, (start, end) in enumerate(offsets) if start < end]
+        homes = np.array([home[number] for number in kept], dtype=np.int64).reshape(-1, 3)
+        return [offsets[number] for number in kept], homes[:, 1], homes[:, 2]
+
+
+class Windows:
+    """A tokenizer and the longest sequence its model reads; safe to share between threads."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        # A copy: truncation is a setting of the tokenizer itself, which others use too.
+        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.max_length = max_length
+        stride = min(max_length // 4, max(max_length - 8, 0))
+        self.backend.enable_truncation(max_length, stride=stride)
+        self.backend.no_padding()
+        self.advance = max_length - self.backend.num_special_tokens_to_add(False) - stride
+
+    def split(self, texts: Sequence[str]) -> list[Tokenized]:
+        """Sub-words of each text, those beyond the model's reach in overlapping windows.
+
+        Raises:
+            TextError: a text is empty, blank or no valid Unicode.
+        """
+        for number, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise TextError(f"text {number + 1} is empty or only spaces")
+            if _LONE_SURROGATE.search(text):
+                raise TextError(f"text {number + 1} is no valid Unicode: it holds half a character")
+        encodings = self.backend.encode_batch(list(texts))
+        return [self._tokenized(*pair) for pair in zip(texts, encodings, strict=True)]
+
+    def _tokenized(self, text: str, first: Encoding) -> Tokenized:
+        item = Tokenized(text, [], [], [])
+        for window, encoding in enumerate([first, *first.overflowing]):
+            number = self.advance * window
+            numbers = []
+            for special, span in zip(encoding.special_tokens_mask, encoding.offsets, strict=True):
+                if special:
+                    numbers.append(-1)
+                    continue
+                numbers.append(number)
+                if number == len(item.ranges):
+                    item.ranges.append(span)
+                number += 1
+            item.windows.append(encoding.ids)
+            item.numbers.append(numbers)
+        return item
