@@ -49,6 +49,32 @@ def in_the_middle(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def freeze_inside_an_epoch(folder: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Halt the first worker where it and its last checkpoint are inside an epoch, not the first.
+
+    Returns the row that announced the workers. The log has a row each ten steps and at the end of
+    an epoch, and may lag by one: so two rows from the end is inside for certain.
+    """
+    announced = wait_for(lambda: in_the_middle(folder), process)
+    for _ in range(40):
+        os.kill(announced["pid"], signal.SIGSTOP)
+        time.sleep(1.2)  # what it told before reaches the file within half a second
+        last = history(folder)[-1]
+        if last["event"] == "step" and 20 <= last["step_in_epoch"] < last["steps_in_epoch"] - 10:
+            return dict(announced)
+        os.kill(announced["pid"], signal.SIGCONT)
+        time.sleep(0.05)
+    raise AssertionError("the run ended before it could be halted inside an epoch")
+
+
+def assert_resumed_inside_an_epoch(folder: Path) -> None:
+    rows = history(folder)
+    begun = [row["step"] for row in rows if row["event"] == "start"][-1]
+    steps_in_epoch = next(row["steps_in_epoch"] for row in rows if row["event"] == "step")
+    assert begun > steps_in_epoch, "the workers started over instead of resuming"
+    assert begun % steps_in_epoch, "the checkpoint was one of an epoch's end"
+
+
 def fill(path: Path) -> None:
     """Write until the disk takes no more."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -105,13 +131,12 @@ def test_a_killed_worker_costs_nothing_but_time(
 ) -> None:
     config = write_config(tmp_path, experiment)
     process = start("train", "--config", str(config), address=ray_address)
-    row = wait_for(lambda: in_the_middle(tmp_path), process)
+    row = freeze_inside_an_epoch(tmp_path, process)
     os.kill(row["pid"], signal.SIGKILL)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
-    starts = [row for row in history(tmp_path) if row["event"] == "start"]
-    assert starts[-1]["step"] > 0, "the workers started over instead of resuming"
-    assert starts[-1]["pid"] != row["pid"]
+    assert_resumed_inside_an_epoch(tmp_path)
+    assert [r["pid"] for r in history(tmp_path) if r["event"] == "start"][-1] != row["pid"]
     assert weights(tmp_path) == weights(finished)
 
 
@@ -120,14 +145,15 @@ def test_a_killed_driver_is_resumed_by_the_same_command(
 ) -> None:
     config = write_config(tmp_path, experiment)
     process = start("train", "--config", str(config), address=ray_address)
-    wait_for(lambda: in_the_middle(tmp_path), process)
+    row = freeze_inside_an_epoch(tmp_path, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    os.kill(row["pid"], signal.SIGCONT)  # now Ray can end it
     assert not (tmp_path / "runs/small/artifact").exists()
     resumed = run("train", "--config", str(config), "--resume", address=ray_address)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
-    assert [r["step"] for r in history(tmp_path) if r["event"] == "start"][-1] > 0
+    assert_resumed_inside_an_epoch(tmp_path)
     steps = [row["step"] for row in history(tmp_path) if row["event"] == "step"]
     assert steps == sorted(set(steps)), "a step stands twice in the history"
     assert weights(tmp_path) == weights(finished)
