@@ -100,8 +100,7 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
     started = time.monotonic()
     data = prepare(experiment)
     describe_data(data)
-    folder.claim(experiment)
-    with ray_cluster():
+    with folder.claim(experiment), ray_cluster():
         log = ProgressLog.remote()  # type: ignore[attr-defined]
         trainer = build_trainer(experiment, folder, data, log)
         follower = _Follower(experiment, folder, log)

@@ -173,6 +173,21 @@ def test_ctrl_c_ends_with_130_and_leaves_a_resumable_run(
     assert weights(tmp_path) == weights(finished)
 
 
+def test_a_second_start_of_a_name_is_refused_while_the_first_runs_on(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, experiment)
+    process = start("train", "--config", str(config), address=ray_address)
+    wait_for(lambda: history(tmp_path), process)
+    second = run("train", "--config", str(config), address=ray_address)
+    assert second.returncode == 1
+    assert f"is in use by process {process.pid} on host" in second.stderr
+    assert "Traceback" not in second.stderr
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert weights(tmp_path) == weights(finished)
+
+
 def test_one_worker_and_an_elastic_number_give_the_scores_of_two(
     finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
