@@ -95,7 +95,7 @@ def hold_object(filesystem: Any, path: str, renew: float = RENEW_SECONDS) -> Ite
 
 def _take_over(filesystem: Any, path: str, renew: float) -> None:
     """Replace a lock whose owner is dead."""
-    folder = path.rpartition("/")[0]
+    folder = str(filesystem.unstrip_protocol(path)).rpartition("/")[0]
     earlier = now = _content(filesystem, path)
     end = time.monotonic() + 3 * renew
     while earlier and not _died_here(earlier) and time.monotonic() < end:

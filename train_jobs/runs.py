@@ -11,6 +11,7 @@ artifact/         the result (mtl_core.artifact)
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -41,6 +42,11 @@ class RunFolder:
         self.path = f"{self.base}/{self.name}"
 
     @property
+    def title(self) -> str:
+        """How messages call this folder: its path, or its URL."""
+        return self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
+
+    @property
     def artifact(self) -> str:
         return f"{self.path}/artifact"
 
@@ -58,9 +64,9 @@ class RunFolder:
                 check_file(Path(self.path) / LOCK)
             there = self._is_of(experiment)
         except OSError as error:
-            raise ConfigError(f"output_dir: cannot use {self.path}: {error}") from error
+            raise ConfigError(f"output_dir: cannot use {self.title}: {error}") from error
         if must_exist and not there:
-            raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
+            raise ConfigError(f"--resume: {self.title} holds no run; start it without --resume")
         return there
 
     @contextmanager
@@ -83,7 +89,7 @@ class RunFolder:
                     self.write_history([])
                 self.write("experiment.yaml", dump_experiment(experiment))
             except OSError as error:
-                raise ConfigError(f"output_dir: cannot use {self.path}: {error}") from error
+                raise ConfigError(f"output_dir: cannot use {self.title}: {error}") from error
             yield
 
     def _is_of(self, experiment: Experiment) -> bool:
@@ -108,7 +114,7 @@ class RunFolder:
         ]
         if changed:
             raise ConfigError(
-                f"{self.path} belongs to a run with another configuration:\n  "
+                f"{self.title} belongs to a run with another configuration:\n  "
                 + "\n  ".join(changed[:8])
                 + "\nGive this one a name of its own (--set name=…), or remove that folder."
             )
@@ -157,6 +163,17 @@ class RunFolder:
         for path in sorted(paths, key=lambda p: p.name == "manifest.json"):
             target = f"{self.artifact}/{path.relative_to(folder).as_posix()}"
             self.filesystem.put_file(str(path), target)
+
+    @contextmanager
+    def artifact_to_show(self) -> Iterator[str]:
+        """A folder on this machine with what the artifact says of itself, without its weights."""
+        if self.is_local:
+            yield self.artifact
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("manifest.json", "report.json"):
+                self.filesystem.get_file(f"{self.artifact}/{name}", f"{folder}/{name}")
+            yield folder
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

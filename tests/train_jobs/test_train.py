@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,10 @@ import pytest
 
 from mtl_core.artifact import load_model, read_manifest
 from mtl_core.predictor import Predictor
-from tests.commands import history, run, start, write_config
+from tests.commands import history, run, start, wait_for, weights, write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 TEXTS = ["Maria Lopez loved the Grand Hotel in Lisbon.", "The food was cold."]
-
-
-def weights(folder: Path, name: str = "small") -> dict[str, str]:
-    """Hashes of the artifact's weight files: equal hashes are equal weights, bit for bit."""
-    files = read_manifest(folder / "runs" / name / "artifact").files
-    return {path: sha for path, sha in files.items() if path.endswith(".safetensors")}
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    """Poll until the condition gives something, while the process lives."""
-    for _ in range(1200):
-        found = condition()
-        if found:
-            return found
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.05)
-    raise AssertionError("waited too long")
 
 
 def in_the_middle(folder: Path) -> dict[str, Any] | None:
