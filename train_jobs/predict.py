@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +136,12 @@ def predict_file(
     """
     side = target.with_name(target.name + ".bad.jsonl")
     check_files(source, target, column, overwrite)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of every actor pool
     written = bad = 0
     with (
         ray_cluster(),
+        closing(_answers(artifact, source, column, tasks, workers)) as answers,
         TableWriter(target) as output,
         TableWriter(side) as rejected,
         Progress(
@@ -147,7 +153,6 @@ def predict_file(
         ) as progress,
     ):
         bar = progress.add_task("predicting", total=count_rows(source))
-        answers = _answers(artifact, source, column, tasks, workers)
         for row in read_rows(source):
             problem = row_problem(row, column)
             if problem:
@@ -160,6 +165,7 @@ def predict_file(
                 output.write({**row.values, **named})
                 written += 1
             progress.advance(bar)
+        assert next(answers, None) is None
     if not bad:
         side.unlink(missing_ok=True)
     print(
@@ -197,7 +203,7 @@ def row_problem(row: Row, column: str) -> str | None:
 
 def _answers(
     artifact: str, source: Path, column: str, tasks: Sequence[str] | None, workers: int | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Row number and prediction of each good row, in order."""
     context = DataContext.get_current()
     context.enable_progress_bars = False

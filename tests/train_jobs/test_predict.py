@@ -55,6 +55,8 @@ def test_a_file_keeps_columns_and_order_and_equals_the_predictor(
     )
     assert done.returncode == 0, done.stderr
     assert "2500 row(s) written" in done.stdout
+    assert done.stderr == ""
+    assert "ray" not in done.stdout
     table = pq.read_table(target).to_pylist()
     assert [{k: row[k] for k in ("id", "text", "extra")} for row in table] == rows
     expected = Predictor.load(artifact).predict([row["text"] for row in rows])
