@@ -17,7 +17,7 @@ from mtl_core.data.prepare import encode
 from mtl_core.data.sources import read_corpus
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.metrics import per_label
-from train_jobs.console import label_table, run_command, score_table
+from train_jobs.console import label_table, run_command, score_table, start_in_utf8
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,4 +122,5 @@ def show(labels: dict[str, tuple[str, ...]], result: Evaluation, split: str) -> 
 
 
 if __name__ == "__main__":
+    start_in_utf8()
     run_command(main)

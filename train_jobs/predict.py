@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +23,7 @@ from mtl_core.artifact import read_manifest
 from mtl_core.config import ConfigError
 from mtl_core.predictor import Predictor, flatten
 from train_jobs.cluster import ray_cluster
-from train_jobs.console import run_command
+from train_jobs.console import run_command, start_in_utf8
 from train_jobs.tables import ROWS_AT_ONCE, Row, TableWriter, check_suffix, count_rows, read_rows
 
 EPILOG = """examples:
@@ -80,8 +81,10 @@ def check_tasks(artifact: str, tasks: Sequence[str] | None) -> None:
 def show(texts: Sequence[str], predictions: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """Print answers for people, or a JSON object a line."""
     if as_json:
+        # Escapes are read by every JSON parser; signs that the output lacks would be lost.
+        escape = "utf" not in (sys.stdout.encoding or "").lower()
         for text, prediction in zip(texts, predictions, strict=True):
-            print(json.dumps({"text": text, **prediction}, ensure_ascii=False))
+            print(json.dumps({"text": text, **prediction}, ensure_ascii=escape))
         return
     console = Console(highlight=False)
     for text, prediction in zip(texts, predictions, strict=True):
@@ -265,4 +268,5 @@ def _texts(source: Path, column: str) -> Dataset:
 
 
 if __name__ == "__main__":
+    start_in_utf8()
     run_command(main)

@@ -28,7 +28,7 @@ from mtl_core.config import Experiment, load_experiment
 from mtl_core.data.prepare import Data, prepare
 from mtl_core.loop import TrainingError
 from train_jobs.cluster import ray_cluster, worker_resources
-from train_jobs.console import Progress, label_table, run_command, score_table
+from train_jobs.console import Progress, label_table, run_command, score_table, start_in_utf8
 from train_jobs.report import build_artifact, history_until, read_report
 from train_jobs.runs import RunFolder
 from train_jobs.tensorboard import TensorBoard
@@ -264,4 +264,5 @@ def show_result(folder: RunFolder) -> None:
 
 
 if __name__ == "__main__":
+    start_in_utf8()
     run_command(main)
