@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 from mtl_core.artifact import read_manifest
 from mtl_core.config import SPLITS, Experiment, TaskConfig
-from mtl_core.data.encoding import (
-    EncodedSplit,
-    Labels,
-    encode_cached,
-    load_split,
-    resolve_labels,
-)
+from mtl_core.data.cache import encode_cached, load_split
+from mtl_core.data.encoding import EncodedSplit, Labels, resolve_labels
 from mtl_core.data.examples import Corpus, DataError
 from mtl_core.data.sources import read_corpus
 from mtl_core.encoder import load_tokenizer
