@@ -38,7 +38,11 @@ def content_key(
     kinds = {task: config.kind for task, config in tasks.items()}
     settings = [FORMAT_VERSION, max_length, kinds, {task: labels[task] for task in tasks}]
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    # A tokenizer keeps these two from its last call; `encode_split` sets them anew.
+    for setting in ("truncation", "padding"):
+        rules.pop(setting, None)
+    digest.update(json.dumps(rules, sort_keys=True).encode())
     for example in examples:
         row = (example.text, sorted(example.targets.items()), example.words)
         digest.update(repr(row).encode("utf-8", "surrogatepass"))
