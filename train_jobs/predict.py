@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -140,7 +139,6 @@ def predict_file(
     side = target.with_name(target.name + ".bad.jsonl")
     check_files(source, target, column, overwrite)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of every actor pool
     written = bad = 0
     with (
         ray_cluster(),

@@ -55,7 +55,8 @@ def test_a_file_keeps_columns_and_order_and_equals_the_predictor(
     )
     assert done.returncode == 0, done.stderr
     assert "2500 row(s) written" in done.stdout
-    assert done.stderr == ""
+    # Ray's own core remarks on every pool of actors; Ray Data is to keep its log to itself.
+    assert [line for line in done.stderr.splitlines() if "core_worker.cc" not in line] == []
     assert "ray" not in done.stdout
     table = pq.read_table(target).to_pylist()
     assert [{k: row[k] for k in ("id", "text", "extra")} for row in table] == rows
