@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mtl_core.artifact import atomic_folder, read_manifest
 from mtl_core.config import ConfigError
-from mtl_core.data.encoding import cache_root
+from mtl_core.data.cache import cache_root
 from mtl_core.encoder import SentenceEncoder
 from mtl_core.loop import use_bf16
 from mtl_core.model import MultiTaskModel

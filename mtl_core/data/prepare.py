@@ -8,14 +8,8 @@ from pathlib import Path
 
 from mtl_core.artifact import load_config, read_manifest
 from mtl_core.config import SPLITS, Experiment, SourceConfig, Split, TaskConfig
-from mtl_core.data.encoding import (
-    EncodedSplit,
-    Labels,
-    check_labels,
-    encode_cached,
-    load_split,
-    resolve_labels,
-)
+from mtl_core.data.cache import encode_cached, load_split
+from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, resolve_labels
 from mtl_core.data.examples import Corpus, DataError
 from mtl_core.data.sources import read_corpus
 from mtl_core.encoder import load_tokenizer
