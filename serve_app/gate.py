@@ -91,7 +91,7 @@ class Gate:
         try:
             return model.model_validate_json(body)
         except ValidationError as error:
-            raise invalid(explain(error)) from None
+            raise invalid(explain(error, model)) from None
 
     async def read(self, request: Request) -> bytes:
         limit = self.settings.max_body_bytes
@@ -116,14 +116,14 @@ class Gate:
             ) from None
         return bytes(body)
 
-    def texts(self, inputs: str | Sequence[str]) -> list[str]:
-        """The request's texts, within limits."""
+    def texts(self, inputs: str | Sequence[str], field: str = "inputs") -> list[str]:
+        """The request's texts, within limits; `field` is where it holds them."""
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         if not texts:
-            raise invalid("inputs: send at least one text")
+            raise invalid(f"{field}: send at least one text")
         most = self.settings.max_inputs
         if len(texts) > most:
-            raise too_large(f"inputs: {len(texts)} texts; at most {most} in a request: split them")
+            raise too_large(f"{field}: {len(texts)} texts; at most {most} in a request: split them")
         longest = self.settings.max_characters
         for number, text in enumerate(texts):
             if len(text) > longest:
@@ -137,7 +137,8 @@ class Gate:
         known = self.service.model.heads
         for name in names or ():
             if name not in known:
-                raise ApiError(404, "NotFound", f"unknown task {name!r}; known: {', '.join(known)}")
+                listed = ", ".join(known)
+                raise ApiError(404, "NotFound", f"unknown task {name[:80]!r}; known: {listed}")
         if names is not None and not names:
             raise invalid("tasks: name at least one, or leave it out for all")
         return list(dict.fromkeys(known if names is None else names))
@@ -207,10 +208,15 @@ def request_id(request: Request) -> str:
     return request.headers.get("x-request-id", "")[:128]
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with a body, field by field, without repeating what it held."""
     lines = []
     for item in error.errors(include_input=False, include_url=False)[:5]:
-        where = ".".join(str(step) for step in item["loc"])
-        lines.append(f"{where}: {item['msg']}" if where else item["msg"])
+        where = ".".join(str(step)[:80] for step in item["loc"])
+        message = item["msg"]
+        if item["type"] == "extra_forbidden":
+            message = f"unknown key; known: {', '.join(model.model_fields)}"
+        if item["type"] == "json_invalid":
+            message += "; send JSON in UTF-8, no half of a surrogate pair"
+        lines.append(f"{where}: {message}" if where else message)
     return "; ".join(lines)

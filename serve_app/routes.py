@@ -89,7 +89,7 @@ class Routes:
         asked = await self.gate.parse(request, schemas.EmbeddingsRequest)
         if not isinstance(asked.input, str) and any(not isinstance(t, str) for t in asked.input):
             raise invalid("input: send text; token ids of other models mean nothing here")
-        texts = self.gate.texts(asked.input)  # type: ignore[arg-type]
+        texts = self.gate.texts(asked.input, "input")  # type: ignore[arg-type]
         answer = await self.service.answer(texts, (), whole=not asked.truncate)
         vectors = self.shorten(answer.vectors(), asked.dimensions)
         as_text = asked.encoding_format == "base64"
@@ -155,12 +155,14 @@ class Routes:
                 "model_id": model.name,
                 "version": model.version,
                 "runtime": model.stage.runtime.name,
+                "model_type": {"embedding": {"pooling": model.manifest.encoder["pooling"]}},
                 "tasks": {
                     task: {"kind": head.kind, "labels": head.labels}
                     for task, head in model.heads.items()
                 },
                 "dimension": model.stage.hidden_size,
                 "max_input_length": model.stage.windows.max_length,
+                "max_concurrent_requests": self.settings.max_waiting,
                 "max_client_batch_size": self.settings.max_inputs,
                 "max_batch_tokens": self.settings.batch_tokens,
                 "encoder": model.manifest.encoder,
@@ -186,8 +188,9 @@ class Routes:
         )
         self.one_task(answer)
         if answer.model.heads[task].level == "sentence":
-            if options.function_to_apply == "none":
-                raise invalid("parameters.function_to_apply: only probabilities are served")
+            served = "sigmoid" if answer.model.heads[task].kind == "multilabel" else "softmax"
+            if options.function_to_apply not in (None, served):
+                raise invalid(f"parameters.function_to_apply: this task has {served}; leave it out")
             rows = [
                 by_probability(item["scores"])[: options.top_k]
                 for item in self.labels(answer, task)
@@ -237,7 +240,7 @@ class Routes:
         """A page to try the model on."""
         name = request.path_params.get("file", "")
         if name not in PAGE_TYPES:
-            raise ApiError(404, "NotFound", f"no page file {name!r}")
+            raise ApiError(404, "NotFound", f"no page file {name[:80]!r}; there are style.css and app.js")
         content = (PAGE / (name or "index.html")).read_bytes()
         return Reply(content, media_type=PAGE_TYPES[name], headers=PAGE_HEADERS)
 
@@ -294,7 +297,7 @@ def operations(routes: Routes) -> list[Operation]:
     return [
         Operation("GET", "/", routes.page, None, str, open=True, media_type="text/html"),
         Operation(
-            "GET", "/page/{file}", routes.page, None, str, open=True, media_type="text/plain"
+            "GET", "/page/{file}", routes.page, None, str, open=True, media_type="text/*"
         ),
         Operation(
             post, "/v1/predict", routes.predict, schemas.PredictRequest, schemas.PredictReply
@@ -334,6 +337,6 @@ def operations(routes: Routes) -> list[Operation]:
         Operation("GET", "/health", routes.health, None, schemas.HealthReply, open=True),
         Operation("GET", "/ready", routes.ready, None, schemas.HealthReply, open=True),
         Operation("GET", "/metrics", routes.metrics, None, str, media_type="text/plain"),
-        Operation("GET", "/openroutes.json", routes.openapi, None, answers, open=True),
+        Operation("GET", "/openapi.json", routes.openapi, None, answers, open=True),
         Operation("GET", "/docs", routes.docs, None, str, open=True, media_type="text/html"),
     ]

@@ -157,9 +157,11 @@ class InfoReply(BaseModel):
     model_id: str
     version: str
     runtime: str
+    model_type: dict[str, dict[str, str]]
     tasks: dict[str, TaskReply]
     dimension: int
     max_input_length: int
+    max_concurrent_requests: int
     max_client_batch_size: int
     max_batch_tokens: int
     encoder: dict[str, Any]
