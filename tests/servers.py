@@ -68,6 +68,12 @@ def _answer(status: int, headers: Any, content: bytes) -> Answer:
     return Answer(status, found, json.loads(content) if is_json else content.decode())
 
 
+def metric(url: str, name: str) -> float:
+    """A sample of /metrics; 0 if nothing was counted yet."""
+    lines = str(call(f"{url}/metrics").body).splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} "))
+
+
 async def _always_ready() -> None:
     return
 
