@@ -19,6 +19,7 @@ from serve_app.batcher import Overloaded
 from serve_app.errors import ApiError, invalid, overloaded, too_large, unauthorized
 from serve_app.openapi import Operation
 from serve_app.requestlog import RequestLog
+from serve_app.schemas import OpenAIErrorReply
 from serve_app.service import Answer, Service, TooLong
 from serve_app.settings import Settings
 
@@ -156,7 +157,12 @@ class Gate:
                 reply = await operation.handler(request)
                 response = reply.response(started)
             except Exception as error:
-                response = self.failure(error, request)
+                known = self.failure(error, request)
+                openai = operation.error is OpenAIErrorReply
+                body = known.openai_body() if openai else known.body()
+                response = Response(
+                    dump(body), known.status, known.headers, media_type="application/json"
+                )
             self.finish(request, route, response.status_code, started, reply)
             return response
 
@@ -168,25 +174,21 @@ class Gate:
             if not self.keys.accept(key):
                 raise unauthorized(key is not None)
 
-    def failure(self, error: Exception, request: Request) -> Response:
+    def failure(self, error: Exception, request: Request) -> ApiError:
         """An error as the client sees it."""
         if isinstance(error, Overloaded):
             self.service.metrics.rejected.inc()
-            known = overloaded(str(error), self.settings.retry_after_s)
-        elif isinstance(error, TooLong):
-            known = too_large(str(error))
-        elif isinstance(error, TextError):
-            known = invalid(str(error))
-        elif isinstance(error, ApiError):
-            known = error
-        elif isinstance(error, ClientDisconnect):
-            known = ApiError(499, "Validation", "the client left")
-        else:
-            self.log.error(request_id(request), error)
-            known = ApiError(500, "Backend", "an error of the server; its log has the details")
-        return Response(
-            dump(known.body()), known.status, known.headers, media_type="application/json"
-        )
+            return overloaded(str(error), self.settings.retry_after_s)
+        if isinstance(error, TooLong):
+            return too_large(str(error))
+        if isinstance(error, TextError):
+            return invalid(str(error))
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, ClientDisconnect):
+            return ApiError(499, "Validation", "the client left")
+        self.log.error(request_id(request), error)
+        return ApiError(500, "Backend", "an error of the server; its log has the details")
 
     def finish(
         self, request: Request, route: str, status: int, started: float, reply: Reply | None

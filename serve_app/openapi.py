@@ -40,6 +40,8 @@ class Operation:
     """Whether it answers without a key."""
     media_type: str = "application/json"
     query: Sequence[str] = ()
+    error: type[BaseModel] = ErrorReply
+    """The shape of its errors."""
 
     @property
     def summary(self) -> str:
@@ -84,7 +86,7 @@ def _describe(operation: Operation, schemas: dict[str, Any], with_keys: bool) ->
             }
         },
     }
-    failure = {"application/json": {"schema": _schema(ErrorReply, schemas)}}
+    failure = {"application/json": {"schema": _schema(operation.error, schemas)}}
     for status, description in ERRORS.items():
         described["responses"][status] = {"description": description, "content": failure}
     if operation.request is not None:

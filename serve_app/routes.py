@@ -308,6 +308,7 @@ def operations(routes: Routes) -> list[Operation]:
             routes.embeddings,
             schemas.EmbeddingsRequest,
             schemas.EmbeddingsReply,
+            error=schemas.OpenAIErrorReply,
         ),
         Operation(
             post,

@@ -53,6 +53,18 @@ class ErrorReply(BaseModel):
     error_type: str
 
 
+class OpenAIError(BaseModel):
+    message: str
+    type: str
+    param: None
+    code: None
+
+
+class OpenAIErrorReply(BaseModel):
+    error: OpenAIError
+    error_type: str
+
+
 class UsageReply(BaseModel):
     tokens: int
 
