@@ -44,7 +44,6 @@ class Routes:
         self.settings = gate.settings
         self.check_ready = check_ready
         self.operations = operations(self)
-        self.document = openapi_document(self.operations, with_keys=gate.keys.required)
 
     # Our own routes
 
@@ -123,8 +122,6 @@ class Routes:
     async def classify(self, request: Request) -> Reply:
         """Labels by probability, for the task in ?task= or the only classification task."""
         asked = await self.gate.parse(request, schemas.ClassifyRequest)
-        if asked.raw_scores:
-            raise invalid("raw_scores: only probabilities are served; leave it out")
         task = self.classification_task(request.query_params.get("task"))
         single = isinstance(asked.inputs, str)
         listed = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
@@ -229,11 +226,11 @@ class Routes:
 
     async def openapi(self, request: Request) -> Reply:
         """This API as an OpenAPI document."""
-        return Reply(self.document)
+        return Reply(self.document())
 
     async def docs(self, request: Request) -> Reply:
         """This API for people."""
-        page = documentation_page(self.document).encode()
+        page = documentation_page(self.document()).encode()
         return Reply(page, media_type="text/html", headers=PAGE_HEADERS)
 
     async def page(self, request: Request) -> Reply:
@@ -243,6 +240,11 @@ class Routes:
             raise ApiError(404, "NotFound", f"no page file {name[:80]!r}; there are style.css and app.js")
         content = (PAGE / (name or "index.html")).read_bytes()
         return Reply(content, media_type=PAGE_TYPES[name], headers=PAGE_HEADERS)
+
+    def document(self) -> dict[str, Any]:
+        """Of the tasks that are served now; they change with the artifact."""
+        tasks = {task: head.level for task, head in self.service.model.heads.items()}
+        return openapi_document(self.operations, self.gate.keys.required, tasks)
 
     def classification_task(self, name: str | None) -> str:
         known = [t for t, h in self.service.model.heads.items() if h.level == "sentence"]
