@@ -48,13 +48,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def call(url: str, body: Any = None, key: str | None = None, timeout: float = 60.0) -> Answer:
-    """One request; errors of the server are answers too."""
+def call(
+    url: str,
+    body: Any = None,
+    key: str | None = None,
+    timeout: float = 60.0,
+    method: str | None = None,
+    content_type: str | None = "application/json",
+    **more: str,
+) -> Answer:
+    """One request; errors of the server are answers too.
+
+    Args:
+        url: where to.
+        body: bytes as they are, anything else as JSON.
+        key: API key.
+        timeout: seconds.
+        method: POST with a body and GET without when None.
+        content_type: None sends urllib's own.
+        more: further headers, with _ for -.
+    """
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    headers = {"content-type": "application/json"}
+    headers = {name.replace("_", "-"): value for name, value in more.items()}
+    if content_type is not None:
+        headers["content-type"] = content_type
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, data, headers)
+    request = urllib.request.Request(url, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as reply:
             return _answer(reply.status, reply.headers, reply.read())
