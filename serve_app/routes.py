@@ -237,7 +237,9 @@ class Routes:
         """A page to try the model on."""
         name = request.path_params.get("file", "")
         if name not in PAGE_TYPES:
-            raise ApiError(404, "NotFound", f"no page file {name[:80]!r}; there are style.css and app.js")
+            raise ApiError(
+                404, "NotFound", f"no page file {name[:80]!r}; there are style.css and app.js"
+            )
         content = (PAGE / (name or "index.html")).read_bytes()
         return Reply(content, media_type=PAGE_TYPES[name], headers=PAGE_HEADERS)
 
@@ -298,9 +300,7 @@ def operations(routes: Routes) -> list[Operation]:
     answers = dict[str, Any]
     return [
         Operation("GET", "/", routes.page, None, str, open=True, media_type="text/html"),
-        Operation(
-            "GET", "/page/{file}", routes.page, None, str, open=True, media_type="text/*"
-        ),
+        Operation("GET", "/page/{file}", routes.page, None, str, open=True, media_type="text/*"),
         Operation(
             post, "/v1/predict", routes.predict, schemas.PredictRequest, schemas.PredictReply
         ),
