@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from serve_app.app import build_app
 from serve_app.auth import Keys
@@ -100,9 +102,21 @@ async def _always_ready() -> None:
 
 @contextmanager
 def local_server(
-    artifact: Path, head_call: Any = None, log: RequestLog | None = None, **settings: Any
+    artifact: Path,
+    head_call: Any = None,
+    log: RequestLog | None = None,
+    prefix: str = "",
+    **settings: Any,
 ) -> Iterator[tuple[str, Service]]:
-    """The routes on a loopback port of this process, heads included; URL and service."""
+    """The routes on a loopback port of this process, heads included; URL and service.
+
+    Args:
+        artifact: what to serve.
+        head_call: makes the line to a task's head; in this process when None.
+        log: where requests are logged; nowhere when None.
+        prefix: path that all routes are under, as behind a proxy.
+        settings: of the server.
+    """
     chosen = Settings(artifact=str(artifact), **settings)
     keys = Keys(chosen.keys_file, chosen.poll_seconds)
     model = load_artifact(
@@ -116,9 +130,10 @@ def local_server(
     service = Service(model, head_call or local, metrics, chosen.max_waiting, chosen.batch_tokens)
     gate = Gate(service, chosen, keys, log or RequestLog(False))
     port = free_port()
+    app = build_app(Routes(gate, _always_ready))
     server = uvicorn.Server(
         uvicorn.Config(
-            build_app(Routes(gate, _always_ready)),
+            Starlette(routes=[Mount(prefix, app)]) if prefix else app,
             host="127.0.0.1",
             port=port,
             log_level="critical",
@@ -128,9 +143,11 @@ def local_server(
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}", service
-    server.should_exit = True
-    thread.join(10)
+    try:
+        yield f"http://127.0.0.1:{port}{prefix}", service
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 @dataclass

@@ -144,9 +144,7 @@ def test_labels_of_a_long_text_are_given_only_on_request(
 
 def test_similarities_are_the_offline_cosines(local_url: str, predictor: Predictor) -> None:
     answer = call(f"{local_url}/v1/similarity", {"inputs": MIXED})
-    np.testing.assert_allclose(
-        answer.body["similarities"], predictor.similarity(MIXED), atol=1e-6
-    )
+    np.testing.assert_allclose(answer.body["similarities"], predictor.similarity(MIXED), atol=1e-6)
 
 
 def test_many_at_once_get_the_offline_answers_from_one_pass_a_window(
@@ -157,7 +155,10 @@ def test_many_at_once_get_the_offline_answers_from_one_pass_a_window(
     offline = dict(zip(pool, predictor.predict(pool), strict=True))
     windows = {text: len(predictor.tokenize([text])[0].windows) for text in pool}
     asked = [
-        (draw.choices(pool, k=draw.choice([1, 1, 2, 5, 40])), draw.sample(TASKS, draw.randint(1, 3)))
+        (
+            draw.choices(pool, k=draw.choice([1, 1, 2, 5, 40])),
+            draw.sample(TASKS, draw.randint(1, 3)),
+        )
         for _ in range(160)
     ]
 

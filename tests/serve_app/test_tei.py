@@ -17,9 +17,7 @@ LONG = "the song on a playlist " * 40
 
 
 @pytest.mark.parametrize("inputs", [TEXTS[0], TEXTS])
-def test_embed_gives_a_list_of_vectors(
-    inputs: Any, local_url: str, predictor: Predictor
-) -> None:
+def test_embed_gives_a_list_of_vectors(inputs: Any, local_url: str, predictor: Predictor) -> None:
     listed = [inputs] if isinstance(inputs, str) else inputs
     answer = call(f"{local_url}/embed", {"inputs": inputs})
     np.testing.assert_allclose(answer.body, predictor.embed(listed), atol=1e-6)
@@ -85,9 +83,10 @@ def test_tokenize_gives_the_tokenizers_sub_words(
         for token, place in zip(row, encoded["offset_mapping"], strict=True):
             wanted = (None, None) if token["special"] else tuple(place)
             assert (token["start"], token["stop"]) == wanted
-    assert call(f"{local_url}/tokenize", {"inputs": TEXTS[0]}).body == call(
-        f"{local_url}/tokenize", {"inputs": TEXTS[:1]}
-    ).body
+    assert (
+        call(f"{local_url}/tokenize", {"inputs": TEXTS[0]}).body
+        == call(f"{local_url}/tokenize", {"inputs": TEXTS[:1]}).body
+    )
 
 
 def test_info_tells_what_is_served(local_url: str, predictor: Predictor) -> None:
