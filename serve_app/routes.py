@@ -15,6 +15,7 @@ from mtl_core.answers import Prediction, TokenOutput
 from serve_app import pipelines, schemas
 from serve_app.errors import ApiError, invalid, unavailable
 from serve_app.gate import Gate, Reply
+from serve_app.loaded import Loaded
 from serve_app.openapi import Operation, documentation_page, openapi_document
 from serve_app.service import Answer
 
@@ -44,6 +45,7 @@ class Routes:
         self.settings = gate.settings
         self.check_ready = check_ready
         self.operations = operations(self)
+        self.described: tuple[Loaded, dict[str, Any]] | None = None
 
     # Our own routes
 
@@ -245,8 +247,12 @@ class Routes:
 
     def document(self) -> dict[str, Any]:
         """Of the tasks that are served now; they change with the artifact."""
-        tasks = {task: head.level for task, head in self.service.model.heads.items()}
-        return openapi_document(self.operations, self.gate.keys.required, tasks)
+        model = self.service.model
+        if self.described is None or self.described[0] is not model:
+            tasks = {task: head.level for task, head in model.heads.items()}
+            document = openapi_document(self.operations, self.gate.keys.required, tasks)
+            self.described = model, document
+        return self.described[1]
 
     def classification_task(self, name: str | None) -> str:
         known = [t for t, h in self.service.model.heads.items() if h.level == "sentence"]
