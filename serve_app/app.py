@@ -18,12 +18,14 @@ from serve_app.routes import Routes
 async def http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router, as JSON."""
     assert isinstance(error, HTTPException)
+    kind = "NotFound"
     if error.status_code == 405:
+        kind = "MethodNotAllowed"
         allowed = (error.headers or {}).get("Allow", "")
         message = f"{request.method} is not answered here; use {allowed}"
     else:
-        message = f"no route {request.url.path}; /docs lists them"
-    known = ApiError(error.status_code, "NotFound", message, dict(error.headers or {}))
+        message = f"no route {request.url.path[:80]}; /docs lists them"
+    known = ApiError(error.status_code, kind, message, dict(error.headers or {}))
     return Response(dump(known.body()), known.status, known.headers, media_type="application/json")
 
 

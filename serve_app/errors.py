@@ -27,6 +27,11 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return {"error": self.message, "error_type": self.kind}
 
+    def openai_body(self) -> dict[str, Any]:
+        """What the `openai` client shows its users; it would hide a message that is no object's."""
+        error = {"message": self.message, "type": self.kind, "param": None, "code": None}
+        return {"error": error, "error_type": self.kind}
+
 
 def unauthorized(given: bool) -> ApiError:
     what = "the API key is not valid" if given else "an API key is needed"

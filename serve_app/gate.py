@@ -19,6 +19,7 @@ from serve_app.batcher import Overloaded
 from serve_app.errors import ApiError, invalid, overloaded, too_large, unauthorized
 from serve_app.openapi import Operation
 from serve_app.requestlog import RequestLog
+from serve_app.schemas import OpenAIErrorReply
 from serve_app.service import Answer, Service, TooLong
 from serve_app.settings import Settings
 
@@ -91,7 +92,7 @@ class Gate:
         try:
             return model.model_validate_json(body)
         except ValidationError as error:
-            raise invalid(explain(error)) from None
+            raise invalid(explain(error, model)) from None
 
     async def read(self, request: Request) -> bytes:
         limit = self.settings.max_body_bytes
@@ -116,14 +117,14 @@ class Gate:
             ) from None
         return bytes(body)
 
-    def texts(self, inputs: str | Sequence[str]) -> list[str]:
-        """The request's texts, within limits."""
+    def texts(self, inputs: str | Sequence[str], field: str = "inputs") -> list[str]:
+        """The request's texts, within limits; `field` is where it holds them."""
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         if not texts:
-            raise invalid("inputs: send at least one text")
+            raise invalid(f"{field}: send at least one text")
         most = self.settings.max_inputs
         if len(texts) > most:
-            raise too_large(f"inputs: {len(texts)} texts; at most {most} in a request: split them")
+            raise too_large(f"{field}: {len(texts)} texts; at most {most} in a request: split them")
         longest = self.settings.max_characters
         for number, text in enumerate(texts):
             if len(text) > longest:
@@ -137,7 +138,8 @@ class Gate:
         known = self.service.model.heads
         for name in names or ():
             if name not in known:
-                raise ApiError(404, "NotFound", f"unknown task {name!r}; known: {', '.join(known)}")
+                listed = ", ".join(known)
+                raise ApiError(404, "NotFound", f"unknown task {name[:80]!r}; known: {listed}")
         if names is not None and not names:
             raise invalid("tasks: name at least one, or leave it out for all")
         return list(dict.fromkeys(known if names is None else names))
@@ -155,7 +157,12 @@ class Gate:
                 reply = await operation.handler(request)
                 response = reply.response(started)
             except Exception as error:
-                response = self.failure(error, request)
+                known = self.failure(error, request)
+                openai = operation.error is OpenAIErrorReply
+                body = known.openai_body() if openai else known.body()
+                response = Response(
+                    dump(body), known.status, known.headers, media_type="application/json"
+                )
             self.finish(request, route, response.status_code, started, reply)
             return response
 
@@ -167,25 +174,21 @@ class Gate:
             if not self.keys.accept(key):
                 raise unauthorized(key is not None)
 
-    def failure(self, error: Exception, request: Request) -> Response:
+    def failure(self, error: Exception, request: Request) -> ApiError:
         """An error as the client sees it."""
         if isinstance(error, Overloaded):
             self.service.metrics.rejected.inc()
-            known = overloaded(str(error), self.settings.retry_after_s)
-        elif isinstance(error, TooLong):
-            known = too_large(str(error))
-        elif isinstance(error, TextError):
-            known = invalid(str(error))
-        elif isinstance(error, ApiError):
-            known = error
-        elif isinstance(error, ClientDisconnect):
-            known = ApiError(499, "Validation", "the client left")
-        else:
-            self.log.error(request_id(request), error)
-            known = ApiError(500, "Backend", "an error of the server; its log has the details")
-        return Response(
-            dump(known.body()), known.status, known.headers, media_type="application/json"
-        )
+            return overloaded(str(error), self.settings.retry_after_s)
+        if isinstance(error, TooLong):
+            return too_large(str(error))
+        if isinstance(error, TextError):
+            return invalid(str(error))
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, ClientDisconnect):
+            return ApiError(499, "Validation", "the client left")
+        self.log.error(request_id(request), error)
+        return ApiError(500, "Backend", "an error of the server; its log has the details")
 
     def finish(
         self, request: Request, route: str, status: int, started: float, reply: Reply | None
@@ -207,10 +210,15 @@ def request_id(request: Request) -> str:
     return request.headers.get("x-request-id", "")[:128]
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with a body, field by field, without repeating what it held."""
     lines = []
     for item in error.errors(include_input=False, include_url=False)[:5]:
-        where = ".".join(str(step) for step in item["loc"])
-        lines.append(f"{where}: {item['msg']}" if where else item["msg"])
+        where = ".".join(str(step)[:80] for step in item["loc"])
+        message = item["msg"]
+        if item["type"] == "extra_forbidden":
+            message = f"unknown key; known: {', '.join(model.model_fields)}"
+        if item["type"] == "json_invalid":
+            message += "; send JSON in UTF-8, no half of a surrogate pair"
+        lines.append(f"{where}: {message}" if where else message)
     return "; ".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +40,23 @@ class Operation:
     """Whether it answers without a key."""
     media_type: str = "application/json"
     query: Sequence[str] = ()
+    error: type[BaseModel] = ErrorReply
+    """The shape of its errors."""
 
     @property
     def summary(self) -> str:
         return (self.handler.__doc__ or "").strip().splitlines()[0]
 
 
-def openapi_document(operations: Sequence[Operation], with_keys: bool) -> dict[str, Any]:
-    """OpenAPI 3.1 for these routes."""
+def openapi_document(
+    operations: Sequence[Operation], with_keys: bool, tasks: Mapping[str, str]
+) -> dict[str, Any]:
+    """OpenAPI 3.1 for these routes; `tasks` are names with levels."""
     schemas: dict[str, Any] = {}
     paths: dict[str, Any] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _describe(
-            operation, schemas, with_keys
+            operation, schemas, with_keys, tasks
         )
     components: dict[str, Any] = {"schemas": schemas}
     if with_keys:
@@ -69,14 +73,19 @@ def openapi_document(operations: Sequence[Operation], with_keys: bool) -> dict[s
     }
 
 
-def _describe(operation: Operation, schemas: dict[str, Any], with_keys: bool) -> dict[str, Any]:
+def _describe(
+    operation: Operation, schemas: dict[str, Any], with_keys: bool, tasks: Mapping[str, str]
+) -> dict[str, Any]:
     names = re.findall(r"{(\w+)}", operation.path)
     identifier = re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.path}").rstrip("_")
     described: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": identifier,
-        "parameters": [_parameter(name, "path") for name in names]
-        + [_parameter(name, "query") for name in operation.query],
+        "parameters": [_parameter(name, "path", list(tasks)) for name in names]
+        + [
+            _parameter(name, "query", [t for t, level in tasks.items() if level == "sentence"])
+            for name in operation.query
+        ],
         "responses": {
             "200": {
                 "description": "The answer.",
@@ -84,7 +93,7 @@ def _describe(operation: Operation, schemas: dict[str, Any], with_keys: bool) ->
             }
         },
     }
-    failure = {"application/json": {"schema": _schema(ErrorReply, schemas)}}
+    failure = {"application/json": {"schema": _schema(operation.error, schemas)}}
     for status, description in ERRORS.items():
         described["responses"][status] = {"description": description, "content": failure}
     if operation.request is not None:
@@ -95,9 +104,12 @@ def _describe(operation: Operation, schemas: dict[str, Any], with_keys: bool) ->
     return described
 
 
-def _parameter(name: str, place: str) -> dict[str, Any]:
-    schema = {"type": "string"}
-    return {"name": name, "in": place, "required": place == "path", "schema": schema}
+def _parameter(name: str, place: str, tasks: Sequence[str]) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    if name == "task" and tasks:
+        schema["enum"] = list(tasks)
+    required = place == "path" or len(tasks) > 1  # the only task need not be named
+    return {"name": name, "in": place, "required": required, "schema": schema}
 
 
 def _schema(kind: Any, schemas: dict[str, Any]) -> dict[str, Any]:

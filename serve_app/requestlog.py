@@ -22,7 +22,7 @@ class RequestLog:
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None) -> None:
         self.enabled = enabled
-        self.stream = stream or sys.stderr
+        self.stream = stream or sys.__stderr__ or sys.stderr
 
     def request(
         self,

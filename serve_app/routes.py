@@ -15,6 +15,7 @@ from mtl_core.answers import Prediction, TokenOutput
 from serve_app import pipelines, schemas
 from serve_app.errors import ApiError, invalid, unavailable
 from serve_app.gate import Gate, Reply
+from serve_app.loaded import Loaded
 from serve_app.openapi import Operation, documentation_page, openapi_document
 from serve_app.service import Answer
 
@@ -44,7 +45,7 @@ class Routes:
         self.settings = gate.settings
         self.check_ready = check_ready
         self.operations = operations(self)
-        self.document = openapi_document(self.operations, with_keys=gate.keys.required)
+        self.described: tuple[Loaded, dict[str, Any]] | None = None
 
     # Our own routes
 
@@ -89,7 +90,7 @@ class Routes:
         asked = await self.gate.parse(request, schemas.EmbeddingsRequest)
         if not isinstance(asked.input, str) and any(not isinstance(t, str) for t in asked.input):
             raise invalid("input: send text; token ids of other models mean nothing here")
-        texts = self.gate.texts(asked.input)  # type: ignore[arg-type]
+        texts = self.gate.texts(asked.input, "input")  # type: ignore[arg-type]
         answer = await self.service.answer(texts, (), whole=not asked.truncate)
         vectors = self.shorten(answer.vectors(), asked.dimensions)
         as_text = asked.encoding_format == "base64"
@@ -123,8 +124,6 @@ class Routes:
     async def classify(self, request: Request) -> Reply:
         """Labels by probability, for the task in ?task= or the only classification task."""
         asked = await self.gate.parse(request, schemas.ClassifyRequest)
-        if asked.raw_scores:
-            raise invalid("raw_scores: only probabilities are served; leave it out")
         task = self.classification_task(request.query_params.get("task"))
         single = isinstance(asked.inputs, str)
         listed = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
@@ -155,12 +154,14 @@ class Routes:
                 "model_id": model.name,
                 "version": model.version,
                 "runtime": model.stage.runtime.name,
+                "model_type": {"embedding": {"pooling": model.manifest.encoder["pooling"]}},
                 "tasks": {
                     task: {"kind": head.kind, "labels": head.labels}
                     for task, head in model.heads.items()
                 },
                 "dimension": model.stage.hidden_size,
                 "max_input_length": model.stage.windows.max_length,
+                "max_concurrent_requests": self.settings.max_waiting,
                 "max_client_batch_size": self.settings.max_inputs,
                 "max_batch_tokens": self.settings.batch_tokens,
                 "encoder": model.manifest.encoder,
@@ -186,8 +187,9 @@ class Routes:
         )
         self.one_task(answer)
         if answer.model.heads[task].level == "sentence":
-            if options.function_to_apply == "none":
-                raise invalid("parameters.function_to_apply: only probabilities are served")
+            served = "sigmoid" if answer.model.heads[task].kind == "multilabel" else "softmax"
+            if options.function_to_apply not in (None, served):
+                raise invalid(f"parameters.function_to_apply: this task has {served}; leave it out")
             rows = [
                 by_probability(item["scores"])[: options.top_k]
                 for item in self.labels(answer, task)
@@ -226,20 +228,31 @@ class Routes:
 
     async def openapi(self, request: Request) -> Reply:
         """This API as an OpenAPI document."""
-        return Reply(self.document)
+        return Reply(self.document())
 
     async def docs(self, request: Request) -> Reply:
         """This API for people."""
-        page = documentation_page(self.document).encode()
+        page = documentation_page(self.document()).encode()
         return Reply(page, media_type="text/html", headers=PAGE_HEADERS)
 
     async def page(self, request: Request) -> Reply:
         """A page to try the model on."""
         name = request.path_params.get("file", "")
         if name not in PAGE_TYPES:
-            raise ApiError(404, "NotFound", f"no page file {name!r}")
+            raise ApiError(
+                404, "NotFound", f"no page file {name[:80]!r}; there are style.css and app.js"
+            )
         content = (PAGE / (name or "index.html")).read_bytes()
         return Reply(content, media_type=PAGE_TYPES[name], headers=PAGE_HEADERS)
+
+    def document(self) -> dict[str, Any]:
+        """Of the tasks that are served now; they change with the artifact."""
+        model = self.service.model
+        if self.described is None or self.described[0] is not model:
+            tasks = {task: head.level for task, head in model.heads.items()}
+            document = openapi_document(self.operations, self.gate.keys.required, tasks)
+            self.described = model, document
+        return self.described[1]
 
     def classification_task(self, name: str | None) -> str:
         known = [t for t, h in self.service.model.heads.items() if h.level == "sentence"]
@@ -293,9 +306,7 @@ def operations(routes: Routes) -> list[Operation]:
     answers = dict[str, Any]
     return [
         Operation("GET", "/", routes.page, None, str, open=True, media_type="text/html"),
-        Operation(
-            "GET", "/page/{file}", routes.page, None, str, open=True, media_type="text/plain"
-        ),
+        Operation("GET", "/page/{file}", routes.page, None, str, open=True, media_type="text/*"),
         Operation(
             post, "/v1/predict", routes.predict, schemas.PredictRequest, schemas.PredictReply
         ),
@@ -305,6 +316,7 @@ def operations(routes: Routes) -> list[Operation]:
             routes.embeddings,
             schemas.EmbeddingsRequest,
             schemas.EmbeddingsReply,
+            error=schemas.OpenAIErrorReply,
         ),
         Operation(
             post,
@@ -334,6 +346,6 @@ def operations(routes: Routes) -> list[Operation]:
         Operation("GET", "/health", routes.health, None, schemas.HealthReply, open=True),
         Operation("GET", "/ready", routes.ready, None, schemas.HealthReply, open=True),
         Operation("GET", "/metrics", routes.metrics, None, str, media_type="text/plain"),
-        Operation("GET", "/openroutes.json", routes.openapi, None, answers, open=True),
+        Operation("GET", "/openapi.json", routes.openapi, None, answers, open=True),
         Operation("GET", "/docs", routes.docs, None, str, open=True, media_type="text/html"),
     ]

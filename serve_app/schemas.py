@@ -6,11 +6,35 @@ others' APIs ignore what they have no use for, as those do.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-Inputs = str | list[str]
+# What the document says of texts; that they hold is checked where the message can say which.
+TEXT = {"type": "string", "pattern": r"\S"}
+TEXTS = {"type": "array", "items": TEXT, "minItems": 1}
+ALONE = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 1}
+
+Inputs = Annotated[str | list[str], WithJsonSchema({"anyOf": [TEXT, TEXTS]})]
+Listed = Annotated[list[str], WithJsonSchema(TEXTS)]
+Blanks = Annotated[str | list[str], Field(json_schema_extra={"minItems": 1})]
+"""Texts that may be blank."""
+Singles = Annotated[
+    str | list[str] | list[list[str]],
+    WithJsonSchema({"anyOf": [TEXT, TEXTS, {"type": "array", "items": ALONE, "minItems": 1}]}),
+]
+TextsOrTokens = Annotated[
+    str | list[str] | list[int] | list[list[int]], WithJsonSchema({"anyOf": [TEXT, TEXTS]})
+]
+"""Token ids are read only to say why they are refused."""
+
+
+def whole(value: Any) -> Any:
+    """8.0 is an integer in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 
 
 class Strict(BaseModel):
@@ -23,7 +47,11 @@ class Lenient(BaseModel):
 
 class PredictRequest(Strict):
     inputs: Inputs = Field(examples=["Maria Lopez loved the food in Lisbon."])
-    tasks: list[str] | None = Field(default=None, description="Tasks to answer; all when absent.")
+    tasks: list[str] | None = Field(
+        default=None,
+        description="Tasks to answer; all when absent.",
+        json_schema_extra={"minItems": 1},
+    )
     return_embeddings: bool = False
     return_scores: bool = Field(default=False, description="Give the probability of every label.")
     truncate: bool = Field(default=False, description="Label long texts by their beginning.")
@@ -53,6 +81,18 @@ class ErrorReply(BaseModel):
     error_type: str
 
 
+class OpenAIError(BaseModel):
+    message: str
+    type: str
+    param: None
+    code: None
+
+
+class OpenAIErrorReply(BaseModel):
+    error: OpenAIError
+    error_type: str
+
+
 class UsageReply(BaseModel):
     tokens: int
 
@@ -68,7 +108,7 @@ class PredictReply(BaseModel):
 
 
 class SimilarityRequest(Strict):
-    inputs: list[str] = Field(examples=[["The food was delicious.", "I loved the meal."]])
+    inputs: Listed = Field(examples=[["The food was delicious.", "I loved the meal."]])
     truncate: bool = False
 
 
@@ -78,10 +118,12 @@ class SimilarityReply(BaseModel):
 
 
 class EmbeddingsRequest(Lenient):
-    input: Inputs | list[int] | list[list[int]] = Field(examples=["The food was delicious."])
+    input: TextsOrTokens = Field(examples=["The food was delicious."])
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(default=None, ge=1)
+    dimensions: Count | None = Field(
+        default=None, description="The first so many, of the dimension that /info tells."
+    )
     user: str | None = None
     truncate: bool = False
 
@@ -108,12 +150,14 @@ class EmbedRequest(Lenient):
     inputs: Inputs = Field(examples=["The food was delicious."])
     normalize: bool = True
     truncate: bool | None = False
-    dimensions: int | None = Field(default=None, ge=1)
+    dimensions: Count | None = Field(
+        default=None, description="The first so many, of the dimension that /info tells."
+    )
 
 
 class ClassifyRequest(Lenient):
-    inputs: str | list[str] | list[list[str]] = Field(examples=["The food was delicious."])
-    raw_scores: bool = False
+    inputs: Singles = Field(examples=["The food was delicious."])
+    raw_scores: Literal[False] = False
     truncate: bool | None = False
 
 
@@ -123,7 +167,7 @@ class ScoredLabel(BaseModel):
 
 
 class TokenizeRequest(Lenient):
-    inputs: Inputs = Field(examples=["The food was delicious."])
+    inputs: Blanks = Field(examples=["The food was delicious."])
     add_special_tokens: bool = True
 
 
@@ -138,7 +182,7 @@ class TokenReply(BaseModel):
 class PipelineParameters(Lenient):
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
     ignore_labels: list[str] | None = None
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: Count | None = None
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
     truncation: bool = False
 
@@ -157,9 +201,11 @@ class InfoReply(BaseModel):
     model_id: str
     version: str
     runtime: str
+    model_type: dict[str, dict[str, str]]
     tasks: dict[str, TaskReply]
     dimension: int
     max_input_length: int
+    max_concurrent_requests: int
     max_client_batch_size: int
     max_batch_tokens: int
     encoder: dict[str, Any]

@@ -181,9 +181,18 @@ class Service:
         tokens = sum(job.tokens for job in batch.jobs)
         self.metrics.batch_tokens.observe(tokens)
         self.metrics.tokens.inc(tokens)
-        task = asyncio.get_running_loop().create_task(self._ask_heads(batch))
+        task = asyncio.get_running_loop().create_task(self._answer(batch))
         self.asking.add(task)
         task.add_done_callback(self.asking.discard)
+
+    async def _answer(self, batch: Batch) -> None:
+        """Settle a batch's jobs, whatever happens: nobody may wait for ever."""
+        try:
+            await self._ask_heads(batch)
+        except Exception as error:
+            for job in batch.jobs:
+                if not job.future.done():
+                    job.future.set_exception(error)
 
     async def _ask_heads(self, batch: Batch) -> None:
         started = time.perf_counter()

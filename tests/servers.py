@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from serve_app.app import build_app
 from serve_app.auth import Keys
@@ -48,13 +50,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def call(url: str, body: Any = None, key: str | None = None, timeout: float = 60.0) -> Answer:
-    """One request; errors of the server are answers too."""
+def call(
+    url: str,
+    body: Any = None,
+    key: str | None = None,
+    timeout: float = 60.0,
+    method: str | None = None,
+    content_type: str | None = "application/json",
+    **more: str,
+) -> Answer:
+    """One request; errors of the server are answers too.
+
+    Args:
+        url: where to.
+        body: bytes as they are, anything else as JSON.
+        key: API key.
+        timeout: seconds.
+        method: POST with a body and GET without when None.
+        content_type: None sends urllib's own.
+        more: further headers, with _ for -.
+    """
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    headers = {"content-type": "application/json"}
+    headers = {name.replace("_", "-"): value for name, value in more.items()}
+    if content_type is not None:
+        headers["content-type"] = content_type
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, data, headers)
+    request = urllib.request.Request(url, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as reply:
             return _answer(reply.status, reply.headers, reply.read())
@@ -68,15 +90,33 @@ def _answer(status: int, headers: Any, content: bytes) -> Answer:
     return Answer(status, found, json.loads(content) if is_json else content.decode())
 
 
+def metric(url: str, name: str) -> float:
+    """A sample of /metrics; 0 if nothing was counted yet."""
+    lines = str(call(f"{url}/metrics").body).splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} "))
+
+
 async def _always_ready() -> None:
     return
 
 
 @contextmanager
 def local_server(
-    artifact: Path, head_call: Any = None, log: RequestLog | None = None, **settings: Any
+    artifact: Path,
+    head_call: Any = None,
+    log: RequestLog | None = None,
+    prefix: str = "",
+    **settings: Any,
 ) -> Iterator[tuple[str, Service]]:
-    """The routes on a loopback port of this process, heads included; URL and service."""
+    """The routes on a loopback port of this process, heads included; URL and service.
+
+    Args:
+        artifact: what to serve.
+        head_call: makes the line to a task's head; in this process when None.
+        log: where requests are logged; nowhere when None.
+        prefix: path that all routes are under, as behind a proxy.
+        settings: of the server.
+    """
     chosen = Settings(artifact=str(artifact), **settings)
     keys = Keys(chosen.keys_file, chosen.poll_seconds)
     model = load_artifact(
@@ -90,9 +130,10 @@ def local_server(
     service = Service(model, head_call or local, metrics, chosen.max_waiting, chosen.batch_tokens)
     gate = Gate(service, chosen, keys, log or RequestLog(False))
     port = free_port()
+    app = build_app(Routes(gate, _always_ready))
     server = uvicorn.Server(
         uvicorn.Config(
-            build_app(Routes(gate, _always_ready)),
+            Starlette(routes=[Mount(prefix, app)]) if prefix else app,
             host="127.0.0.1",
             port=port,
             log_level="critical",
@@ -102,9 +143,11 @@ def local_server(
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}", service
-    server.should_exit = True
-    thread.join(10)
+    try:
+        yield f"http://127.0.0.1:{port}{prefix}", service
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 @dataclass

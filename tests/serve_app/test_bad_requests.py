@@ -1,0 +1,233 @@
+"""Requests that cannot be answered: a status that fits, JSON that names the fix, no echo."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.heads import LocalHead
+from tests.servers import Answer, call, local_server
+
+SECRET = "Maria Lopez told nobody"
+OWN = ["/v1/predict", "/v1/similarity"]
+BODIES = {
+    "/v1/predict": "inputs",
+    "/v1/similarity": "inputs",
+    "/v1/embeddings": "input",
+    "/embed": "inputs",
+    "/predict?task=topic": "inputs",
+    "/tokenize": "inputs",
+    "/tasks/topic": "inputs",
+    "/tasks/entities": "inputs",
+}
+"""Where each route takes its texts."""
+
+
+def message(answer: Answer) -> str:
+    """The error's text; the body must be of the documented shape."""
+    assert answer.headers["content-type"] == "application/json"
+    assert set(answer.body) == {"error", "error_type"}
+    error = answer.body["error"]
+    found = error["message"] if isinstance(error, dict) else error
+    assert isinstance(found, str)
+    assert found
+    assert SECRET not in found
+    return found
+
+
+@pytest.fixture(scope="module")
+def narrow_url(artifact: Path) -> Iterator[str]:
+    """A server with low limits."""
+    limits: dict[str, Any] = {
+        "max_inputs": 4,
+        "max_characters": 300,
+        "max_body_bytes": 5_000,
+        "body_timeout_s": 0.3,
+    }
+    with local_server(artifact, runtime="torch-fp32", **limits) as (url, _):
+        yield url
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        (b"", "JSON"),
+        (b"{", "JSON"),
+        (f'{{"inputs": "{SECRET}'.encode(), "JSON"),
+        (b'{"inputs": "\xff"}', "JSON"),
+        (b"inputs=a", "JSON"),
+        (b"[" * 5_000, "JSON"),
+        (b"null", "object"),
+        (json.dumps([SECRET]).encode(), "object"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(
+    path: str, body: bytes, names: str, local_url: str
+) -> None:
+    answer = call(local_url + path, body)
+    assert answer.status == 422
+    assert names in message(answer)
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("wrong", [None, 5, True, {"text": SECRET}, [SECRET, 5], [SECRET, None]])
+def test_texts_of_a_wrong_type_are_refused(path: str, wrong: Any, local_url: str) -> None:
+    field = BODIES[path]
+    answer = call(local_url + path, {field: wrong})
+    assert answer.status == 422
+    assert message(answer).startswith(field)
+    missing = call(local_url + path, {"text": SECRET})
+    assert missing.status == 422
+    assert f"{field}: Field required" in message(missing)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_text_is_refused_and_a_blank_one_named(path: str, local_url: str) -> None:
+    field = BODIES[path]
+    nothing = call(local_url + path, {field: []})
+    assert nothing.status == 422
+    assert f"{field}: send at least one text" in message(nothing)
+    if path != "/tokenize":
+        for blank in ("", " \t\n", "\u2003"):
+            answer = call(local_url + path, {field: [SECRET, blank]})
+            assert answer.status == 422
+            assert "text 2 is empty" in message(answer)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_too_much_is_refused_with_the_limit(path: str, narrow_url: str) -> None:
+    field, url = BODIES[path], narrow_url + path
+    for texts, limit in ((["a"] * 5, "at most 4"), ([SECRET, "a" * 301], "at most 300")):
+        answer = call(url, {field: texts})
+        assert answer.status == 413
+        assert limit in message(answer)
+    assert "input 2" in message(answer)
+    answer = call(url, {field: [SECRET] * 250})
+    assert answer.status == 413
+    assert "5000" in message(answer)
+
+
+def test_a_large_body_is_refused_however_it_is_sent(narrow_url: str) -> None:
+    body = json.dumps({"inputs": [SECRET] * 1_000}).encode()
+    chunks = b"".join(
+        f"{len(part):x}\r\n".encode() + part + b"\r\n"
+        for part in (body[i : i + 997] for i in range(0, len(body), 997))
+    )
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    sized = head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+    for request in (sized, chunked):
+        reply = talk(narrow_url, [request])
+        assert reply.startswith(b"HTTP/1.1 413 ")
+        assert b"5000 bytes" in reply or b"at most 5000" in reply
+    small = b'{"inputs": "Zo\\u00eb", "tasks": ["topic"]}'
+    request = head + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%s\r\n0\r\n\r\n"
+    assert talk(narrow_url, [request % (len(small), small)]).startswith(b"HTTP/1.1 200 ")
+
+
+def talk(url: str, pieces: list[bytes], pause: float = 0.0) -> bytes:
+    """Send pieces over a socket, slowly; everything that comes back until the server closes."""
+    host, port = url.removeprefix("http://").split(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause)
+        except OSError:
+            pass  # the server has answered and left
+        while data := connection.recv(65_536):
+            received += data
+    return received
+
+
+def test_a_body_that_drips_in_times_out(narrow_url: str) -> None:
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    began = time.monotonic()
+    reply = talk(narrow_url, [head, *[b" "] * 8], pause=0.1)
+    assert time.monotonic() - began < 5
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    status, _, body = reply.partition(b"\r\n\r\n")
+    assert b"connection: close" in status.lower()
+    assert "0.3 s" in json.loads(body)["error"]
+    assert call(f"{narrow_url}/v1/predict", {"inputs": "a"}).status == 200
+
+
+def test_a_client_that_leaves_halfway_harms_nobody(narrow_url: str) -> None:
+    host, port = narrow_url.removeprefix("http://").split(":")
+    for _ in range(20):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    assert call(f"{narrow_url}/embed", {"inputs": "a"}).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/tasks/weather"])
+def test_an_unknown_task_is_answered_with_the_known_ones(path: str, local_url: str) -> None:
+    body: dict[str, Any] = {"inputs": SECRET}
+    if path == "/v1/predict":
+        body["tasks"] = ["topic", "weather"]
+    answer = call(local_url + path, body)
+    assert answer.status == 404
+    assert answer.body["error_type"] == "NotFound"
+    assert message(answer) == "unknown task 'weather'; known: topic, mood, entities"
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_a_typo_in_a_key_is_refused_with_the_known_ones(path: str, local_url: str) -> None:
+    answer = call(local_url + path, {"inputs": [SECRET], "trunkate": True})
+    assert answer.status == 422
+    assert "trunkate: unknown key; known: inputs" in message(answer)
+
+
+@pytest.mark.parametrize("path", sorted(set(BODIES) - set(OWN)))
+def test_routes_of_others_ignore_keys_of_others(path: str, local_url: str) -> None:
+    answer = call(local_url + path, {BODIES[path]: ["Zoë"], "prompt_name": "x", "user": "me"})
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/info", "/health", "/metrics", "/", "/docs"])
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH"])
+def test_another_method_is_refused_with_the_right_one(
+    path: str, method: str, local_url: str
+) -> None:
+    right = "POST" if path in BODIES else "GET"
+    if method == right:
+        return
+    answer = call(local_url + path, b"{}", method=method)
+    assert answer.status == 405
+    assert right in answer.headers["allow"].split(", ")
+    assert right in message(answer)
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/v1", "/v1/predict/more", "/tasks", "/page/x.js"])
+def test_an_unknown_route_is_not_found(path: str, local_url: str) -> None:
+    answer = call(local_url + path)
+    assert answer.status == 404
+    assert answer.body["error_type"] == "NotFound"
+    message(answer)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None, "x"])
+def test_the_content_type_does_not_matter(kind: str | None, local_url: str) -> None:
+    assert call(f"{local_url}/embed", {"inputs": "Zoë"}, content_type=kind).status == 200
+
+
+def test_nothing_waits_for_ever_when_a_head_breaks(artifact: Path) -> None:
+    class Broken(LocalHead):
+        async def __call__(self, *_: Any) -> Any:
+            raise KeyError(SECRET)
+
+    with local_server(artifact, lambda _: Broken(), runtime="torch-fp32") as (url, service):
+        answer = call(f"{url}/v1/predict", {"inputs": SECRET}, timeout=10)
+        assert answer.status == 500
+        assert answer.body["error_type"] == "Backend"
+        assert "log" in message(answer)
+        assert call(f"{url}/embed", {"inputs": SECRET}).status == 200
+        assert service.batcher.unanswered == 0

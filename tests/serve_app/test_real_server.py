@@ -1,0 +1,175 @@
+"""The essentials over the real thing: the command, HAProxy, Ray Serve, a deployment a head."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import psutil
+import pytest
+from huggingface_hub import InferenceClient
+
+from mtl_core.predictor import Predictor
+from tests.servers import Answer, RealServer, call, metric
+from tests.small_runs import example
+
+pytestmark = pytest.mark.cluster
+
+TASKS = ["topic", "mood", "entities"]
+SECRET = "Maria Lopez told Zoë 👍🏽 nothing in São Paulo"
+TEXTS = [SECRET, "Zoë", "日本語 東京 は とても 楽しい", "a\u0000b"]
+LONG = " ".join(example(number, set(TASKS)).text for number in range(12))
+
+
+def close(left: Any, right: Any) -> bool:
+    """Whether answers are the same but for 1e-5 in probabilities."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(close(left[k], right[k]) for k in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(close, left, right))
+    if isinstance(left, float):
+        return abs(left - right) < 1e-5
+    return bool(left == right)
+
+
+def test_answers_are_the_offline_ones(server: RealServer, predictor: Predictor) -> None:
+    body = {"inputs": [*TEXTS, LONG], "truncate": True, "return_scores": True}
+    answer = call(f"{server.url}/v1/predict", body)
+    assert answer.status == 200
+    assert close(answer.body["results"], predictor.predict([*TEXTS, LONG]))
+
+
+def test_many_at_once_are_answered_from_one_pass_a_window(
+    server: RealServer, predictor: Predictor
+) -> None:
+    draw = random.Random(4)
+    pool = [*TEXTS, LONG, *(example(number, set(TASKS)).text for number in range(20))]
+    offline = dict(zip(pool, predictor.predict(pool), strict=True))
+    windows = {text: len(predictor.tokenize([text])[0].windows) for text in pool}
+    asked = [
+        (draw.choices(pool, k=draw.choice([1, 1, 2, 20])), draw.sample(TASKS, draw.randint(1, 3)))
+        for _ in range(100)
+    ]
+
+    def ask(request: tuple[list[str], list[str]]) -> Answer:
+        body = {"inputs": request[0], "tasks": request[1], "truncate": True, "return_scores": True}
+        return call(f"{server.url}/v1/predict", body)
+
+    before = metric(server.url, "mtl_encoder_passes_total")
+    with ThreadPoolExecutor(32) as threads:
+        answers = list(threads.map(ask, asked))
+    for (texts, tasks), answer in zip(asked, answers, strict=True):
+        assert answer.status == 200, answer.body
+        assert close(answer.body["results"], [{t: offline[x][t] for t in tasks} for x in texts])
+    passes = sum(
+        windows[text] if "entities" in tasks else 1 for texts, tasks in asked for text in texts
+    )
+    assert metric(server.url, "mtl_encoder_passes_total") - before == passes
+
+
+def test_clients_of_others_work(
+    server: RealServer, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        reply = client.embeddings.create(model="small", input=TEXTS)
+        vectors = [item.embedding for item in reply.data]
+        np.testing.assert_allclose(vectors, predictor.embed(TEXTS), atol=1e-5)
+        with pytest.raises(openai.UnprocessableEntityError, match="text 1 is empty"):
+            client.embeddings.create(model="small", input=" ")
+    expected: Any = predictor.predict([SECRET], ["entities"])[0]["entities"]
+    found = InferenceClient(model=f"{server.url}/tasks/entities").token_classification(SECRET)
+    assert [(e.word, e.start, e.end) for e in found] == [
+        (e["word"], e["start"], e["end"]) for e in expected
+    ]
+    for strategy in ("none", "first", "average", "max"):
+        body = {"inputs": SECRET, "parameters": {"aggregation_strategy": strategy}}
+        assert call(f"{server.url}/tasks/entities", body).status == 200
+    labels = call(f"{server.url}/predict?task=topic", {"inputs": SECRET}).body
+    assert {row["label"] for row in labels} == {"food", "phone", "music"}
+    assert call(f"{server.url}/ready").status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/predict", b"{", 422),
+        ("/v1/predict", {"inputs": [SECRET, ""]}, 422),
+        ("/v1/predict", {"inputs": LONG}, 413),
+        ("/v1/predict", {"inputs": ["a"] * 257}, 413),
+        ("/v1/predict", {"inputs": "x" * 2_100_000}, 413),
+        ("/v1/predict", {"inputs": SECRET, "tasks": ["weather"]}, 404),
+        ("/v1/predict", None, 405),
+        ("/nothing", None, 404),
+    ],
+)
+def test_errors_come_through_as_they_are(
+    path: str, body: Any, status: int, server: RealServer
+) -> None:
+    answer = call(server.url + path, body)
+    assert answer.status == status
+    assert set(answer.body) == {"error", "error_type"}
+    assert SECRET not in answer.body["error"]
+
+
+def test_a_large_body_within_the_limit_is_answered(
+    server: RealServer, predictor: Predictor
+) -> None:
+    texts = [f"{number} {LONG}" * 3 for number in range(250)]
+    assert sum(map(len, texts)) > 500_000
+    answer = call(f"{server.url}/embed", {"inputs": texts, "truncate": True})
+    assert answer.status == 200
+    np.testing.assert_allclose(answer.body, predictor.embed(texts), atol=1e-5)
+
+
+def test_a_body_that_never_comes_times_out(server: RealServer) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        while not received.endswith(b"}"):  # HAProxy leaves the connection open
+            received += connection.recv(65_536)
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert "10 s" in json.loads(received.partition(b"\r\n\r\n")[2])["error"]
+
+
+def test_an_id_is_given_back_and_logged_and_texts_are_not(server: RealServer) -> None:
+    given = call(f"{server.url}/v1/predict", {"inputs": SECRET}, x_request_id="mine-42")
+    assert given.headers["x-request-id"] == "mine-42"
+    made = call(f"{server.url}/v1/predict", {"inputs": SECRET}).headers["x-request-id"]
+    assert len(made) > 8
+    folder = session_folder(server) / "logs"
+    written = [
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
+    rows = [
+        json.loads(line)
+        for text in written
+        for line in text.splitlines()
+        if line.startswith('{"time":')
+    ]
+    by_id = {row["id"]: row for row in rows if "route" in row}
+    for identifier in ("mine-42", made):
+        assert by_id[identifier]["route"] == "/v1/predict"
+        assert by_id[identifier]["status"] == 200
+    everything = "\n".join([*written, server.log.read_text(encoding="utf-8")])
+    for piece in ("Lopez", "told", "東京"):
+        assert piece not in everything
+
+
+def session_folder(server: RealServer) -> Path:
+    """Where this server's Ray keeps its logs."""
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        found = re.search(r"(/\S*/session_\d[^/\s]*)/", " ".join(process.cmdline()))
+        if found:
+            return Path(found[1])
+    raise AssertionError("no Ray process")

@@ -1,0 +1,130 @@
+"""Runtimes: OpenVINO gives what torch gives, is converted once, and what is not there is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mtl_core.artifact import load_encoder, read_manifest
+from mtl_core.config import ConfigError
+from mtl_core.predictor import EncodingStage, Predictor
+from mtl_core.runtime import choose_runtime, load_runtime
+from tests.conftest import SENTENCES
+from tests.small_runs import begin, data, example, experiment, learned, write_artifact
+
+ENCODERS = ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"]
+CPU = torch.device("cpu")
+TEXTS = [*SENTENCES, "Zoë", " ".join(SENTENCES), "x" * 200]
+
+
+def untrained(encoder: Path, folder: Path, pooling: str = "mean") -> Path:
+    config = experiment(encoder, encoder={"pooling": pooling})
+    return write_artifact(begin(config, data(config)).model, config, folder)
+
+
+def features(folder: Path, runtime: Any) -> Any:
+    stage = EncodingStage.load(folder, runtime=runtime, threads=1)
+    items = stage.windows.split(TEXTS)
+    return stage.encode(items, [True] * len(items))
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"), [*((name, "mean") for name in ENCODERS), ("bert", "cls")]
+)
+def test_openvino_gives_what_torch_gives(
+    name: str, pooling: str, tiny_encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = untrained(tiny_encoders[name], tmp_path / "artifact", pooling)
+    expected, found = features(folder, "torch-fp32"), features(folder, "openvino-fp32")
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+    assert found.states.dtype == expected.states.dtype == np.float32
+    np.testing.assert_allclose(found.pooled, expected.pooled, atol=1e-4)
+    np.testing.assert_allclose(found.states, expected.states, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def expert(tiny_encoders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state, _, _ = learned(tiny_encoders["bert"])
+    folder = tmp_path_factory.mktemp("expert") / "artifact"
+    return write_artifact(state.model, experiment(tiny_encoders["bert"]), folder)
+
+
+@pytest.mark.parametrize("runtime", ["torch-bf16", "openvino-bf16", "openvino-fp32", "auto"])
+def test_a_faster_runtime_gives_mostly_the_same_labels(runtime: Any, expert: Path) -> None:
+    texts = [example(number, {"topic"}).text for number in range(80)]
+    exact: list[Any] = Predictor.load(expert).predict(texts)
+    near: list[Any] = Predictor.load(expert, runtime=runtime, threads=1).predict(texts)
+    same = [a["topic"]["label"] == b["topic"]["label"] for a, b in zip(exact, near, strict=True)]
+    assert np.mean(same) >= (1.0 if runtime == "openvino-fp32" else 0.95)
+    shifts = [
+        abs(a["topic"]["scores"][label] - b["topic"]["scores"][label])
+        for a, b in zip(exact, near, strict=True)
+        for label in a["topic"]["scores"]
+    ]
+    assert np.mean(shifts) < (1e-5 if runtime == "openvino-fp32" else 0.02)
+    words = [
+        [[e["word"] for e in answer["entities"]] for answer in answers] for answers in (exact, near)
+    ]
+    assert np.mean([a == b for a, b in zip(*words, strict=True)]) >= 0.95
+
+
+def test_an_encoder_is_converted_once(
+    tiny_encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+    folder = untrained(tiny_encoders["bert"], tmp_path / "artifact")
+    manifest, loads = read_manifest(folder), []
+
+    def load() -> Any:
+        loads.append(1)
+        return load_encoder(folder, manifest)
+
+    ids = np.array([[2, 5, 6, 3], [2, 5, 3, 0]])
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    answers = []
+    for name in ("openvino-fp32", "openvino-fp32", "openvino-bf16"):
+        runtime = load_runtime(name, folder, load, CPU, threads=1)  # type: ignore[arg-type]
+        assert runtime.name == name
+        answers.append([array.copy() for array in runtime(ids, mask)])
+    assert len(loads) == 1
+    for one, again in zip(*answers[:2], strict=True):
+        np.testing.assert_array_equal(one, again)
+    other = untrained(tiny_encoders["bert"], tmp_path / "other", pooling="cls")
+    load_runtime("openvino-fp32", other, lambda: load_encoder(other, read_manifest(other)), CPU)
+    assert len(list((tmp_path / "cache" / "openvino").iterdir())) == 2
+
+
+def never() -> Any:
+    raise AssertionError("nothing may be loaded")
+
+
+def test_what_cannot_be_had_is_said(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: Any = "tensorrt"
+    with pytest.raises(ConfigError, match="unknown runtime 'tensorrt'; known: auto, torch-fp32"):
+        load_runtime(wrong, expert, never, CPU)
+    with pytest.raises(ConfigError, match="holds no int8 encoder; make and check one with"):
+        load_runtime("openvino-int8", expert, never, CPU)
+    with pytest.raises(ConfigError, match="runs on CPUs; use torch-bf16 on cuda"):
+        load_runtime("openvino-bf16", expert, never, torch.device("cuda"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install openvino"):
+        load_runtime("openvino-bf16", expert, never, CPU)
+    assert choose_runtime(expert, CPU) == "torch-fp32"
+
+
+def test_auto_takes_the_best_that_is_there(
+    expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bf16, expected in ((True, "openvino-bf16"), (False, "openvino-fp32")):
+        monkeypatch.setattr("mtl_core.runtime.use_bf16", lambda *_, has=bf16: has)
+        assert choose_runtime(expert, CPU) == expected
+    for bf16, expected in ((True, "torch-bf16"), (False, "torch-fp32")):
+        monkeypatch.setattr("mtl_core.runtime.use_bf16", lambda *_, has=bf16: has)
+        assert choose_runtime(expert, torch.device("cuda")) == expected
+    (tmp_path / "runtime" / "openvino-int8").mkdir(parents=True)
+    (tmp_path / "runtime" / "openvino-int8" / "encoder.xml").touch()
+    assert choose_runtime(tmp_path, CPU) == "openvino-int8"
