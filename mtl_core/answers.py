@@ -84,6 +84,11 @@ class SentenceOutput:
     """(N,) class of the highest logit; None where any number of labels may hold."""
     threshold: float = 0.5
 
+    def part(self, first: int, last: int) -> SentenceOutput:
+        """What is said of the texts [first, last)."""
+        best = None if self.best is None else self.best[first:last]
+        return SentenceOutput(self.labels, self.scores[first:last], best, self.threshold)
+
     def predictions(self) -> Iterator[Classification | Multilabel]:
         names = self.labels
         for row, values in enumerate(self.scores):
@@ -111,6 +116,17 @@ class TokenOutput:
     """(N,) sub-words of each text."""
     scores: Float | None = None
     """(T, K) probabilities of all tags, when asked for."""
+
+    def part(self, first: int, last: int) -> TokenOutput:
+        """What is said of the texts [first, last)."""
+        begin, end = int(self.lengths[:first].sum()), int(self.lengths[:last].sum())
+        return TokenOutput(
+            self.labels,
+            self.tags[begin:end],
+            self.probabilities[begin:end],
+            self.lengths[first:last],
+            None if self.scores is None else self.scores[begin:end],
+        )
 
     def entities(self, texts: Sequence[str], offsets: Sequence[Offsets]) -> Iterator[list[Entity]]:
         """Each text's entities, in order.

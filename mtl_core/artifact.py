@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from mtl_core.config import ConfigError, EncoderConfig, Experiment, TaskConfig, load_experiment
 from mtl_core.encoder import SentenceEncoder, declared_pooling, file_sha256
@@ -100,16 +100,34 @@ def load_head(folder: Path) -> Head:
     Raises:
         ArtifactError: a file is missing or does not fit.
     """
+    return build_stored_head(*read_head(folder), str(folder))
+
+
+def read_head(folder: Path) -> tuple[bytes, bytes]:
+    """The contents of head.json and head.safetensors.
+
+    Raises:
+        ArtifactError: a file is missing.
+    """
     for name in ("head.json", "head.safetensors"):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder / name}: missing; the artifact is not complete")
+    return (folder / "head.json").read_bytes(), (folder / "head.safetensors").read_bytes()
+
+
+def build_stored_head(description: bytes, weights: bytes, origin: str) -> Head:
+    """A head in eval mode from what its two files hold.
+
+    Raises:
+        ArtifactError: they are damaged; the message names `origin`.
+    """
     try:
-        spec = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+        spec = json.loads(description)
         config = TaskConfig.model_validate(spec["config"])
         head = HEADS[config.kind](spec["hidden_size"], spec["labels"], config)
-        head.load_state_dict(load_file(folder / "head.safetensors"))
+        head.load_state_dict(load(weights))
     except Exception as error:
-        raise ArtifactError(f"{folder}: damaged head: {error}") from error
+        raise ArtifactError(f"{origin}: damaged head: {error}") from error
     return head.eval()
 
 
@@ -181,13 +199,20 @@ def load_parts(
     """
     manifest = read_manifest(folder)
     root = Path(folder)
+    encoder = load_encoder(root, manifest, max_length)
+    return encoder, {task: load_head(root / "heads" / task) for task in manifest.tasks}
+
+
+def load_encoder(
+    folder: Path, manifest: Manifest, max_length: int | None = None
+) -> SentenceEncoder:
+    """The encoder of an artifact whose files were checked, in eval mode."""
     config = EncoderConfig(
-        model=str(root / "encoder"),
+        model=str(folder / "encoder"),
         pooling=manifest.encoder["pooling"],
         max_length=max_length or manifest.encoder["max_length"],
     )
-    encoder = SentenceEncoder.load(config).eval()
-    return encoder, {task: load_head(root / "heads" / task) for task in manifest.tasks}
+    return SentenceEncoder.load(config).eval()
 
 
 def load_model(folder: str | Path) -> MultiTaskModel:

@@ -6,6 +6,7 @@ units, L tokens, T sub-words of all texts that stand for characters.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -13,9 +14,10 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from mtl_core.answers import Features, Prediction, TokenOutput, run_head
-from mtl_core.artifact import load_model
+from mtl_core.artifact import load_encoder, load_model, read_manifest
 from mtl_core.heads import Head
 from mtl_core.model import MultiTaskModel
 from mtl_core.runtime import Runtime, RuntimeName, TorchRuntime, load_runtime
@@ -46,6 +48,37 @@ class EncodingStage:
         self.batch_tokens = batch_tokens
         self.num_windows = 0
         """Windows encoded since this object was made."""
+
+    @classmethod
+    def load(
+        cls,
+        artifact: str | Path,
+        device: str | torch.device = "cpu",
+        runtime: RuntimeName = "auto",
+        threads: int = 0,
+    ) -> Self:
+        """The encoding stage of an artifact; transformers is imported only if torch runs it.
+
+        Raises:
+            ArtifactError: the folder is damaged or newer than this software.
+            ConfigError: the runtime is not to be had.
+        """
+        folder, manifest = Path(artifact), read_manifest(artifact)
+        executes = load_runtime(
+            runtime,
+            folder,
+            lambda: load_encoder(folder, manifest),
+            torch.device(device),
+            threads,
+        )
+        tokenizer = Tokenizer.from_file(str(folder / "encoder" / "tokenizer.json"))
+        config = json.loads((folder / "encoder" / "config.json").read_text(encoding="utf-8"))
+        return cls(
+            Windows(tokenizer, manifest.encoder["max_length"]),
+            executes,
+            manifest.encoder["dimension"],
+            int(config.get("pad_token_id") or 0),
+        )
 
     def encode(self, items: Sequence[Tokenized], want_states: Sequence[bool]) -> Features:
         """One pass through the encoder for each text, in batches by length.
@@ -126,7 +159,7 @@ class Predictor:
         self.model = model.to(where).eval()
         self.tokenizer = model.encoder.tokenizer
         self.stage = EncodingStage(
-            Windows(self.tokenizer, model.encoder.max_length),
+            Windows(self.tokenizer.backend_tokenizer, model.encoder.max_length),
             runtime or TorchRuntime(model.encoder, where),
             model.encoder.hidden_size,
             int(self.tokenizer.pad_token_id or 0),
@@ -153,7 +186,7 @@ class Predictor:
             ConfigError: the runtime is not to be had.
         """
         model, where = load_model(artifact), torch.device(device)
-        executes = load_runtime(runtime, artifact, model.encoder, where, threads)
+        executes = load_runtime(runtime, artifact, lambda: model.encoder, where, threads)
         return cls(model, where, executes)
 
     @property

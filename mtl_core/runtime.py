@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -16,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtl_core.artifact import atomic_folder
+from mtl_core.artifact import atomic_folder, read_manifest
 from mtl_core.config import ConfigError
 from mtl_core.data.encoding import cache_root
-from mtl_core.encoder import SentenceEncoder, file_sha256
+from mtl_core.encoder import SentenceEncoder
 from mtl_core.loop import use_bf16
 
 RuntimeName = Literal[
@@ -128,7 +129,7 @@ def choose_runtime(artifact: Path, device: torch.device) -> RuntimeName:
 def load_runtime(
     name: RuntimeName,
     artifact: str | Path,
-    encoder: SentenceEncoder,
+    load_encoder: Callable[[], SentenceEncoder],
     device: torch.device,
     threads: int = 0,
 ) -> Runtime:
@@ -137,7 +138,7 @@ def load_runtime(
     Args:
         name: one of RuntimeName.
         artifact: the folder the encoder comes from.
-        encoder: loaded from it.
+        load_encoder: loads it as a module, for what is not yet in the runtime's own form.
         device: for torch; OpenVINO runs on the CPU.
         threads: CPU threads for OpenVINO; all when 0.
 
@@ -152,7 +153,7 @@ def load_runtime(
         name = choose_runtime(folder, device)
     kind, precision = name.split("-")
     if kind == "torch":
-        return TorchRuntime(encoder, device, bf16=precision == "bf16")
+        return TorchRuntime(load_encoder(), device, bf16=precision == "bf16")
     if importlib.util.find_spec("openvino") is None:
         raise ConfigError(f"runtime: {name} needs the package openvino: pip install openvino")
     if device.type != "cpu":
@@ -166,18 +167,19 @@ def load_runtime(
             )
         return OpenVinoRuntime(model, name, "f32", threads)
     hint = "bf16" if precision == "bf16" else "f32"
-    return OpenVinoRuntime(converted(folder, encoder), name, hint, threads)
+    return OpenVinoRuntime(converted(folder, load_encoder), name, hint, threads)
 
 
-def converted(artifact: Path, encoder: SentenceEncoder) -> Path:
+def converted(artifact: Path, load_encoder: Callable[[], SentenceEncoder]) -> Path:
     """The encoder as OpenVINO IR in fp32, kept in the cache under its hash."""
     import openvino
 
-    weights = file_sha256(min((artifact / "encoder").glob("*.safetensors")))
+    manifest = read_manifest(artifact, check_files=False).encoder
     version = openvino.__version__.split("-")[0]
-    folder = cache_root() / "openvino" / f"{weights[:16]}-{encoder.pooling}-{version}"
+    name = f"{manifest['sha256'][:16]}-{manifest['pooling']}-{version}"
+    folder = cache_root() / "openvino" / name
     if not (folder / "encoder.xml").is_file():
-        model = convert(encoder)
+        model = convert(load_encoder())
         try:
             with atomic_folder(folder) as partial:
                 openvino.save_model(model, partial / "encoder.xml", compress_to_fp16=False)

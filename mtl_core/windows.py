@@ -64,9 +64,9 @@ class Tokenized:
 class Windows:
     """A tokenizer and the longest sequence its model reads; safe to share between threads."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
         # A copy: truncation is a setting of the tokenizer itself, which others use too.
-        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.backend = Tokenizer.from_str(tokenizer.to_str())
         self.max_length = max_length
         stride = min(max_length // 4, max(max_length - 8, 0))
         self.backend.enable_truncation(max_length, stride=stride)
@@ -103,3 +103,29 @@ class Windows:
             item.windows.append(encoding.ids)
             item.numbers.append(numbers)
         return item
+
+    def tokens(self, texts: Sequence[str], special: bool = True) -> list[list[dict[str, Any]]]:
+        """Each text's sub-words, whole, with ids and characters [start, stop)."""
+        plain = Tokenizer.from_str(self.backend.to_str())
+        plain.no_truncation()
+        rows = []
+        for encoding in plain.encode_batch(list(texts), add_special_tokens=special):
+            columns = (
+                encoding.ids,
+                encoding.tokens,
+                encoding.special_tokens_mask,
+                encoding.offsets,
+            )
+            rows.append(
+                [
+                    {
+                        "id": number,
+                        "text": token,
+                        "special": bool(mask),
+                        "start": None if mask else start,
+                        "stop": None if mask else stop,
+                    }
+                    for number, token, mask, (start, stop) in zip(*columns, strict=True)
+                ]
+            )
+        return rows

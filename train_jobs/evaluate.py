@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mtl_core.artifact import load_config, load_model, read_manifest
+from mtl_core.command import run_command
 from mtl_core.config import ConfigError, Experiment, SourceConfig, Split
 from mtl_core.data.encoding import check_labels
 from mtl_core.data.examples import DataError
@@ -17,7 +18,7 @@ from mtl_core.data.prepare import encode
 from mtl_core.data.sources import read_corpus
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.metrics import per_label
-from train_jobs.console import label_table, run_command, score_table
+from train_jobs.console import label_table, score_table
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from mtl_core.answers import flatten
 from mtl_core.artifact import read_manifest
+from mtl_core.command import run_command
 from mtl_core.config import ConfigError
 from mtl_core.predictor import Predictor
 from train_jobs.cluster import ray_cluster
-from train_jobs.console import run_command
 from train_jobs.tables import ROWS_AT_ONCE, Row, TableWriter, check_suffix, count_rows, read_rows
 
 EPILOG = """examples:

@@ -6,10 +6,10 @@ import argparse
 import csv
 from pathlib import Path
 
+from mtl_core.command import run_command
 from mtl_core.config import ConfigError
 from mtl_core.plots import similarity_heatmap
 from mtl_core.predictor import Predictor
-from train_jobs.console import run_command
 
 
 def main(arguments: list[str] | None = None) -> None:

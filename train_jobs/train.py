@@ -23,11 +23,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from mtl_core.artifact import read_manifest
 from mtl_core.build import inherit
+from mtl_core.command import run_command
 from mtl_core.config import Experiment, load_experiment
 from mtl_core.data.prepare import Data, prepare
 from mtl_core.loop import TrainingError
 from train_jobs.cluster import ray_cluster, worker_resources
-from train_jobs.console import Progress, label_table, run_command, score_table
+from train_jobs.console import Progress, label_table, score_table
 from train_jobs.report import build_artifact, history_until, read_report
 from train_jobs.runs import RunFolder
 from train_jobs.tensorboard import TensorBoard

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from mtl_core.build import build_model
+from mtl_core.command import run_command
 from mtl_core.config import parse_experiment
 from mtl_core.data.prepare import prepare
 from tests.commands import run, write_config
 from train_jobs import evaluate, predict, similarity, train
-from train_jobs.console import run_command
 
 
 def attempt(capsys: pytest.CaptureFixture[str], main: Any, *arguments: str) -> str:

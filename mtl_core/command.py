@@ -1,0 +1,44 @@
+"""What every command shares: errors without tracebacks, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from mtl_core.artifact import ArtifactError
+from mtl_core.config import ConfigError
+from mtl_core.data.examples import DataError
+from mtl_core.encoder import EncoderError
+from mtl_core.loop import TrainingError
+from mtl_core.windows import TextError
+
+USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingError, TextError)
+INTERRUPTED = 130
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; a user's mistake gives its message and exit code 1, Ctrl-C gives 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        main()
+    except USER_ERRORS as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

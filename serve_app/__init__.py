@@ -1,0 +1,1 @@
+"""Serving an artifact with Ray Serve: one shared encoder, a deployment for each head."""

@@ -1,0 +1,81 @@
+"""API keys: who may ask."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import time
+from pathlib import Path
+
+from mtl_core.config import ConfigError
+
+KEYS_VARIABLE = "MTL_API_KEYS"
+
+
+class Keys:
+    """Keys from the environment and a file; the file is read again when it changes.
+
+    Args:
+        file: a key a line; blank lines and lines that begin with # do not count.
+        poll_seconds: how often to look whether the file has changed.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no key.
+    """
+
+    def __init__(self, file: str | None = None, poll_seconds: float = 2.0) -> None:
+        listed = os.environ.get(KEYS_VARIABLE, "").split(",")
+        self.fixed = [key.strip().encode() for key in listed if key.strip()]
+        self.file = Path(file).expanduser() if file else None
+        self.poll_seconds = poll_seconds
+        self.from_file: list[bytes] = []
+        self.stamp: tuple[int, int] | None = None
+        self.looked = 0.0
+        if self.file:
+            self._read(self.file)
+            if not self.from_file:
+                raise ConfigError(f"keys_file: {self.file} holds no key")
+
+    @property
+    def required(self) -> bool:
+        return bool(self.fixed or self.file)
+
+    def accept(self, key: str | None) -> bool:
+        """Whether the key is one of ours; takes as long for a near miss as for a far one."""
+        if not self.required:
+            return True
+        self._refresh()
+        given = (key or "").encode("utf-8", "surrogateescape")
+        matches = [hmac.compare_digest(given, known) for known in (*self.fixed, *self.from_file)]
+        return any(matches)
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if self.file is None or now < self.looked + self.poll_seconds:
+            return
+        self.looked = now
+        try:
+            self._read(self.file)
+        except ConfigError:
+            return  # rotated away for a moment: the keys that were read stay
+
+    def _read(self, file: Path) -> None:
+        try:
+            state = file.stat()
+            stamp = (state.st_mtime_ns, state.st_ino)
+            if stamp == self.stamp:
+                return
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"keys_file: cannot read {file}: {error}") from error
+        keys = [line.strip() for line in lines]
+        found = [key.encode() for key in keys if key and not key.startswith("#")]
+        if found:
+            self.from_file = found
+            self.stamp = stamp
+
+
+def bearer(header: str | None) -> str | None:
+    """The key of an Authorization header."""
+    kind, _, key = (header or "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else None

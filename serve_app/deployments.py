@@ -1,0 +1,221 @@
+"""The graph on a cluster: the encoder takes the requests, every head is a deployment of its own.
+
+Each is an application of its own, so that a head is added, scaled or taken away without touching
+the encoder's replicas. serve_config.yaml names `encoder_app` and `head_app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ray import serve
+
+from mtl_core.artifact import ArtifactError
+from mtl_core.config import ConfigError
+from serve_app.app import Api, build_app
+from serve_app.auth import KEYS_VARIABLE, Keys
+from serve_app.errors import unavailable
+from serve_app.heads import HeadCall, HeadReplica, LocalHead, RemoteHead
+from serve_app.loaded import Loaded, current_version, load_artifact
+from serve_app.metrics import Metrics
+from serve_app.requestlog import RequestLog
+from serve_app.service import Service
+from serve_app.settings import Settings, parse_settings
+
+ENCODER = "encoder"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 10.0
+"""A replica that does not answer its health check is replaced: a hung one within half a minute."""
+
+
+def head_name(task: str) -> str:
+    """The name of a head's deployment and of its application."""
+    return f"head-{task}"
+
+
+def remote_call(task: str) -> Callable[..., Any]:
+    """What sends to a head's replicas, wherever they are."""
+    handle = serve.get_deployment_handle(head_name(task), app_name=head_name(task))
+    return handle.remote
+
+
+def exposed_host() -> str | None:
+    """The address that Serve's port is bound to, if others can reach it."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    host = client.http_config.host if client is not None else None
+    return None if host in LOOPBACK or host is None else host
+
+
+def check_exposure(settings: Settings, keys: Keys) -> None:
+    """Refuse to answer others without a key.
+
+    Raises:
+        ConfigError: the port is open to others, no key is set and `insecure` is not either.
+    """
+    if keys.required or settings.insecure:
+        return
+    host = exposed_host()
+    if host is not None:
+        raise ConfigError(
+            f"Serve's port is bound to {host}, where others reach it, and no API key is set: set "
+            f"{KEYS_VARIABLE} or keys_file, bind to 127.0.0.1, or say insecure: true"
+        )
+
+
+class EncoderReplica:
+    """Takes requests, runs the encoder once for each text, and asks the heads."""
+
+    def __init__(self, **args: Any) -> None:
+        self.settings = parse_settings(args)
+        self.keys = Keys(self.settings.keys_file, self.settings.poll_seconds)
+        check_exposure(self.settings, self.keys)
+        self.metrics = Metrics(replica_name())
+        self.log = RequestLog(self.settings.log_requests)
+        self.service = Service(
+            self._load(None),
+            self._head_call,
+            self.metrics,
+            self.settings.max_waiting,
+            self.settings.batch_tokens,
+        )
+        self.watcher: asyncio.Task[None] | None = None
+        self.refused: str | None = None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        api = Api(self.service, self.settings, self.keys, self.log, self.check_ready)
+        return build_app(api)
+
+    def _load(self, previous: Loaded | None) -> Loaded:
+        settings = self.settings
+        return load_artifact(
+            settings.artifact,
+            settings.runtime,
+            settings.threads or own_cpus(),
+            "cuda" if has_gpu() else "cpu",
+            settings.batch_tokens,
+            previous,
+        )
+
+    def _head_call(self, task: str) -> HeadCall:
+        if self.settings.heads == "in_process":
+            return LocalHead()
+        return RemoteHead(remote_call(task), task, self.settings.head_timeout_s, self.metrics)
+
+    async def check_health(self) -> None:
+        """Called by Serve from the start on: the first call warms up and starts watching."""
+        if self.watcher is None:
+            self.watcher = asyncio.get_running_loop().create_task(self._watch())
+            await self.service.warm_up(self.service.model)
+            self._announce("loaded")
+
+    async def check_ready(self) -> None:
+        """Raise ApiError unless every head answers."""
+        model = self.service.model
+        answer = await self.service.answer(["ready?"], tuple(model.heads))
+        for task, error in answer.failures.items():
+            raise unavailable(f"task {task!r}: {error}")
+
+    async def _watch(self) -> None:
+        """Take up new versions of the artifact as they appear."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.settings.poll_seconds)
+            try:
+                await self._refresh(loop)
+            except Exception as error:
+                self.log.error("artifact", error)
+
+    async def _refresh(self, loop: asyncio.AbstractEventLoop) -> None:
+        service = self.service
+        try:
+            version = await loop.run_in_executor(None, current_version, self.settings.artifact)
+        except ArtifactError:
+            return  # between two renames, or storage that does not answer: what is served stays
+        if version in (service.model.version, self.refused):
+            return
+        try:
+            model = await loop.run_in_executor(None, self._load, service.model)
+            await service.warm_up(model)
+        except (ArtifactError, ConfigError) as error:
+            self.refused = version
+            self.metrics.loads.labels("refused").inc()
+            self.log.event("artifact refused", version=version, reason=str(error))
+            return
+        service.model = model
+        self._announce("taken up")
+
+    def _announce(self, outcome: str) -> None:
+        model = self.service.model
+        self.metrics.loads.labels(outcome).inc()
+        self.metrics.info.clear()
+        self.metrics.info.labels(self.metrics.replica, model.stage.runtime.name, model.version).set(
+            1
+        )
+        self.log.event(f"artifact {outcome}", version=model.version, tasks=list(model.heads))
+
+
+class Head(HeadReplica):
+    """A head's replica under Serve."""
+
+    def __init__(self) -> None:
+        import torch
+
+        super().__init__()
+        torch.set_num_threads(1)  # a small matrix a batch: more threads only fight the encoder
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def replica_name() -> str:
+    return serve.get_replica_context().replica_tag
+
+
+def own_cpus() -> int:
+    """CPUs for the encoder: what the replica asked for; all there are if less than one."""
+    import ray
+
+    context = ray.get_runtime_context()
+    asked = context.get_assigned_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+    return int(asked) if asked >= 1 else (os.cpu_count() or 1)
+
+
+def has_gpu() -> bool:
+    import ray
+
+    return bool(ray.get_gpu_ids())
+
+
+def encoder_app(args: dict[str, Any]) -> serve.Application:
+    """The encoder's application; `args` are Settings."""
+    settings = parse_settings(args)
+    deployment = serve.deployment(
+        name=ENCODER,
+        max_ongoing_requests=10_000,
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=30.0,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+    )
+    replica = serve.ingress()(EncoderReplica)
+    return deployment(replica).bind(**settings.model_dump(exclude_unset=True))
+
+
+def head_app(args: dict[str, Any]) -> serve.Application:
+    """One head's application; `args` is {task: name}."""
+    unknown = set(args) - {"task"}
+    if unknown or not isinstance(args.get("task"), str):
+        raise ConfigError("a head's args are {task: NAME} and nothing else")
+    deployment = serve.deployment(
+        name=head_name(args["task"]),
+        max_ongoing_requests=64,
+        max_surge_percent=100,
+        ray_actor_options={"num_cpus": 0.1},
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+    )
+    return deployment(Head).bind()

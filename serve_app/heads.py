@@ -1,0 +1,175 @@
+"""Heads as deployments of their own, and the encoder's line to them.
+
+A head replica starts empty and holds no path: it is sent a head's two small files once, by
+whichever encoder replica first asks for that version. So encoder and heads can never disagree
+about the version, a new version needs no restart, and heads need no shared storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mtl_core.answers import Features, Output, run_head
+from mtl_core.artifact import build_stored_head
+from mtl_core.heads import Head
+from serve_app.metrics import Metrics
+
+VERSIONS_KEPT = 4
+PAUSE_AFTER_TIMEOUT_S = 5.0
+RETRY_FOR_S = 30.0
+
+
+class HeadUnavailable(RuntimeError):
+    """A head gave no answer; its task is answered with 503."""
+
+
+@dataclass(frozen=True)
+class StoredHead:
+    """A head as an artifact stores it."""
+
+    task: str
+    kind: str
+    level: str
+    labels: tuple[str, ...]
+    description: bytes
+    weights: bytes
+
+    @property
+    def version(self) -> str:
+        return hashlib.sha256(self.description + self.weights).hexdigest()
+
+
+class HeadReplica:
+    """Runs whichever versions of one task's head it was given."""
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[str, Head] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def __call__(
+        self,
+        version: str,
+        features: Features,
+        all_tags: bool = False,
+        stored: tuple[bytes, bytes] | None = None,
+    ) -> Output | None:
+        """What the head says; None if this replica does not know the version yet.
+
+        Args:
+            version: hash of the head's files.
+            features: of the texts to answer for.
+            all_tags: give the probability of every tag.
+            stored: contents of head.json and head.safetensors, for a replica that lacks them.
+        """
+        with self.lock:
+            head = self.known.get(version)
+            if head is None:
+                if stored is None:
+                    return None
+                head = self.known[version] = build_stored_head(*stored, version)
+            self.known.move_to_end(version)
+            while len(self.known) > VERSIONS_KEPT:
+                self.known.popitem(last=False)
+        return run_head(head, features, all_tags)
+
+
+class HeadCall(Protocol):
+    """The encoder's line to one task's head."""
+
+    async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output: ...
+
+
+class LocalHead:
+    """A head in the encoder's own process."""
+
+    def __init__(self) -> None:
+        self.replica = HeadReplica()
+
+    async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
+        stored = (head.description, head.weights)
+        loop = asyncio.get_running_loop()
+        output = await loop.run_in_executor(
+            None, self.replica, head.version, features, all_tags, stored
+        )
+        assert output is not None
+        return output
+
+
+class RemoteHead:
+    """A head deployment, called through its handle.
+
+    A call whose replica dies is sent again, for the answer depends on nothing but what is sent.
+    A head that does not answer in time is left alone for a while, so that requests for other
+    tasks do not pile up behind it.
+
+    Args:
+        call: sends (version, features, all_tags, stored) to a replica.
+        task: for messages and metrics.
+        timeout_s: how long a head has for one batch.
+        metrics: where failures are counted.
+    """
+
+    def __init__(
+        self, call: Callable[..., Any], task: str, timeout_s: float, metrics: Metrics
+    ) -> None:
+        self.call = call
+        self.task = task
+        self.timeout_s = timeout_s
+        self.metrics = metrics
+        self.paused_until = 0.0
+
+    async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
+        if time.monotonic() < self.paused_until:
+            raise self._unavailable("paused", "it did not answer in time a moment ago")
+        deadline = time.monotonic() + RETRY_FOR_S
+        wait = 0.05
+        while True:
+            try:
+                return await asyncio.wait_for(
+                    self._ask(head, features, all_tags), timeout=self.timeout_s
+                )
+            except TimeoutError:
+                self.paused_until = time.monotonic() + PAUSE_AFTER_TIMEOUT_S
+                raise self._unavailable(
+                    "timeout", f"it did not answer in {self.timeout_s:g} s"
+                ) from None
+            except Exception as error:
+                if not replica_died(error):
+                    raise self._unavailable("error", type(error).__name__) from error
+                if time.monotonic() + wait > deadline:
+                    raise self._unavailable("died", "its replicas died") from error
+            self.metrics.head_retries.labels(self.task).inc()
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, 1.0)
+
+    async def _ask(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
+        output = await self.call(head.version, features, all_tags)
+        if output is None:
+            stored = (head.description, head.weights)
+            output = await self.call(head.version, features, all_tags, stored)
+        return output  # type: ignore[no-any-return]
+
+    def _unavailable(self, reason: str, detail: str) -> HeadUnavailable:
+        self.metrics.head_failures.labels(self.task, reason).inc()
+        return HeadUnavailable(
+            f"the head of task {self.task!r} is not available: {detail}; try again"
+        )
+
+
+def replica_died(error: BaseException) -> bool:
+    """Whether an error means that a replica went away, not that it refused."""
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    if isinstance(error, RayActorError | DeploymentUnavailableError | ConnectionError):
+        return True
+    # Serve's gRPC transport reports a closed connection in its own class.
+    code = getattr(error, "code", None)
+    return callable(code) and getattr(code(), "name", "") in ("UNAVAILABLE", "CANCELLED")

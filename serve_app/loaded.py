@@ -1,0 +1,121 @@
+"""A version of an artifact, ready to serve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtl_core.artifact import ArtifactError, Manifest, read_head, read_manifest
+from mtl_core.data.encoding import cache_root
+from mtl_core.heads import HEADS
+from mtl_core.predictor import EncodingStage
+from mtl_core.runtime import RuntimeName
+from serve_app.heads import StoredHead
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Encoder and heads that belong together."""
+
+    manifest: Manifest
+    version: str
+    """Changes with anything the manifest vouches for."""
+    stage: EncodingStage
+    heads: Mapping[str, StoredHead]
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+
+def fetch(artifact: str) -> Path:
+    """The artifact as a local folder; one behind a URL is copied into the cache, a version once.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    if "://" not in artifact:
+        return Path(artifact).expanduser()
+    from fsspec.core import url_to_fs
+
+    try:
+        files, root = url_to_fs(artifact)
+        manifest = files.cat_file(f"{root}/manifest.json")
+        target = cache_root() / "artifacts" / version_of(manifest)
+        if not (target / "manifest.json").is_file():
+            for name in (*json.loads(manifest)["files"], "manifest.json"):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(f"{root}/{name}", str(target / name))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ArtifactError(f"{artifact}: cannot be fetched: {error}") from error
+    return target
+
+
+def current_version(artifact: str) -> str:
+    """The version that stands at a path or URL now, without fetching more than its manifest."""
+    try:
+        if "://" not in artifact:
+            return version_of((Path(artifact).expanduser() / "manifest.json").read_bytes())
+        from fsspec.core import url_to_fs
+
+        files, root = url_to_fs(artifact)
+        return version_of(files.cat_file(f"{root}/manifest.json"))
+    except (OSError, ValueError, ImportError) as error:
+        raise ArtifactError(f"{artifact}: no artifact: {error}") from error
+
+
+def version_of(manifest: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(manifest).hexdigest()[:16]
+
+
+def load_artifact(
+    artifact: str,
+    runtime: RuntimeName,
+    threads: int,
+    device: str,
+    batch_tokens: int,
+    previous: Loaded | None = None,
+) -> Loaded:
+    """Open an artifact for serving.
+
+    Args:
+        artifact: folder or URL.
+        runtime: how to execute the encoder.
+        threads: CPU threads for it.
+        device: "cpu" or "cuda".
+        batch_tokens: padded sub-words in one forward pass.
+        previous: what is being served; its encoder is kept when the new version has the same.
+
+    Raises:
+        ArtifactError, ConfigError: see `EncodingStage.load`.
+    """
+    folder = fetch(artifact)
+    version = current_version(str(folder))
+    manifest = read_manifest(folder)
+    heads = {task: stored_head(task, folder) for task in manifest.tasks}
+    if previous is not None and same_encoder(manifest, previous.manifest):
+        return Loaded(manifest, version, previous.stage, heads)
+    stage = EncodingStage.load(folder, device, runtime, threads)
+    stage.batch_tokens = batch_tokens
+    return Loaded(manifest, version, stage, heads)
+
+
+def same_encoder(one: Manifest, other: Manifest) -> bool:
+    """Whether two artifacts hold the very same encoder, tokenizer and runtime files."""
+
+    def files(manifest: Manifest) -> dict[str, Any]:
+        return {n: h for n, h in manifest.files.items() if n.startswith(("encoder/", "runtime/"))}
+
+    return files(one) == files(other) and one.encoder == other.encoder
+
+
+def stored_head(task: str, folder: Path) -> StoredHead:
+    description, weights = read_head(folder / "heads" / task)
+    spec = json.loads(description)
+    kind = HEADS[spec["kind"]]
+    return StoredHead(task, kind.kind, kind.level, tuple(spec["labels"]), description, weights)

@@ -1,0 +1,140 @@
+"""Answers in the shapes of transformers' pipelines, aggregation strategies included.
+
+What the strategies mean is documented with transformers' TokenClassificationPipeline; ours start
+from the decoded tags (a legal sequence) where its "none" and "simple" start from each token's best.
+Words are pieces of the text as sent, so that offsets and words always agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mtl_core.answers import TokenOutput
+from mtl_core.heads import tag_names
+from mtl_core.windows import Tokenized
+
+Strategy = Literal["none", "simple", "first", "average", "max"]
+Piece = tuple[int, float, int, int]
+"""Tag, score, characters [start, end)."""
+
+
+def token_classification(
+    output: TokenOutput, items: Sequence[Tokenized], strategy: Strategy, tokenizer: Tokenizer
+) -> list[list[dict[str, Any]]]:
+    """Each text's tokens or entities in the shape of the token-classification pipeline."""
+    answers = []
+    first = 0
+    for item, length in zip(items, output.lengths.tolist(), strict=True):
+        rows = slice(first, first + length)
+        first += length
+        if strategy == "none":
+            answers.append(_tokens(output, rows, item, tokenizer))
+            continue
+        if strategy == "simple":
+            pieces = _pieces(output, rows, item)
+        else:
+            assert output.scores is not None, "words need the scores of every tag"
+            pieces = _words(output.scores[rows], item, strategy, tokenizer)
+        answers.append(_groups(pieces, output.labels, item.text))
+    return answers
+
+
+def _tokens(
+    output: TokenOutput, rows: slice, item: Tokenized, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    names = tag_names(output.labels)
+    offsets, windows, places = item.placed
+    found = []
+    for tag, score, (start, end), window, place in zip(
+        output.tags[rows].tolist(),
+        output.probabilities[rows].tolist(),
+        offsets,
+        windows.tolist(),
+        places.tolist(),
+        strict=True,
+    ):
+        if tag:
+            found.append(
+                {
+                    "entity": names[tag],
+                    "score": round(score, 6),
+                    "index": item.numbers[window][place] + 1,
+                    "word": tokenizer.id_to_token(item.windows[window][place]),
+                    "start": start,
+                    "end": end,
+                }
+            )
+    return found
+
+
+def _pieces(output: TokenOutput, rows: slice, item: Tokenized) -> Iterable[Piece]:
+    tags, scores = output.tags[rows].tolist(), output.probabilities[rows].tolist()
+    for tag, score, (start, end) in zip(tags, scores, item.placed[0], strict=True):
+        yield tag, score, start, end
+
+
+def _words(
+    scores: Any, item: Tokenized, strategy: Strategy, tokenizer: Tokenizer
+) -> Iterable[Piece]:
+    """One tag a word: of its first piece, of the mean over pieces, or of the surest piece."""
+    offsets = item.placed[0]
+    starts = word_starts(item, tokenizer)
+    for begin, end in zip(starts, [*starts[1:], len(offsets)], strict=True):
+        rows = scores[begin:end]
+        if strategy == "first":
+            row = rows[0]
+        elif strategy == "average":
+            row = rows.mean(axis=0)
+        else:
+            row = rows[int(rows.max(axis=1).argmax())]
+        tag = int(row.argmax())
+        yield tag, float(row[tag]), offsets[begin][0], offsets[end - 1][1]
+
+
+def word_starts(item: Tokenized, tokenizer: Tokenizer) -> list[int]:
+    """Which of a text's sub-words begin a word.
+
+    By the tokenizer's mark for continuing pieces where it has one (##), else by the space before.
+    """
+    offsets, windows, places = item.placed
+    prefix = getattr(tokenizer.model, "continuing_subword_prefix", None)
+    starts = []
+    for number, (start, _) in enumerate(offsets):
+        if prefix:
+            token = tokenizer.id_to_token(item.windows[windows[number]][places[number]])
+            begins = token is None or not token.startswith(prefix)
+        else:
+            begins = start == 0 or start > offsets[number - 1][1] or item.text[start - 1].isspace()
+        if begins or number == 0:
+            starts.append(number)
+    return starts
+
+
+def _groups(pieces: Iterable[Piece], labels: Sequence[str], text: str) -> list[dict[str, Any]]:
+    """Adjacent pieces of one type; a B- tag begins anew."""
+    num_types = len(labels)
+    groups: list[tuple[int, list[float], int, int]] = []
+    previous = 0
+    for tag, score, start, end in pieces:
+        kind = (tag - 1) % num_types + 1 if tag else 0
+        if kind and kind == previous and tag > num_types:
+            _, scores, begin, _ = groups[-1]
+            scores.append(score)
+            groups[-1] = (kind, scores, begin, end)
+        elif kind:
+            groups.append((kind, [score], start, end))
+        previous = kind
+    return [
+        {
+            "entity_group": labels[kind - 1],
+            "score": round(float(np.mean(scores)), 6),
+            "word": text[start:end],
+            "start": start,
+            "end": end,
+        }
+        for kind, scores, start, end in groups
+    ]

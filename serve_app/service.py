@@ -1,0 +1,260 @@
+"""Texts in, what the heads say of them out: tokenise, queue, encode once, ask the heads.
+
+No HTTP and no Ray here: routes and deployments stand around it, and tests run it as it is.
+Shapes: N texts, H hidden units.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtl_core.answers import Features, Output, Prediction, SentenceOutput, TokenOutput
+from mtl_core.predictor import EncodingStage, unit
+from mtl_core.windows import Tokenized
+from serve_app.batcher import Batch, Batcher, Job, Overloaded
+from serve_app.heads import HeadCall, HeadUnavailable
+from serve_app.loaded import Loaded
+from serve_app.metrics import Metrics
+
+INLINE_CHARACTERS = 4_000
+"""Texts up to this length in all are tokenised on the event loop: it takes under a millisecond."""
+
+
+@dataclass
+class Timings:
+    """Seconds a request spent in each stage."""
+
+    tokenize: float = 0.0
+    queue: float = 0.0
+    encoder: float = 0.0
+    heads: float = 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The answers for a run of a request's texts."""
+
+    items: Sequence[Tokenized]
+    pooled: NDArray[np.float32]
+    """(N, H) vectors as the encoder gives them."""
+    outputs: Mapping[str, Output | HeadUnavailable]
+    queue: float
+    encoder: float
+    heads: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answers for all of a request's texts."""
+
+    model: Loaded
+    parts: Sequence[Part]
+    timings: Timings
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for part in self.parts for item in part.items)
+
+    @property
+    def failures(self) -> dict[str, HeadUnavailable]:
+        """Tasks that could not be answered."""
+        outputs = [item for part in self.parts for item in part.outputs.items()]
+        return {task: error for task, error in outputs if isinstance(error, HeadUnavailable)}
+
+    def vectors(self) -> NDArray[np.float32]:
+        """(N, H) vectors of unit length."""
+        return unit(np.concatenate([part.pooled for part in self.parts]))
+
+    def predictions(self, task: str) -> Iterator[Prediction]:
+        """Each text's answer for a task that did not fail."""
+        for part in self.parts:
+            output = part.outputs[task]
+            if isinstance(output, TokenOutput):
+                offsets = [item.placed[0] for item in part.items]
+                yield from output.entities([item.text for item in part.items], offsets)
+            else:
+                assert isinstance(output, SentenceOutput)
+                yield from output.predictions()
+
+
+class Service:
+    """One encoder replica's work, whoever asks for it.
+
+    Args:
+        model: what to serve first.
+        head_call: makes the line to a task's head.
+        metrics: where it is counted.
+        max_waiting: texts that may be unanswered at a time.
+        batch_tokens: sub-words in a batch.
+    """
+
+    def __init__(
+        self,
+        model: Loaded,
+        head_call: Callable[[str], HeadCall],
+        metrics: Metrics,
+        max_waiting: int = 512,
+        batch_tokens: int = 2048,
+    ) -> None:
+        self.model = model
+        self.head_call = head_call
+        self.metrics = metrics
+        self.calls: dict[str, HeadCall] = {}
+        self.batcher = Batcher(self._encode, self._encoded, max_waiting, batch_tokens)
+        self.asking: set[asyncio.Task[None]] = set()
+
+    async def answer(
+        self,
+        texts: Sequence[str],
+        tasks: Sequence[str],
+        all_tags: bool = False,
+        whole: bool = False,
+    ) -> Answer:
+        """Answer texts for tasks; none for their vectors alone.
+
+        Args:
+            texts: one or more.
+            tasks: known tasks.
+            all_tags: give token heads' probabilities of every tag.
+            whole: refuse texts beyond the model's window where only their beginning would count.
+
+        Raises:
+            TextError: a text is blank or no valid Unicode.
+            TooLong: see `whole`.
+            Overloaded: too much waits already.
+        """
+        model = self.model
+        self.batcher.check_room(len(texts))
+        started = time.perf_counter()
+        split = model.stage.windows.split
+        if sum(map(len, texts)) > INLINE_CHARACTERS:
+            items = await asyncio.get_running_loop().run_in_executor(None, split, texts)
+        else:
+            items = split(texts)
+        timings = Timings(tokenize=time.perf_counter() - started)
+        want_states = any(model.heads[task].level == "token" for task in tasks)
+        cut = not tasks or any(model.heads[task].level == "sentence" for task in tasks)
+        if whole and cut:
+            check_length(items, model.stage.windows.max_length)
+        parts: list[Part] = await self.batcher.submit(
+            items, tuple(tasks), want_states, all_tags, model
+        )
+        timings.queue = max(part.queue for part in parts)
+        timings.encoder = sum(part.encoder for part in parts)
+        timings.heads = max(part.heads for part in parts)
+        self._count(timings, len(texts))
+        return Answer(model, parts, timings)
+
+    async def warm_up(self, model: Loaded, text: str = "A sentence to warm up with.") -> None:
+        """Run a model through shapes and heads before it answers anybody."""
+        split = model.stage.windows.split
+        for count in (1, 4, 16):
+            items = split([" ".join([text] * repeat) for repeat in range(1, count + 1)])
+            jobs = [self._job(item, model) for item in items]
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.batcher.thread, self._encode, jobs)
+
+    def _job(self, item: Tokenized, model: Loaded) -> Job:
+        future = asyncio.get_running_loop().create_future()
+        return Job([item], tuple(model.heads), True, False, future, item.num_tokens, model)
+
+    def _encode(self, jobs: list[Job]) -> Features:
+        """Runs in the worker thread."""
+        stage: EncodingStage = jobs[0].model.stage
+        before = stage.num_windows
+        items = [item for job in jobs for item in job.items]
+        wants = [job.want_states for job in jobs for _ in job.items]
+        features = stage.encode(items, wants)
+        self.metrics.passes.inc(stage.num_windows - before)
+        return features
+
+    def _encoded(self, batch: Batch) -> None:
+        """Back on the event loop: the heads are asked while the next batch is encoded."""
+        self.metrics.stage.labels("encoder").observe(batch.seconds)
+        self.metrics.batch_texts.observe(len(batch.features.lengths))
+        tokens = sum(job.tokens for job in batch.jobs)
+        self.metrics.batch_tokens.observe(tokens)
+        self.metrics.tokens.inc(tokens)
+        task = asyncio.get_running_loop().create_task(self._ask_heads(batch))
+        self.asking.add(task)
+        task.add_done_callback(self.asking.discard)
+
+    async def _ask_heads(self, batch: Batch) -> None:
+        started = time.perf_counter()
+        tasks = dict.fromkeys(task for job in batch.jobs for task in job.tasks)
+        replies = await asyncio.gather(*[self._ask(task, batch) for task in tasks])
+        outputs = dict(zip(tasks, replies, strict=True))
+        seconds = time.perf_counter() - started
+        first, firsts = 0, dict.fromkeys(tasks, 0)
+        for job in batch.jobs:
+            count = len(job.items)
+            mine: dict[str, Output | HeadUnavailable] = {}
+            for task in job.tasks:
+                output = outputs[task]
+                begin = firsts[task]
+                firsts[task] = begin + count
+                failed = isinstance(output, HeadUnavailable)
+                mine[task] = output if failed else output.part(begin, begin + count)  # type: ignore[union-attr]
+            if not job.future.done():
+                pooled = batch.features.pooled[first : first + count]
+                waited = batch.started - job.queued
+                job.future.set_result(Part(job.items, pooled, mine, waited, batch.seconds, seconds))
+            first += count
+
+    async def _ask(self, task: str, batch: Batch) -> Output | HeadUnavailable:
+        """One head's answer for the batch's texts that want it."""
+        started = time.perf_counter()
+        rows: list[int] = []
+        first = 0
+        for job in batch.jobs:
+            if task in job.tasks:
+                rows.extend(range(first, first + len(job.items)))
+            first += len(job.items)
+        head = batch.jobs[0].model.heads[task]
+        features = needed(batch.features, rows, head.level)
+        all_tags = any(job.all_tags and task in job.tasks for job in batch.jobs)
+        if task not in self.calls:
+            self.calls[task] = self.head_call(task)
+        try:
+            return await self.calls[task](head, features, all_tags)
+        except HeadUnavailable as error:
+            return error
+        finally:
+            self.metrics.stage.labels(f"head-{task}").observe(time.perf_counter() - started)
+
+    def _count(self, timings: Timings, texts: int) -> None:
+        self.metrics.texts.inc(texts)
+        self.metrics.stage.labels("tokenise").observe(timings.tokenize)
+        self.metrics.stage.labels("queue").observe(timings.queue)
+
+
+class TooLong(ValueError):
+    """A text is longer than the model reads."""
+
+
+def check_length(items: Sequence[Tokenized], limit: int) -> None:
+    """Raise TooLong for a text of more than one window."""
+    for number, item in enumerate(items):
+        if len(item.windows) > 1:
+            raise TooLong(
+                f"input {number + 1} has more than the {limit} tokens that the model reads at "
+                "once; shorten it, or set truncate: true to use its beginning"
+            )
+
+
+def needed(features: Features, rows: Sequence[int], level: str) -> Features:
+    """Only what a head of this level reads of these texts."""
+    nothing = np.zeros(0, dtype=np.int64)
+    if level == "sentence":
+        return Features(features.pooled[list(rows)], np.zeros((0, 0), np.float32), nothing)
+    chosen = features.select(rows)
+    return Features(np.zeros((0, 0), np.float32), chosen.states, chosen.lengths)
+
+
+__all__ = ["Answer", "Overloaded", "Part", "Service", "Timings", "TooLong"]

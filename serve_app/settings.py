@@ -1,0 +1,68 @@
+"""What a server is told: limits, keys, and how the graph is spread over a cluster."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mtl_core.config import ConfigError
+from mtl_core.runtime import RuntimeName
+
+
+class Settings(BaseModel):
+    """Arguments of the encoder deployment; `args` of its application in serve_config.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    artifact: str
+    """Folder of the artifact, or an fsspec URL of one (s3://…). A new version that appears there
+    is taken up without a restart."""
+    runtime: RuntimeName = "auto"
+    """How the encoder is executed."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of the encoder; all the replica has when 0."""
+    heads: Literal["deployments", "in_process"] = "deployments"
+    """Where heads run; in_process is for one small machine and for measuring what a hop costs."""
+    keys_file: str | None = None
+    """File with an API key a line, read again when it changes. MTL_API_KEYS holds keys too."""
+    log_requests: bool = True
+    """Write a JSON line a request to the replica's log; texts are never in it."""
+    insecure: bool = False
+    """Answer without a key even where others can reach the port."""
+    cors_origins: tuple[str, ...] = ()
+    """Web origins whose pages may call this server; none by default."""
+    max_inputs: int = Field(default=256, ge=1)
+    """Texts in one request."""
+    max_characters: int = Field(default=200_000, ge=1)
+    """Characters in one text."""
+    max_body_bytes: int = Field(default=2_000_000, ge=1)
+    """Bytes in one request's body."""
+    body_timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds a client has to send its body."""
+    max_waiting: int = Field(default=512, ge=1)
+    """Texts a replica holds unanswered; a request beyond that gets 429."""
+    retry_after_s: int = Field(default=1, ge=1)
+    """What a 429 tells clients to wait."""
+    batch_tokens: int = Field(default=2048, ge=1)
+    """Sub-words the encoder takes at once."""
+    head_timeout_s: float = Field(default=15.0, gt=0)
+    """Seconds a head has for a batch before its task is answered with 503."""
+    poll_seconds: float = Field(default=2.0, gt=0)
+    """How often to look for a new version of the artifact and of the keys file."""
+
+
+def parse_settings(args: dict[str, Any]) -> Settings:
+    """Check arguments.
+
+    Raises:
+        ConfigError: naming each field that is wrong.
+    """
+    try:
+        return Settings.model_validate(args)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg'].lower()}"
+            for e in error.errors()
+        ]
+        raise ConfigError("\n".join(lines)) from error
