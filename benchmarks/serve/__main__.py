@@ -78,7 +78,7 @@ class Benchmark:
         if engine in ("openvino", "onnx"):
             python = str(environments.environment("sentence_transformers") / "bin/python")
         model = self.artifact if engine == "ours" else self.artifact / "encoder"
-        command = [python, str(OFFLINE_SCRIPT), engine, str(model), str(self.folder / "texts.json")]
+        command = [python, "-P", str(OFFLINE_SCRIPT), engine, str(model), str(self.folder / "texts.json")]
         variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if engine == "ours":
             variables["PYTHONPATH"] = os.getcwd()
