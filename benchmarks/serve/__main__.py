@@ -34,6 +34,8 @@ OFFLINE_TITLES = {
     "onnx": "(d) its ONNX backend",
 }
 WARM_UP_SECONDS = 2
+DRAIN_SECONDS = 1
+"""Pause before what counts: wrk leaves its last requests with the server."""
 NUM_COMPARED = 32
 """Sentences whose answers are compared: a peer that answers otherwise does other work."""
 
@@ -69,6 +71,7 @@ class Benchmark:
                     self.answers[name] = server.post(load.route, body)["results"]
                 server.post(load.route, bodies.read_bytes().splitlines()[0])
                 drive(server.port, load.route, bodies, load.connections, WARM_UP_SECONDS)
+                time.sleep(DRAIN_SECONDS)
                 sample = drive(server.port, load.route, bodies, load.connections, self.seconds)
                 self._add(name, key, {**asdict(sample), "rate": sample.rate})
 
