@@ -130,9 +130,10 @@ def test_utilisation_counts_the_operations_of_the_encoder(tmp_path: Path) -> Non
         ("gemm", OFFLINE): [{"square": 400.0, "minilm": 300.0}],
         ("torch", OFFLINE): rates(500.0),
     }
-    found = utilisation(tmp_path, [10, 10], values)
+    found = utilisation(tmp_path, {"offline": [10, 10], "sentence": [10]}, values)
     # 10.6 million weights, two operations each for each of ten tokens, and a little attention.
     assert found["torch_gflops"] == pytest.approx(500 * 10 * 2 * 10.6e6 / 1e9, rel=0.02)
+    assert found["sentence_ceiling"] == pytest.approx(500 * 400 / found["torch_gflops"])
     assert found["torch_share_of_gemm"] == pytest.approx(found["torch_gflops"] / 400)
 
 

@@ -52,7 +52,10 @@ class Benchmark:
         self.bodies = corpus.write_bodies(folder, self.texts)
         self.offline_texts = corpus.mixed_lengths(self.texts, count)
         (folder / "texts.json").write_text(json.dumps(self.offline_texts), encoding="utf-8")
-        self.lengths = [len(ids) for ids in tokenizer(self.offline_texts)["input_ids"]]
+        self.lengths = {
+            "offline": [len(ids) for ids in tokenizer(self.offline_texts)["input_ids"]],
+            "sentence": [len(ids) for ids in tokenizer(self.texts)["input_ids"]],
+        }
         self.values: dict[tuple[str, str], list[dict[str, float]]] = {}
         self.starts: dict[str, list[float]] = {}
         self.answers: dict[str, Any] = {}
@@ -81,7 +84,8 @@ class Benchmark:
         if engine in ("openvino", "onnx"):
             python = str(environments.environment("sentence_transformers") / "bin/python")
         model = self.artifact if engine == "ours" else self.artifact / "encoder"
-        command = [python, "-P", str(OFFLINE_SCRIPT), engine, str(model), str(self.folder / "texts.json")]
+        texts = self.folder / "texts.json"
+        command = [python, "-P", str(OFFLINE_SCRIPT), engine, str(model), str(texts)]
         variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if engine == "ours":
             variables["PYTHONPATH"] = os.getcwd()

@@ -41,23 +41,36 @@ def _essence(answer: Any) -> Any:
     return answer["label"]
 
 
-def utilisation(artifact: Path, lengths: Sequence[int], values: Values) -> dict[str, float]:
-    """What the offline encoder computes beside what a bf16 matrix product reaches here."""
+def utilisation(
+    artifact: Path, lengths: Mapping[str, Sequence[int]], values: Values
+) -> dict[str, float]:
+    """What the encoder computes beside what a bf16 matrix product reaches here.
+
+    `ceiling` is how many texts a second the matrix units could encode in bf16 if nothing else took
+    any time: no server can answer more, whatever is asked of it (int8 may reach twice that).
+    """
     config = json.loads((artifact / "encoder/config.json").read_text(encoding="utf-8"))
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    # A token meets every weight of a layer once, and every other token twice, in attention.
-    weights = 4 * hidden * hidden + 2 * hidden * inner
-    per_text = sum(n * weights + 2 * n * n * hidden for n in lengths) / len(lengths)
-    flops = 2 * config["num_hidden_layers"] * per_text / 1e9
     products = values[("gemm", OFFLINE)]
     found = {f"gemm_{k}_gflops": _median(products, k) for k in ("square", "minilm")}
-    found["offline_mean_tokens"] = sum(lengths) / len(lengths)
+    best = max(found.values())
+    for name, counts in lengths.items():
+        found[f"{name}_tokens"] = sum(counts) / len(counts)
+        found[f"{name}_ceiling"] = best / _gflop(config, counts)
     for engine in ("ours", "torch"):
         if samples := values.get((engine, OFFLINE)):
-            found[f"{engine}_gflops"] = flops * _median(samples, "rate")
-            best = max(found["gemm_square_gflops"], found["gemm_minilm_gflops"])
+            found[f"{engine}_gflops"] = _gflop(config, lengths["offline"]) * _median(
+                samples, "rate"
+            )
             found[f"{engine}_share_of_gemm"] = found[f"{engine}_gflops"] / best
     return found
+
+
+def _gflop(config: Mapping[str, Any], lengths: Sequence[int]) -> float:
+    """Of one text, on average: a token meets every weight, and in attention every token twice."""
+    hidden = config["hidden_size"]
+    weights = 4 * hidden * hidden + 2 * hidden * config["intermediate_size"]
+    products = sum(n * weights + 2 * n * n * hidden for n in lengths) / len(lengths)
+    return float(2 * config["num_hidden_layers"] * products / 1e9)
 
 
 def _median(samples: Sequence[Mapping[str, float]], key: str) -> float:
