@@ -15,7 +15,7 @@ from benchmarks.serve.servers import SERVERS, running
 from benchmarks.serve.wrk import LoadError, Sample, parse
 from mtl_core.encoder import load_tokenizer
 from mtl_core.predictor import Predictor
-from tests.small_runs import example, learned, write_artifact
+from tests.small_runs import example, experiment, learned, write_artifact
 
 WRK = """Running 6s test @ http://127.0.0.1:8000
   1 threads and 32 connections
@@ -154,8 +154,10 @@ def test_a_peer_gives_our_answers(
     name: str, tiny_encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     # Greedy: peers have no Viterbi decoder, and on its own choice of tags nothing may differ.
-    state, _, _ = learned(tiny_encoders["bert"], tasks={"decoding": "greedy"})
-    artifact = write_artifact(state.model, state.config, tmp_path / "artifact")
+    greedy = {"decoding": "greedy"}
+    state, _, _ = learned(tiny_encoders["bert"], tasks=greedy)
+    config = experiment(tiny_encoders["bert"], tasks=greedy)
+    artifact = write_artifact(state.model, config, tmp_path / "artifact")
     texts = [example(number, {"topic"}).text for number in (0, 1, 2, 3, 10_000, 10_001)]
     tasks = ["topic", "entities"]
     body = json.dumps({"inputs": texts, "tasks": tasks}).encode()

@@ -30,7 +30,7 @@ def sentences(tokenizer: Any, count: int) -> list[str]:
 
 
 def mixed_lengths(texts: Sequence[str], count: int) -> list[str]:
-    """Texts of one to eight sentences, short ones more often: some 8 to 150 sub-words, 33 on average."""
+    """Texts of one to eight sentences, short ones more often: 8 to 150 sub-words, 33 on average."""
     rng = random.Random(SEED)
     sizes = rng.choices(range(1, 9), weights=[2.0**-n for n in range(8)], k=count)
     return [" ".join(rng.choices(texts, k=size)) for size in sizes]
