@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,mtl_core train_jobs serve_app)))
 DEMO := runs/demo/artifact
+PORT ?= 8000
 
 export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint types check format bench-snips bench-pair bench-serve docs clean
+.PHONY: help venv demo serve test test-fast lint types check format bench-snips bench-pair bench-serve docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +29,11 @@ demo: $(STAMP) ## Train on the corpus that comes with the project, then predict 
 		--text "The food was delicious." \
 		--text "I loved the meal." \
 		--text "The train to Berlin was late."
+	$(BIN)/python -m serve_app --artifact $(DEMO) --port 0 \
+		--ask "Maria Lopez loved the food in Lisbon."
+
+serve: $(STAMP) ## Serve what the demo trained (ARTIFACT=DIR serves another, PORT=8000)
+	$(BIN)/python -m serve_app --artifact $(or $(ARTIFACT),$(DEMO)) --port $(PORT)
 
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest -q
@@ -54,10 +60,10 @@ bench-snips: $(STAMP) ## Measure joint intents and slots on SNIPS
 bench-pair: $(STAMP) ## Measure one encoder on two data sets that share no labels
 	$(BIN)/python benchmarks/disjoint_pair.py
 
-bench-serve: $(STAMP) ## Measure the server beside its peers (needs wrk; about 20 minutes)
+bench-serve: $(STAMP) ## Measure the server beside its peers (needs wrk; about 25 minutes)
 	$(BIN)/python -m benchmarks.serve
 
-docs: $(STAMP) ## Write docs/experiment.md from the code
+docs: $(STAMP) ## Write the reference pages in docs/ from the code
 	$(BIN)/python -m docs.make_reference
 
 clean: ## Remove build leftovers and caches; runs and .venv stay

@@ -1,13 +1,14 @@
-"""Write docs/experiment.md from the experiment file's own field descriptions."""
+"""Write docs/experiment.md and docs/settings.md from the fields' own descriptions."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mtl_core.config import (
-    Config,
     EncoderConfig,
     Experiment,
     FreezeConfig,
@@ -19,8 +20,9 @@ from mtl_core.config import (
     TrainingConfig,
     WeightingConfig,
 )
+from serve_app.settings import Settings
 
-SECTIONS: dict[str, type[Config]] = {
+EXPERIMENT: dict[str, type[BaseModel]] = {
     "top level": Experiment,
     "tasks.<name>": TaskConfig,
     "data[]": SourceConfig,
@@ -34,16 +36,34 @@ SECTIONS: dict[str, type[Config]] = {
 }
 
 
-def reference() -> str:
-    """The page as Markdown."""
-    lines = [
-        "# The experiment file",
-        "",
-        "Every key, its default and what it does. `make docs` writes this page from the code.",
+SERVER: dict[str, type[BaseModel]] = {"--set KEY=VALUE": Settings}
+
+
+def experiment_page() -> str:
+    """docs/experiment.md as Markdown."""
+    return reference(
+        "The experiment file",
+        "Every key, its default and what it does. `make docs` writes this page from the code.\n"
         "Unknown keys are errors. `--set section.key=value` changes one from the command line.",
-    ]
-    for title, model in SECTIONS.items():
-        lines += ["", f"## {title}", "", "| key | default | meaning |", "|---|---|---|"]
+        EXPERIMENT,
+    )
+
+
+def settings_page() -> str:
+    """docs/settings.md as Markdown."""
+    return reference(
+        "The server's settings",
+        "What `python -m serve_app --set key=value` and `args` in serve_config.yaml take. "
+        "`make docs`\nwrites this page from the code. Unknown keys are errors.",
+        SERVER,
+    )
+
+
+def reference(title: str, introduction: str, sections: Mapping[str, type[BaseModel]]) -> str:
+    """A page of tables, one a section."""
+    lines = [f"# {title}", "", introduction]
+    for section, model in sections.items():
+        lines += ["", f"## {section}", "", "| key | default | meaning |", "|---|---|---|"]
         for name, field in model.model_fields.items():
             if field.description is None:
                 continue
@@ -62,4 +82,5 @@ def _show(value: object) -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("experiment.md").write_text(reference(), encoding="utf-8")
+    for name, page in (("experiment.md", experiment_page()), ("settings.md", settings_page())):
+        Path(__file__).with_name(name).write_text(page, encoding="utf-8")

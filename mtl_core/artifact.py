@@ -4,6 +4,7 @@
     experiment.yaml      the resolved configuration
     encoder/             sentence-transformers layout
     heads/<task>/        head.json and head.safetensors, readable without the transformer
+    runtime/             the encoder in faster forms, checked against the plain one; optional
     README.md, plots/    model card
 
 Weights are safetensors only and nothing is unpickled. A folder appears whole or not at all.
@@ -139,7 +140,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    paths = [*folder.glob("encoder/**/*"), *folder.glob("heads/*/*"), folder / "experiment.yaml"]
+    patterns = ("encoder/**/*", "heads/*/*", "runtime/**/*", "experiment.yaml")
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
     return {
         path.relative_to(folder).as_posix(): file_sha256(path)
         for path in sorted(paths)

@@ -18,8 +18,19 @@ USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingErro
 INTERRUPTED = 130
 
 
+def start_in_utf8() -> None:
+    """Start Python anew in its UTF-8 mode where the locale says another encoding.
+
+    Arguments and the names of files would be read in that encoding, by Ray's processes too.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # for Ray's processes
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; a user's mistake gives its message and exit code 1, Ctrl-C gives 130."""
+    start_in_utf8()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

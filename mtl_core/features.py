@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from mtl_core.data.batching import Rows, collate, evaluation_batches
-from mtl_core.data.encoding import EncodedSplit, cache_root
+from mtl_core.data.cache import cache_root
+from mtl_core.data.encoding import EncodedSplit
 from mtl_core.model import Batch, MultiTaskModel
 
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from mtl_core.artifact import atomic_folder, read_manifest
 from mtl_core.config import ConfigError
-from mtl_core.data.encoding import cache_root
+from mtl_core.data.cache import cache_root
 from mtl_core.encoder import SentenceEncoder
 from mtl_core.loop import use_bf16
+from mtl_core.model import MultiTaskModel
 
 RuntimeName = Literal[
     "auto", "torch-fp32", "torch-bf16", "openvino-fp32", "openvino-bf16", "openvino-int8"
@@ -100,16 +101,24 @@ class OpenVinoRuntime:
         return outputs[0], outputs[1]
 
 
-class RuntimeEncoder(nn.Module):
+class RuntimeEncoder(SentenceEncoder):
     """A runtime in the encoder's place, so that `evaluate` scores what will be served."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        super().__init__()
+    def __init__(self, encoder: SentenceEncoder, runtime: Runtime) -> None:
+        super().__init__(
+            encoder.transformer, encoder.tokenizer, encoder.pooling, encoder.max_length
+        )
         self.runtime = runtime
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        self.num_passes += 1
         states, pooled = self.runtime(input_ids.numpy(), attention_mask.numpy())
         return torch.from_numpy(states).clone(), torch.from_numpy(pooled).clone()
+
+
+def with_runtime(model: MultiTaskModel, runtime: Runtime) -> MultiTaskModel:
+    """A model whose encoder is executed by a runtime; for scoring, not for training."""
+    return MultiTaskModel(RuntimeEncoder(model.encoder, runtime), dict(model.head_items)).eval()
 
 
 def choose_runtime(artifact: Path, device: torch.device) -> RuntimeName:

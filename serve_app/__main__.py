@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--artifact", required=True, help="artifact folder or s3:// URL")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port (%(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port; 0 for any free one (%(default)s)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the server"
     )
@@ -47,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--write-config", metavar="FILE", help="write a file for `serve deploy`")
     options = parser.parse_args(arguments)
+    if not options.write_config:
+        options.port = launch.check_port(options.host, options.port)
     config = serve_config(options)
     if options.write_config:
         write_config(config, options.write_config)
@@ -120,7 +124,6 @@ def write_config(config: dict[str, Any], path: str) -> None:
 
 def serve_until_stopped(config: dict[str, Any], options: argparse.Namespace) -> None:
     local = not os.environ.get("RAY_ADDRESS")
-    launch.check_port(options.host, options.port)
     launch.set_environment()
     url = f"http://{options.host}:{options.port}"
     print("starting Ray and the replicas …", flush=True)

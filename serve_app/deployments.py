@@ -16,13 +16,15 @@ from ray import serve
 
 from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
-from serve_app.app import Api, build_app
+from serve_app.app import build_app
 from serve_app.auth import KEYS_VARIABLE, Keys
 from serve_app.errors import unavailable
+from serve_app.gate import Gate
 from serve_app.heads import HeadCall, HeadReplica, LocalHead, RemoteHead
 from serve_app.loaded import Loaded, current_version, load_artifact
 from serve_app.metrics import Metrics
 from serve_app.requestlog import RequestLog
+from serve_app.routes import Routes
 from serve_app.service import Service
 from serve_app.settings import Settings, parse_settings
 
@@ -88,8 +90,8 @@ class EncoderReplica:
         self.refused: str | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        api = Api(self.service, self.settings, self.keys, self.log, self.check_ready)
-        return build_app(api)
+        gate = Gate(self.service, self.settings, self.keys, self.log)
+        return build_app(Routes(gate, self.check_ready))
 
     def _load(self, previous: Loaded | None) -> Loaded:
         settings = self.settings

@@ -144,14 +144,19 @@ def wait_for_signal() -> None:
         time.sleep(0.2)
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ConfigError if something listens already."""
+def check_port(host: str, port: int) -> int:
+    """The port to bind to: a free one for 0.
+
+    Raises:
+        ConfigError: something listens there already.
+    """
     import socket
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+            return int(probe.getsockname()[1])
         except OSError as error:
             raise ConfigError(
                 f"--port: {host}:{port} cannot be had: {error.strerror}; stop what listens there, "

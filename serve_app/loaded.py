@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_core.artifact import ArtifactError, Manifest, read_head, read_manifest
-from mtl_core.data.encoding import cache_root
+from mtl_core.data.cache import cache_root
 from mtl_core.heads import HEADS
 from mtl_core.predictor import EncodingStage
 from mtl_core.runtime import RuntimeName

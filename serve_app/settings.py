@@ -13,7 +13,7 @@ from mtl_core.runtime import RuntimeName
 class Settings(BaseModel):
     """Arguments of the encoder deployment; `args` of its application in serve_config.yaml."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     artifact: str
     """Folder of the artifact, or an fsspec URL of one (s3://…). A new version that appears there

@@ -6,20 +6,27 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mtl_core.artifact import read_manifest
+
 ROOT = Path(__file__).parents[1]
 
 
-def run(command: str, *arguments: str, address: str | None = None, **env: str) -> Any:
+def run(
+    command: str, *arguments: str, address: str | None = None, folder: Path = ROOT, **env: str
+) -> Any:
     """Run `python -m train_jobs.<command>` as a user would and return the finished process."""
     return subprocess.run(
         [sys.executable, "-m", f"train_jobs.{command}", *arguments],
-        cwd=ROOT,
-        text=True,
+        cwd=folder,
+        encoding="utf-8",
+        errors="backslashreplace",
         capture_output=True,
         timeout=240,
         env=environment(address, **env),
@@ -27,7 +34,9 @@ def run(command: str, *arguments: str, address: str | None = None, **env: str) -
     )
 
 
-def start(command: str, *arguments: str, address: str | None = None) -> subprocess.Popen[str]:
+def start(
+    command: str, *arguments: str, address: str | None = None, **env: str
+) -> subprocess.Popen[str]:
     """The same without waiting for its end."""
     return subprocess.Popen(
         [sys.executable, "-m", f"train_jobs.{command}", *arguments],
@@ -35,12 +44,12 @@ def start(command: str, *arguments: str, address: str | None = None) -> subproce
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=environment(address),
+        env=environment(address, **env),
     )
 
 
 def environment(address: str | None, **changes: str) -> dict[str, str]:
-    env = {**os.environ, **changes}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **changes}
     env.pop("RAY_ADDRESS", None)
     return {**env, "RAY_ADDRESS": address} if address else env
 
@@ -57,3 +66,21 @@ def history(folder: Path, name: str = "small") -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl so far."""
     path = folder / "runs" / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def weights(folder: Path, name: str = "small") -> dict[str, str]:
+    """Hashes of the artifact's weight files: equal hashes are equal weights, bit for bit."""
+    files = read_manifest(folder / "runs" / name / "artifact").files
+    return {path: sha for path, sha in files.items() if path.endswith(".safetensors")}
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """Poll until the condition gives something, while the process lives."""
+    for _ in range(1200):
+        found = condition()
+        if found:
+            return found
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.05)
+    raise AssertionError("waited too long")

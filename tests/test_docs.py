@@ -5,17 +5,27 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from docs.make_reference import reference
+import serve_app.__main__
+from docs.make_reference import experiment_page, settings_page
 from mtl_core.config import load_experiment, parse_experiment
+from serve_app import optimize
 from train_jobs import evaluate, predict, similarity, train
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "similarity": similarity}
+COMMANDS: dict[str, Any] = {
+    "train_jobs.train": train,
+    "train_jobs.evaluate": evaluate,
+    "train_jobs.predict": predict,
+    "train_jobs.similarity": similarity,
+    "serve_app": serve_app.__main__,
+    "serve_app.optimize": optimize,
+}
 
 
 def yaml_blocks() -> list[str]:
@@ -30,12 +40,17 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        found += re.findall(r"^\s*(?:\$ )?(python -m train_jobs\.\w+ .*)$", text, re.MULTILINE)
+        found += re.findall(
+            r"^\s*(?:\$ )?(?:\w+=\S+ )?(python -m (?:train_jobs|serve_app)\S* .*)$",
+            text,
+            re.MULTILINE,
+        )
     return found
 
 
-def test_the_reference_of_the_experiment_file_is_current() -> None:
-    assert (ROOT / "docs/experiment.md").read_text(encoding="utf-8") == reference(), "make docs"
+def test_the_references_are_current() -> None:
+    for name, page in (("experiment.md", experiment_page()), ("settings.md", settings_page())):
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page, "make docs"
 
 
 def test_whole_experiments_in_the_pages_are_valid() -> None:
@@ -60,7 +75,7 @@ def test_commands_in_the_pages_name_existing_options(
 ) -> None:
     _, _, module, *arguments = shlex.split(command, comments=True)
     with pytest.raises(SystemExit):
-        COMMANDS[module.removeprefix("train_jobs.")].main(["--help"])
+        COMMANDS[module].main(["--help"])
     known = capsys.readouterr().out
     for argument in arguments:
         if argument.startswith("--"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -116,7 +117,8 @@ class Progress:
         table = Table("task", "training loss", "validation", box=None, header_style="dim")
         for task, values in self.rows.items():
             table.add_row(task, values.get("loss", ""), values.get("score", ""))
-        return Group(Text(words), bar, table)
+        # A bar alone does not end its line, and the table's head would stand behind it.
+        return Group(Text(words), Padding(bar, 0), table)
 
 
 def score_table(title: str, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:

@@ -6,18 +6,19 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+import torch
 from rich.console import Console
 
-from mtl_core.artifact import load_config, load_model, read_manifest
+from mtl_core.artifact import load_config, load_model
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError, Experiment, SourceConfig, Split
-from mtl_core.data.encoding import check_labels
-from mtl_core.data.examples import DataError
-from mtl_core.data.prepare import encode
-from mtl_core.data.sources import read_corpus
+from mtl_core.data.encoding import Labels
+from mtl_core.data.prepare import prepare_scored
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.metrics import per_label
+from mtl_core.runtime import RuntimeName, load_runtime, with_runtime
 from train_jobs.console import label_table, score_table
 
 
@@ -37,9 +38,17 @@ def main(arguments: list[str] | None = None) -> None:
         help="score this task on another file or folder, read with the columns "
         "it was trained with; may be repeated; only the tasks named are scored",
     )
+    parser.add_argument(
+        "--runtime",
+        choices=get_args(RuntimeName),
+        default="torch-fp32",
+        help="how the encoder is executed (%(default)s)",
+    )
     parser.add_argument("--output", help="also write all numbers to this JSON file")
     options = parser.parse_args(arguments)
-    labels, result = evaluate_artifact(options.artifact, options.split, options.data)
+    labels, result = evaluate_artifact(
+        options.artifact, options.split, options.data, options.runtime
+    )
     show(labels, result, options.split)
     if options.output:
         report = {
@@ -53,31 +62,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def evaluate_artifact(
-    artifact: str, split: Split, data: Sequence[str] = ()
-) -> tuple[dict[str, tuple[str, ...]], Evaluation]:
+    artifact: str, split: Split, data: Sequence[str] = (), runtime: RuntimeName = "torch-fp32"
+) -> tuple[Labels, Evaluation]:
     """Labels and counts of an artifact on a split of its own data, or on other data.
 
     Raises:
         ArtifactError: the artifact is damaged.
-        ConfigError: `data` names an unknown task.
+        ConfigError: `data` names an unknown task, or the runtime is not to be had.
         DataError: the split has no rows, or a label the artifact does not know.
     """
-    manifest = read_manifest(artifact, check_files=False)
-    experiment = load_config(artifact)
-    labels = {task: tuple(manifest.tasks[task]["labels"]) for task in experiment.tasks}
-    tasks = {
-        task: config.model_copy(update={"labels": labels[task]})
-        for task, config in experiment.tasks.items()
-    }
-    sources = _other_sources(experiment, data, split) if data else experiment.data
-    corpus = read_corpus(sources, tasks, experiment.seed, [split])
-    if not corpus.splits[split]:
-        raise DataError(f"no labelled rows in {split}: choose another --split, or give --data")
-    check_labels(corpus, tasks, labels)
+    sources = _other_sources(load_config(artifact), data, split) if data else None
+    labels, scored = prepare_scored(artifact, split, sources)
     model = load_model(artifact)
-    start = experiment.model_copy(update={"tasks": tasks, "init_from": artifact})
-    encoded = encode(corpus, start, labels)
-    return labels, evaluate(model, encoded.splits[split], tasks=list(tasks))
+    executes = load_runtime(runtime, artifact, lambda: model.encoder, torch.device("cpu"))
+    return labels, evaluate(with_runtime(model, executes), scored, tasks=list(labels))
 
 
 def _other_sources(experiment: Experiment, data: Sequence[str], split: Split) -> list[SourceConfig]:
@@ -114,7 +112,7 @@ def _other_sources(experiment: Experiment, data: Sequence[str], split: Split) ->
     return sources
 
 
-def show(labels: dict[str, tuple[str, ...]], result: Evaluation, split: str) -> None:
+def show(labels: Labels, result: Evaluation, split: str) -> None:
     console = Console(highlight=False)
     console.print(score_table("scores", {split: result.scores()}))
     for task in result.scores():

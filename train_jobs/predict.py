@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +81,10 @@ def check_tasks(artifact: str, tasks: Sequence[str] | None) -> None:
 def show(texts: Sequence[str], predictions: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """Print answers for people, or a JSON object a line."""
     if as_json:
+        # Escapes are read by every JSON parser; signs that the output lacks would be lost.
+        escape = "utf" not in (sys.stdout.encoding or "").lower()
         for text, prediction in zip(texts, predictions, strict=True):
-            print(json.dumps({"text": text, **prediction}, ensure_ascii=False))
+            print(json.dumps({"text": text, **prediction}, ensure_ascii=escape))
         return
     console = Console(highlight=False)
     for text, prediction in zip(texts, predictions, strict=True):
@@ -134,9 +139,11 @@ def predict_file(
     """
     side = target.with_name(target.name + ".bad.jsonl")
     check_files(source, target, column, overwrite)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     written = bad = 0
     with (
         ray_cluster(),
+        closing(_answers(artifact, source, column, tasks, workers)) as answers,
         TableWriter(target) as output,
         TableWriter(side) as rejected,
         Progress(
@@ -148,7 +155,6 @@ def predict_file(
         ) as progress,
     ):
         bar = progress.add_task("predicting", total=count_rows(source))
-        answers = _answers(artifact, source, column, tasks, workers)
         for row in read_rows(source):
             problem = row_problem(row, column)
             if problem:
@@ -161,6 +167,7 @@ def predict_file(
                 output.write({**row.values, **named})
                 written += 1
             progress.advance(bar)
+        assert next(answers, None) is None
     if not bad:
         side.unlink(missing_ok=True)
     print(
@@ -198,7 +205,7 @@ def row_problem(row: Row, column: str) -> str | None:
 
 def _answers(
     artifact: str, source: Path, column: str, tasks: Sequence[str] | None, workers: int | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Row number and prediction of each good row, in order."""
     context = DataContext.get_current()
     context.enable_progress_bars = False

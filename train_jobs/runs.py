@@ -3,6 +3,7 @@
 experiment.yaml   the configuration the run was started with
 metrics.jsonl     every progress event
 tensorboard/      the same for TensorBoard
+run.lock          who trains here now (train_jobs.locks)
 checkpoint_*/     Ray Train's checkpoints
 artifact/         the result (mtl_core.artifact)
 """
@@ -10,7 +11,9 @@ artifact/         the result (mtl_core.artifact)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ import yaml
 
 from mtl_core.artifact import atomic_folder, copy_tree
 from mtl_core.config import ConfigError, Experiment, dump_experiment, expand_path
+from train_jobs.locks import check_file, hold_file, hold_object
 
 MACHINE_FIELDS = ("scale", "output_dir")
 """Parts of an experiment that a resumed run may change: they do not change what it computes."""
+LOCK = "run.lock"
 
 
 class RunFolder:
@@ -37,6 +42,11 @@ class RunFolder:
         self.path = f"{self.base}/{self.name}"
 
     @property
+    def title(self) -> str:
+        """How messages call this folder: its path, or its URL."""
+        return self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
+
+    @property
     def artifact(self) -> str:
         return f"{self.path}/artifact"
 
@@ -46,32 +56,48 @@ class RunFolder:
         A folder that holds neither checkpoint nor artifact has nothing to lose and is free.
 
         Raises:
-            ConfigError: the folder belongs to a run with another configuration, cannot be read, or
-                holds no run although `must_exist`.
+            ConfigError: the folder belongs to a run with another configuration, is in use by
+                another process, cannot be read, or holds no run although `must_exist`.
         """
         try:
-            earlier = self._read("experiment.yaml") if self._holds_weights() else None
+            if self.is_local:
+                check_file(Path(self.path) / LOCK)
+            there = self._is_of(experiment)
         except OSError as error:
-            raise ConfigError(f"output_dir: cannot use {self.path}: {error}") from error
-        if earlier is not None:
-            self._check_same(yaml.safe_load(earlier), experiment)
-        elif must_exist:
-            raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
-        return earlier is not None
+            raise ConfigError(f"output_dir: cannot use {self.title}: {error}") from error
+        if must_exist and not there:
+            raise ConfigError(f"--resume: {self.title} holds no run; start it without --resume")
+        return there
 
-    def claim(self, experiment: Experiment) -> None:
-        """Make the folder this experiment's.
+    @contextmanager
+    def claim(self, experiment: Experiment) -> Iterator[None]:
+        """Make the folder this experiment's, and this process's until the block ends.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: another process trains in it, another configuration has since been trained
+                in it, or it cannot be written.
         """
-        try:
-            self.filesystem.makedirs(self.path, exist_ok=True)
-            self.write("experiment.yaml", dump_experiment(experiment))
-            if not self._holds_weights():
-                self.write_history([])
-        except OSError as error:
-            raise ConfigError(f"output_dir: cannot use {self.path}: {error}") from error
+        with ExitStack() as held:
+            try:
+                self.filesystem.makedirs(self.path, exist_ok=True)
+                lock = f"{self.path}/{LOCK}"
+                held.enter_context(
+                    hold_file(Path(lock)) if self.is_local else hold_object(self.filesystem, lock)
+                )
+                self._is_of(experiment)  # asked again: from now on nobody else changes it
+                if not self._holds_weights():
+                    self.write_history([])
+                self.write("experiment.yaml", dump_experiment(experiment))
+            except OSError as error:
+                raise ConfigError(f"output_dir: cannot use {self.title}: {error}") from error
+            yield
+
+    def _is_of(self, experiment: Experiment) -> bool:
+        """Whether the folder holds a run, after checking that it is this experiment's."""
+        earlier = self._read("experiment.yaml") if self._holds_weights() else None
+        if earlier is not None:
+            self._check_same(yaml.safe_load(earlier), experiment)
+        return earlier is not None
 
     def _holds_weights(self) -> bool:
         if not self.filesystem.exists(self.path):
@@ -88,7 +114,7 @@ class RunFolder:
         ]
         if changed:
             raise ConfigError(
-                f"{self.path} belongs to a run with another configuration:\n  "
+                f"{self.title} belongs to a run with another configuration:\n  "
                 + "\n  ".join(changed[:8])
                 + "\nGive this one a name of its own (--set name=…), or remove that folder."
             )
@@ -137,6 +163,17 @@ class RunFolder:
         for path in sorted(paths, key=lambda p: p.name == "manifest.json"):
             target = f"{self.artifact}/{path.relative_to(folder).as_posix()}"
             self.filesystem.put_file(str(path), target)
+
+    @contextmanager
+    def artifact_to_show(self) -> Iterator[str]:
+        """A folder on this machine with what the artifact says of itself, without its weights."""
+        if self.is_local:
+            yield self.artifact
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("manifest.json", "report.json"):
+                self.filesystem.get_file(f"{self.artifact}/{name}", f"{folder}/{name}")
+            yield folder
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     texts = list(options.text)
     if options.input:
-        lines = Path(options.input).read_text(encoding="utf-8").splitlines()
-        texts += [line for line in lines if line.strip()]
+        texts += read_lines(Path(options.input))
     if len(texts) < 2:
         raise ConfigError("--text: give at least two sentences to compare")
     picture = Path(options.output).with_suffix(".png")
@@ -47,6 +46,18 @@ def main(arguments: list[str] | None = None) -> None:
         for column in range(row + 1, len(texts)):
             print(f"{matrix[row, column]:+.3f}  {text}  |  {texts[column]}")
     print(f"written: {picture} and {picture.with_suffix('.csv')}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that hold something."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8: byte 0x{line[error.start]:02x}"
+            raise ConfigError(f"--input: {path}:{number}: {problem}; save it as UTF-8") from error
+    return [line for line in lines if line]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from mtl_core.config import ConfigError
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 ROWS_AT_ONCE = 1024
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+"""What Python's `surrogateescape` makes of a byte that it cannot decode."""
 
 
 class Row(NamedTuple):
@@ -47,26 +50,58 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 values = json.loads(line)
+                if b"\\u" in line or not line.isascii():
+                    json.dumps(values, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                yield Row(number, _as_shown(line), "no valid Unicode: it holds half a character")
             except ValueError as error:
-                shown = line.decode("utf-8", "replace").rstrip("\n")
-                yield Row(number, {"line": shown[:500]}, f"broken JSON: {error}")
-                continue
-            if isinstance(values, dict):
-                yield Row(number, values, None)
+                yield Row(number, _as_shown(line), f"broken JSON: {error}")
             else:
-                yield Row(number, {"line": values}, "not a JSON object")
+                if isinstance(values, dict):
+                    yield Row(number, values, None)
+                else:
+                    yield Row(number, {"line": values}, "not a JSON object")
+
+
+def _as_shown(line: bytes) -> dict[str, Any]:
+    return {"line": line.decode("utf-8", "replace").rstrip("\n")[:500]}
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
+    # Bytes that are not UTF-8 pass through as lone surrogates, so that their row can be named.
+    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
         reader = csv.reader(file)
-        header = next(reader, [])
-        for cells in reader:
-            if len(cells) == len(header):
-                yield Row(reader.line_num, dict(zip(header, cells, strict=True)), None)
-            elif cells:
-                problem = f"{len(cells)} cells where the header has {len(header)}"
-                yield Row(reader.line_num, {"cells": cells}, problem)
+        try:
+            header = next(reader, [])
+            problem = _not_utf8(header)
+            if problem:
+                raise ConfigError(f"--input: {path}:1: {problem}; save the file as UTF-8")
+            for cells in reader:
+                if cells:
+                    yield _csv_row(reader.line_num, header, cells)
+        except csv.Error as error:
+            raise ConfigError(
+                f"--input: {path}:{reader.line_num}: {error}; check this record's quotes"
+            ) from error
+
+
+def _csv_row(number: int, header: list[str], cells: list[str]) -> Row:
+    problem = _not_utf8(cells)
+    if not problem and len(cells) != len(header):
+        problem = f"{len(cells)} cells where the header has {len(header)}"
+    if not problem:
+        return Row(number, dict(zip(header, cells, strict=True)), None)
+    shown = [cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for cell in cells]
+    return Row(number, {"cells": shown}, problem)
+
+
+def _not_utf8(cells: list[str]) -> str | None:
+    """The first byte that is no UTF-8, and its cell, or None."""
+    for number, cell in enumerate(cells, start=1):
+        found = None if cell.isascii() else ESCAPED_BYTE.search(cell)
+        if found:
+            return f"cell {number} is not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x}"
+    return None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import threading
 import time
 from pathlib import Path
@@ -82,11 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
     folder = RunFolder(experiment)
     resumed = folder.resumes(experiment, must_exist=options.resume)
     if folder.is_finished:
-        print(f"{folder.path} is finished; its scores:")
+        print(f"{folder.title} is finished; its scores:")
         show_result(folder)
         return
     if resumed:
-        print(f"resuming {folder.path}")
+        print(f"resuming {folder.title}")
     train(experiment, folder)
     show_result(folder)
 
@@ -101,8 +102,7 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
     started = time.monotonic()
     data = prepare(experiment)
     describe_data(data)
-    folder.claim(experiment)
-    with ray_cluster():
+    with folder.claim(experiment), ray_cluster():
         log = ProgressLog.remote()  # type: ignore[attr-defined]
         trainer = build_trainer(experiment, folder, data, log)
         follower = _Follower(experiment, folder, log)
@@ -213,13 +213,13 @@ def explain(error: TrainingFailedError, folder: RunFolder) -> str:
     text = str(cause).strip()
     if "No space left on device" in text or "Errno 28" in text:
         return (
-            f"the disk is full while a checkpoint was written to {folder.path}; the one before it "
+            f"the disk is full while a checkpoint was written to {folder.title}; the one before it "
             "is whole. Free some space and run the same command to resume."
         )
     last = text.splitlines()[-1] if text else type(cause).__name__
     return (
         f"training failed after its retries (scale.max_failures). {where}{last}\n"
-        f"Run the same command to resume {folder.path} from its last checkpoint."
+        f"Run the same command to resume {folder.title} from its last checkpoint."
     )
 
 
@@ -237,11 +237,10 @@ def show_result(folder: RunFolder) -> None:
     """Print the artifact's scores and where to go from here."""
     from rich.console import Console
 
-    if not folder.is_local:
-        print(f"artifact: {folder.artifact}")
-        return
     console = Console(highlight=False)
-    manifest = read_manifest(folder.artifact, check_files=False)
+    with folder.artifact_to_show() as artifact:
+        manifest = read_manifest(artifact, check_files=False)
+        reports = list(read_report(artifact))
     if not manifest.training.get("trained", True):
         console.print(
             "Nothing was trained: every part is frozen. These are the scores as it stood."
@@ -251,13 +250,18 @@ def show_result(folder: RunFolder) -> None:
         for split, values in info["metrics"].items():
             scores.setdefault(split, {})[task] = values
     console.print(score_table(f"{manifest.name}: scores", scores))
-    for title, rows in read_report(folder.artifact):
+    for title, rows in reports:
         if len(rows) <= 12:
             console.print(label_table(title, rows))
-    near = os.path.relpath(folder.artifact)
-    where = folder.artifact if near.startswith("..") else near
+    where = f"{folder.title}/artifact"
+    if folder.is_local and not os.path.relpath(where).startswith(".."):
+        where = os.path.relpath(where)
     print(f"artifact: {where}  (plots in plots/, all numbers in report.json)")
-    print(f'next:     python -m train_jobs.predict --artifact {where} --text "…"')
+    if folder.is_local:
+        command = f'python -m train_jobs.predict --artifact {shlex.quote(where)} --text "…"'
+    else:
+        command = "copy it to a folder on this machine, where predict and evaluate read it"
+    print(f"next:     {command}")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=6, help="of one measurement")
     parser.add_argument("--texts", type=int, default=10_000, help="encoded offline")
     parser.add_argument("--artifact", type=Path, help="default: the demo's, trained once")
+    parser.add_argument("--int8", action="store_true", help="ours with the checked int8 encoder")
     parser.add_argument("--output", type=Path, default=Path("build/bench-serve.json"))
     options = parser.parse_args()
     try:
@@ -140,6 +141,8 @@ def main() -> None:
     except LoadError as error:
         parser.error(str(error))
     artifact = (options.artifact or environments.demo_artifact()).resolve()
+    if options.int8:
+        artifact = environments.int8_artifact(artifact)
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
         bench = Benchmark(artifact, Path(folder), options.seconds, options.texts)
         run_rounds(bench, options.only, options.rounds)

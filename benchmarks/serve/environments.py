@@ -9,6 +9,7 @@ import venv
 from pathlib import Path
 
 from mtl_core.data.encoding import cache_root
+from mtl_core.runtime import INT8_FOLDER
 
 HERE = Path(__file__).parent
 CONFIG = "train_jobs/configs/demo.yaml"
@@ -40,3 +41,13 @@ def demo_artifact() -> Path:
         command += ["--set", f"encoder.max_length={MAX_LENGTH}"]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return folder / "artifact"
+
+
+def int8_artifact(artifact: Path) -> Path:
+    """A copy of the artifact with the int8 encoder that serve_app.optimize makes and checks."""
+    copy = cache_root() / "bench" / "int8" / artifact.parent.name
+    if not (copy / INT8_FOLDER).is_dir():
+        shutil.copytree(artifact, copy, dirs_exist_ok=True)
+        command = [sys.executable, "-m", "serve_app.optimize", "--artifact", str(copy)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return copy

@@ -1,20 +1,14 @@
-"""From examples to arrays: text and spans become sub-word ids and targets, kept on disk by content.
+"""From examples to arrays: text and spans become sub-word ids and targets.
 
-A split is a handful of flat arrays with row offsets, mapped from disk, so that processes on one
-machine share its pages and its size is no concern of theirs.
+A split is a handful of flat arrays with row offsets, so that it can be mapped from disk
+(`mtl_core.data.cache`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import unicodedata
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +18,6 @@ from mtl_core.config import TaskConfig
 from mtl_core.data.examples import Corpus, DataError, Example, Span
 from mtl_core.heads import tag_names
 
-FORMAT_VERSION = 1
 IGNORE = -100
 TEXTS_AT_ONCE = 1024
 Labels = Mapping[str, tuple[str, ...]]
@@ -281,88 +274,3 @@ def _first_tokens(
         beginning = [p for p, span in solid[index : index + 2] if start <= span[0] < end]
         tokens.append((beginning or touching or [-1])[0])
     return tokens
-
-
-def cache_root() -> Path:
-    """Where tokenised data and features are kept: MTL_CACHE, else the user's cache folder."""
-    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("MTL_CACHE") or fallback / "multitask-ray")
-
-
-def content_key(
-    examples: Sequence[Example],
-    tasks: Mapping[str, TaskConfig],
-    labels: Labels,
-    tokenizer: Any,
-    max_length: int,
-) -> str:
-    """A hash of all that `encode_split` depends on."""
-    digest = hashlib.sha256()
-    kinds = {task: config.kind for task, config in tasks.items()}
-    settings = [FORMAT_VERSION, max_length, kinds, {task: labels[task] for task in tasks}]
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for example in examples:
-        row = (example.text, sorted(example.targets.items()), example.words)
-        digest.update(repr(row).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
-
-
-def encode_cached(
-    examples: Sequence[Example],
-    tasks: Mapping[str, TaskConfig],
-    labels: Labels,
-    tokenizer: Any,
-    max_length: int,
-) -> tuple[str, EncodedSplit]:
-    """As `encode_split`, computed once per content; returns the content's key too."""
-    key = content_key(examples, tasks, labels, tokenizer, max_length)
-    cached = load_split(key)
-    if cached is None:
-        encoded = encode_split(examples, tasks, labels, tokenizer, max_length)
-        save_split(key, encoded)
-        cached = load_split(key)
-    return key, encoded if cached is None else cached
-
-
-def save_split(key: str, split: EncodedSplit) -> None:
-    """Write under a temporary name, then rename: a reader sees all of it or nothing."""
-    folder = cache_root() / "encoded" / key
-    partial = folder.with_name(f"{key}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    try:
-        for name in ("input_ids", "starts", "word_tokens", "word_starts"):
-            np.save(partial / f"{name}.npy", getattr(split, name))
-        for group in ("targets", "present", "word_tags"):
-            for task, array in getattr(split, group).items():
-                np.save(partial / f"{group}.{task}.npy", array)
-        info = {
-            "num_truncated": split.num_truncated,
-            "arrays": sorted(path.stem for path in partial.glob("*.npy")),
-        }
-        (partial / "split.json").write_text(json.dumps(info))
-        if not folder.exists():
-            partial.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process wrote the same content first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def load_split(key: str) -> EncodedSplit | None:
-    """A split that `save_split` wrote, mapped from disk; None if it is not there, or not whole."""
-    folder = cache_root() / "encoded" / key
-    try:
-        info = json.loads((folder / "split.json").read_text())
-        arrays: dict[str, Any] = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in info["arrays"]
-        }
-    except (OSError, ValueError, KeyError):
-        return None
-    groups: dict[str, Any] = {"targets": {}, "present": {}, "word_tags": {}}
-    for name in list(arrays):
-        group, dot, task = name.partition(".")
-        if dot:
-            groups[group][task] = arrays.pop(name)
-    return EncodedSplit(**(arrays | groups), num_truncated=info["num_truncated"])

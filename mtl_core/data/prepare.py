@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from mtl_core.artifact import read_manifest
-from mtl_core.config import SPLITS, Experiment, TaskConfig
-from mtl_core.data.encoding import (
-    EncodedSplit,
-    Labels,
-    encode_cached,
-    load_split,
-    resolve_labels,
-)
+from mtl_core.artifact import load_config, read_manifest
+from mtl_core.config import SPLITS, Experiment, SourceConfig, Split, TaskConfig
+from mtl_core.data.cache import encode_cached, load_split
+from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, resolve_labels
 from mtl_core.data.examples import Corpus, DataError
 from mtl_core.data.sources import read_corpus
 from mtl_core.encoder import load_tokenizer
@@ -65,6 +61,42 @@ def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> D
         return Data(splits, dict(keys), dict(labels), {})
     corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed, SPLITS)
     return encode(corpus, experiment, labels)
+
+
+def prepare_scored(
+    artifact: str | Path,
+    split: Split,
+    sources: Sequence[SourceConfig] | None = None,
+    limit: int | None = None,
+) -> tuple[Labels, EncodedSplit]:
+    """Labels of an artifact's tasks and labelled texts to score it on, as its encoder sees them.
+
+    Args:
+        artifact: the folder.
+        split: of the data it was made from, or of `sources`.
+        sources: other data.
+        limit: texts to take, from the beginning; all when absent.
+
+    Raises:
+        ArtifactError: the artifact is damaged.
+        DataError: the split has no rows, or a label the artifact does not know.
+    """
+    manifest = read_manifest(artifact, check_files=False)
+    experiment = load_config(artifact)
+    labels = {task: tuple(manifest.tasks[task]["labels"]) for task in experiment.tasks}
+    tasks = {
+        task: config.model_copy(update={"labels": labels[task]})
+        for task, config in experiment.tasks.items()
+    }
+    given = experiment.data if sources is None else sources
+    corpus = read_corpus(given, tasks, experiment.seed, [split])
+    if limit is not None:
+        corpus.splits[split] = corpus.splits[split][:limit]
+    if not corpus.splits[split]:
+        raise DataError(f"no labelled rows in {split}: choose another --split, or give --data")
+    check_labels(corpus, tasks, labels)
+    start = experiment.model_copy(update={"tasks": tasks, "init_from": str(artifact)})
+    return labels, encode(corpus, start, labels).splits[split]
 
 
 def encoder_source(experiment: Experiment) -> str:

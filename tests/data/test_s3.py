@@ -9,6 +9,7 @@ import pytest
 from mtl_core.config import SourceConfig, TaskConfig
 from mtl_core.data.examples import DataError
 from mtl_core.data.sources import read_source
+from tests.s3_server import s3_server
 
 TASKS = {"mood": TaskConfig(kind="classification")}
 COLUMNS: dict[str, str | int] = {"text": "text", "mood": "mood"}
@@ -16,24 +17,13 @@ COLUMNS: dict[str, str | int] = {"text": "text", "mood": "mood"}
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("s3fs", reason="the s3 extra is not installed")
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed")
-    import boto3
-
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="corpora")
-    rows = "".join(f'{{"text": "row {i}", "mood": "{"ab"[i % 2]}"}}\n' for i in range(20))
-    for name in ("train", "validation", "test"):
-        client.put_object(Bucket="corpora", Key=f"moods/{name}.jsonl", Body=rows.encode())
-    yield "s3://corpora/moods"
-    server.stop()
+    with s3_server("corpora") as (client, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        rows = "".join(f'{{"text": "row {i}", "mood": "{"ab"[i % 2]}"}}\n' for i in range(20))
+        for name in ("train", "validation", "test"):
+            client.put_object(Bucket="corpora", Key=f"moods/{name}.jsonl", Body=rows.encode())
+        yield "s3://corpora/moods"
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def experiment(tiny_encoders: dict[str, Path]) -> dict[str, Any]:
         "data": [{"demo": True, "limit": 400}],
         "encoder": {"model": str(tiny_encoders["bert"]), "max_length": 48},
         "optim": {"learning_rate": 1e-3},
-        "training": {"epochs": 3, "batch_size": 8, "checkpoint_every": 40, "precision": "fp32"},
+        "training": {"epochs": 3, "batch_size": 8, "checkpoint_every": 20, "precision": "fp32"},
         "scale": {"workers": 2},
     }
 

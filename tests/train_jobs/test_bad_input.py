@@ -141,6 +141,15 @@ def test_what_is_no_artifact_is_refused_by_every_command(
         assert "manifest.json: missing" in message
 
 
+def test_sentences_to_compare_that_are_no_utf8_are_refused_with_the_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_bytes("fine 🙂\ncafé\n".encode() + "café\n".encode("latin-1"))
+    message = attempt(capsys, similarity.main, "--artifact", "none", "--input", str(lines))
+    assert "lines.txt:3: not UTF-8: byte 0xe9" in message
+
+
 def test_an_encoder_head_mismatch_is_refused(tmp_path: Path, experiment: dict[str, Any]) -> None:
     raw = {**experiment, "encoder": {**experiment["encoder"], "max_length": 5000}}
     with pytest.raises(ValueError, match=r"encoder\.max_length: 5000 is more than"):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,10 @@ import pytest
 
 from mtl_core.artifact import load_model, read_manifest
 from mtl_core.predictor import Predictor
-from tests.commands import history, run, start, write_config
+from tests.commands import history, run, start, wait_for, weights, write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 TEXTS = ["Maria Lopez loved the Grand Hotel in Lisbon.", "The food was cold."]
-
-
-def weights(folder: Path, name: str = "small") -> dict[str, str]:
-    """Hashes of the artifact's weight files: equal hashes are equal weights, bit for bit."""
-    files = read_manifest(folder / "runs" / name / "artifact").files
-    return {path: sha for path, sha in files.items() if path.endswith(".safetensors")}
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    """Poll until the condition gives something, while the process lives."""
-    for _ in range(1200):
-        found = condition()
-        if found:
-            return found
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.05)
-    raise AssertionError("waited too long")
 
 
 def in_the_middle(folder: Path) -> dict[str, Any] | None:
@@ -47,6 +28,32 @@ def in_the_middle(folder: Path) -> dict[str, Any] | None:
     if any(row["event"] == "step" and row["step"] >= 60 for row in rows):
         return next(row for row in rows if row["event"] == "start")
     return None
+
+
+def freeze_inside_an_epoch(folder: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Halt the first worker where it and its last checkpoint are inside an epoch, not the first.
+
+    Returns the row that announced the workers. The log has a row each ten steps and at the end of
+    an epoch, and may lag by one: so two rows from the end is inside for certain.
+    """
+    announced = wait_for(lambda: in_the_middle(folder), process)
+    for _ in range(40):
+        os.kill(announced["pid"], signal.SIGSTOP)
+        time.sleep(1.2)  # what it told before reaches the file within half a second
+        last = history(folder)[-1]
+        if last["event"] == "step" and 20 <= last["step_in_epoch"] < last["steps_in_epoch"] - 10:
+            return dict(announced)
+        os.kill(announced["pid"], signal.SIGCONT)
+        time.sleep(0.05)
+    raise AssertionError("the run ended before it could be halted inside an epoch")
+
+
+def assert_resumed_inside_an_epoch(folder: Path) -> None:
+    rows = history(folder)
+    begun = [row["step"] for row in rows if row["event"] == "start"][-1]
+    steps_in_epoch = next(row["steps_in_epoch"] for row in rows if row["event"] == "step")
+    assert begun > steps_in_epoch, "the workers started over instead of resuming"
+    assert begun % steps_in_epoch, "the checkpoint was one of an epoch's end"
 
 
 def fill(path: Path) -> None:
@@ -105,13 +112,12 @@ def test_a_killed_worker_costs_nothing_but_time(
 ) -> None:
     config = write_config(tmp_path, experiment)
     process = start("train", "--config", str(config), address=ray_address)
-    row = wait_for(lambda: in_the_middle(tmp_path), process)
+    row = freeze_inside_an_epoch(tmp_path, process)
     os.kill(row["pid"], signal.SIGKILL)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
-    starts = [row for row in history(tmp_path) if row["event"] == "start"]
-    assert starts[-1]["step"] > 0, "the workers started over instead of resuming"
-    assert starts[-1]["pid"] != row["pid"]
+    assert_resumed_inside_an_epoch(tmp_path)
+    assert [r["pid"] for r in history(tmp_path) if r["event"] == "start"][-1] != row["pid"]
     assert weights(tmp_path) == weights(finished)
 
 
@@ -120,14 +126,15 @@ def test_a_killed_driver_is_resumed_by_the_same_command(
 ) -> None:
     config = write_config(tmp_path, experiment)
     process = start("train", "--config", str(config), address=ray_address)
-    wait_for(lambda: in_the_middle(tmp_path), process)
+    row = freeze_inside_an_epoch(tmp_path, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    os.kill(row["pid"], signal.SIGCONT)  # now Ray can end it
     assert not (tmp_path / "runs/small/artifact").exists()
     resumed = run("train", "--config", str(config), "--resume", address=ray_address)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
-    assert [r["step"] for r in history(tmp_path) if r["event"] == "start"][-1] > 0
+    assert_resumed_inside_an_epoch(tmp_path)
     steps = [row["step"] for row in history(tmp_path) if row["event"] == "step"]
     assert steps == sorted(set(steps)), "a step stands twice in the history"
     assert weights(tmp_path) == weights(finished)
@@ -144,6 +151,21 @@ def test_ctrl_c_ends_with_130_and_leaves_a_resumable_run(
     assert process.returncode == 130, output
     assert "run the same command again" in output
     assert run("train", "--config", str(config), address=ray_address).returncode == 0
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_a_second_start_of_a_name_is_refused_while_the_first_runs_on(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, experiment)
+    process = start("train", "--config", str(config), address=ray_address)
+    wait_for(lambda: history(tmp_path), process)
+    second = run("train", "--config", str(config), address=ray_address)
+    assert second.returncode == 1
+    assert f"is in use by process {process.pid} on host" in second.stderr
+    assert "Traceback" not in second.stderr
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
     assert weights(tmp_path) == weights(finished)
 
 

@@ -1,0 +1,216 @@
+"""What every route shares: keys, limits, bodies, errors, log and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from mtl_core.windows import TextError
+from serve_app.auth import Keys, bearer
+from serve_app.batcher import Overloaded
+from serve_app.errors import ApiError, invalid, overloaded, too_large, unauthorized
+from serve_app.openapi import Operation
+from serve_app.requestlog import RequestLog
+from serve_app.service import Answer, Service, TooLong
+from serve_app.settings import Settings
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+@dataclass
+class Reply:
+    """What a handler makes: a body, and the answer it came from."""
+
+    content: Any
+    answer: Answer | None = None
+    media_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self, started: float) -> Response:
+        body = self.content if isinstance(self.content, bytes) else dump(self.content)
+        headers = dict(self.headers)
+        if self.answer is not None:
+            headers.update(timing_headers(self.answer, time.perf_counter() - started))
+        return Response(body, media_type=self.media_type, headers=headers)
+
+
+def dump(content: Any) -> bytes:
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def timing_headers(answer: Answer, total: float) -> dict[str, str]:
+    """Text Embeddings Inference's headers, in milliseconds."""
+    timings = answer.timings
+    values: dict[str, Any] = {
+        "x-compute-type": answer.model.stage.runtime.name,
+        "x-compute-time": timings.tokenize + timings.encoder + timings.heads,
+        "x-total-time": total,
+        "x-tokenization-time": timings.tokenize,
+        "x-queue-time": timings.queue,
+        "x-inference-time": timings.encoder + timings.heads,
+    }
+    shown = {k: v if isinstance(v, str) else f"{1000 * v:.2f}" for k, v in values.items()}
+    characters = sum(len(item.text) for part in answer.parts for item in part.items)
+    return shown | {
+        "x-compute-characters": str(characters),
+        "x-compute-tokens": str(answer.num_tokens),
+    }
+
+
+class Gate:
+    """Stands before the handlers of one replica.
+
+    Args:
+        service: does the work.
+        settings: limits.
+        keys: who may ask.
+        log: where requests and errors are noted.
+    """
+
+    def __init__(self, service: Service, settings: Settings, keys: Keys, log: RequestLog) -> None:
+        self.service = service
+        self.settings = settings
+        self.keys = keys
+        self.log = log
+
+    async def parse(self, request: Request, model: type[AnyModel]) -> AnyModel:
+        """The body as a request of this shape.
+
+        Raises:
+            ApiError: it is too large, too slow, no JSON or not of this shape.
+        """
+        body = await self.read(request)
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as error:
+            raise invalid(explain(error)) from None
+
+    async def read(self, request: Request) -> bytes:
+        limit = self.settings.max_body_bytes
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            raise too_large(f"the body has {length} bytes; at most {limit} are read: send less")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.settings.body_timeout_s):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large(
+                            f"the body has more than the {limit} bytes that are read: send less"
+                        )
+        except TimeoutError:
+            raise ApiError(
+                408,
+                "Validation",
+                f"the body did not arrive in {self.settings.body_timeout_s:g} s",
+                {"connection": "close"},
+            ) from None
+        return bytes(body)
+
+    def texts(self, inputs: str | Sequence[str]) -> list[str]:
+        """The request's texts, within limits."""
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        if not texts:
+            raise invalid("inputs: send at least one text")
+        most = self.settings.max_inputs
+        if len(texts) > most:
+            raise too_large(f"inputs: {len(texts)} texts; at most {most} in a request: split them")
+        longest = self.settings.max_characters
+        for number, text in enumerate(texts):
+            if len(text) > longest:
+                raise too_large(
+                    f"input {number + 1} has {len(text)} characters; at most {longest} are "
+                    "taken: split it"
+                )
+        return texts
+
+    def tasks(self, names: Sequence[str] | None) -> list[str]:
+        known = self.service.model.heads
+        for name in names or ():
+            if name not in known:
+                raise ApiError(404, "NotFound", f"unknown task {name!r}; known: {', '.join(known)}")
+        if names is not None and not names:
+            raise invalid("tasks: name at least one, or leave it out for all")
+        return list(dict.fromkeys(known if names is None else names))
+
+    def endpoint(self, operation: Operation) -> Callable[[Request], Awaitable[Response]]:
+        """A handler with what all share: keys, errors, log and metrics."""
+        route, open_to_all = operation.path, operation.open
+
+        async def answer(request: Request) -> Response:
+            started = time.perf_counter()
+            reply: Reply | None = None
+            try:
+                if not open_to_all:
+                    self.check_key(request)
+                reply = await operation.handler(request)
+                response = reply.response(started)
+            except Exception as error:
+                response = self.failure(error, request)
+            self.finish(request, route, response.status_code, started, reply)
+            return response
+
+        return answer
+
+    def check_key(self, request: Request) -> None:
+        if self.keys.required:
+            key = bearer(request.headers.get("authorization"))
+            if not self.keys.accept(key):
+                raise unauthorized(key is not None)
+
+    def failure(self, error: Exception, request: Request) -> Response:
+        """An error as the client sees it."""
+        if isinstance(error, Overloaded):
+            self.service.metrics.rejected.inc()
+            known = overloaded(str(error), self.settings.retry_after_s)
+        elif isinstance(error, TooLong):
+            known = too_large(str(error))
+        elif isinstance(error, TextError):
+            known = invalid(str(error))
+        elif isinstance(error, ApiError):
+            known = error
+        elif isinstance(error, ClientDisconnect):
+            known = ApiError(499, "Validation", "the client left")
+        else:
+            self.log.error(request_id(request), error)
+            known = ApiError(500, "Backend", "an error of the server; its log has the details")
+        return Response(
+            dump(known.body()), known.status, known.headers, media_type="application/json"
+        )
+
+    def finish(
+        self, request: Request, route: str, status: int, started: float, reply: Reply | None
+    ) -> None:
+        seconds = time.perf_counter() - started
+        self.service.metrics.requests.labels(route, str(status)).inc()
+        self.service.metrics.latency.labels(route).observe(seconds)
+        self.log.request(
+            request_id(request),
+            request.method,
+            route,
+            status,
+            seconds,
+            reply.answer if reply else None,
+        )
+
+
+def request_id(request: Request) -> str:
+    return request.headers.get("x-request-id", "")[:128]
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with a body, field by field, without repeating what it held."""
+    lines = []
+    for item in error.errors(include_input=False, include_url=False)[:5]:
+        where = ".".join(str(step) for step in item["loc"])
+        lines.append(f"{where}: {item['msg']}" if where else item["msg"])
+    return "; ".join(lines)

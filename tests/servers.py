@@ -1,0 +1,151 @@
+"""Servers for tests: the routes in this process, and the real command with Ray and HAProxy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from serve_app.app import build_app
+from serve_app.auth import Keys
+from serve_app.gate import Gate
+from serve_app.heads import HeadCall, LocalHead
+from serve_app.loaded import load_artifact
+from serve_app.metrics import Metrics
+from serve_app.requestlog import RequestLog
+from serve_app.routes import Routes
+from serve_app.service import Service
+from serve_app.settings import Settings
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status, headers (lower case) and JSON of a reply."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: Any
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def call(url: str, body: Any = None, key: str | None = None, timeout: float = 60.0) -> Answer:
+    """One request; errors of the server are answers too."""
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
+            return _answer(reply.status, reply.headers, reply.read())
+    except urllib.error.HTTPError as error:
+        return _answer(error.code, error.headers, error.read())
+
+
+def _answer(status: int, headers: Any, content: bytes) -> Answer:
+    found = {name.lower(): value for name, value in headers.items()}
+    is_json = found.get("content-type", "").startswith("application/json")
+    return Answer(status, found, json.loads(content) if is_json else content.decode())
+
+
+async def _always_ready() -> None:
+    return
+
+
+@contextmanager
+def local_server(
+    artifact: Path, head_call: Any = None, log: RequestLog | None = None, **settings: Any
+) -> Iterator[tuple[str, Service]]:
+    """The routes on a loopback port of this process, heads included; URL and service."""
+    chosen = Settings(artifact=str(artifact), **settings)
+    keys = Keys(chosen.keys_file, chosen.poll_seconds)
+    model = load_artifact(
+        chosen.artifact, chosen.runtime, chosen.threads, "cpu", chosen.batch_tokens
+    )
+    metrics = Metrics("local")
+
+    def local(_: str) -> HeadCall:
+        return LocalHead()
+
+    service = Service(model, head_call or local, metrics, chosen.max_waiting, chosen.batch_tokens)
+    gate = Gate(service, chosen, keys, log or RequestLog(False))
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            build_app(Routes(gate, _always_ready)),
+            host="127.0.0.1",
+            port=port,
+            log_level="critical",
+        )
+    )
+    thread = threading.Thread(target=asyncio.run, args=(server.serve(),), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}", service
+    server.should_exit = True
+    thread.join(10)
+
+
+@dataclass
+class RealServer:
+    """`python -m serve_app` with Ray, HAProxy and replicas."""
+
+    url: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Stop it as Ctrl-C does; returns its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(90)
+
+
+@contextmanager
+def real_server(
+    artifact: Path, folder: Path, *arguments: str, env: Mapping[str, str] | None = None
+) -> Iterator[RealServer]:
+    """The command as users run it, until it says that it is ready; stopped afterwards."""
+    port = free_port()
+    log = folder / f"server-{port}.log"
+    command = [sys.executable, "-m", "serve_app", "--artifact", str(artifact)]
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *arguments],
+            env={**os.environ, "RAY_AUTH_MODE": "disabled", **(env or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    server = RealServer(f"http://127.0.0.1:{port}", process, log)
+    try:
+        deadline = time.monotonic() + 120
+        while "ready: " not in log.read_text(encoding="utf-8"):
+            said = log.read_text(encoding="utf-8")
+            assert process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.2)
+        yield server
+    finally:
+        server.stop()

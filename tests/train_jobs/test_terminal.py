@@ -1,0 +1,55 @@
+"""What a person at a terminal sees while a run goes on, and what Ctrl-C does there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import history, write_config
+from tests.terminal import Terminal
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+LIVE = re.compile(
+    r"^epoch \d+\.\d\d/200  step (\d+)  [\d,]+ tokens/s  ETA \d+:\d\d\n", re.MULTILINE
+)
+TABLE = re.compile(
+    LIVE.pattern
+    + r"[━╸╺ ]+\n *task +training loss +validation *\n( *(sentiment|entities) +\d\.\d{4}.*\n?){2}",
+    re.MULTILINE,
+)
+
+
+def test_progress_is_redrawn_in_place_and_ctrl_c_gives_the_terminal_back(
+    tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    changes = {
+        "training": {**experiment["training"], "epochs": 200},
+        "scale": {"workers": 1},
+    }
+    config = write_config(tmp_path, {**experiment, **changes})
+    with Terminal("train", "--config", str(config)) as terminal:
+        screen = terminal.screen
+        terminal.wait_until(lambda: "starting workers" in screen.text)
+        seen: list[int] = []
+
+        def three_steps() -> bool:
+            shown = [int(step) for step in LIVE.findall(screen.text)]
+            assert len(shown) <= 1, f"drawn below, not over, the last one:\n{screen.text}"
+            seen.extend(step for step in shown if step not in seen)
+            return len(seen) >= 3
+
+        terminal.wait_until(three_steps)
+        assert seen == sorted(seen)
+        assert screen.erased > 10
+        assert not screen.cursor_visible
+        terminal.wait_until(lambda: bool(TABLE.search(screen.text)))
+        assert "1 worker(s) on cpu, from step 0" in screen.text, "lines above are gone"
+        terminal.type(b"\x03")
+        assert terminal.wait() == 130, screen.text
+        assert screen.cursor_visible
+        assert "run the same command again to go on" in screen.text
+        assert "Traceback" not in screen.text
+    assert any(row["event"] == "step" for row in history(tmp_path))

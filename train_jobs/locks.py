@@ -1,0 +1,156 @@
+"""One driver at a time in a run's folder.
+
+On a disk (NFS too) the operating system holds the lock and drops it with the process, however that
+ends. An object store has no locks: there the driver keeps rewriting a small object, and one that is
+no longer rewritten was left by a driver that died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mtl_core.config import ConfigError
+
+NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+RENEW_SECONDS = 10.0
+"""How often a driver rewrites its object; one that is silent for three times that is dead."""
+
+
+@contextmanager
+def hold_file(path: Path) -> Iterator[None]:
+    """Hold a lock file until the block or this process ends.
+
+    Raises:
+        ConfigError: another process holds it.
+        OSError: the file cannot be written.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        _lock(file, fcntl.LOCK_EX, path)
+        file.truncate(0)
+        file.write(_owner())
+        file.flush()
+        yield
+
+
+def check_file(path: Path) -> None:
+    """Raise ConfigError if another process holds this lock file now."""
+    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
+        _lock(file, fcntl.LOCK_SH, path)
+
+
+def _lock(file: Any, kind: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise _taken(str(path.parent), file.read()) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+
+
+@contextmanager
+def hold_object(filesystem: Any, path: str, renew: float = RENEW_SECONDS) -> Iterator[None]:
+    """The same for an object store.
+
+    A lock that a killed driver left is told from a living one by watching it for three renewals;
+    when that driver was on this machine its process tells at once.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    try:
+        filesystem.pipe_file(path, _owner().encode(), mode="create")
+    except FileExistsError:
+        _take_over(filesystem, path, renew)
+    done = threading.Event()
+
+    def keep_renewing() -> None:
+        while not done.wait(renew):
+            # A store that does not answer must not end the run; the next turn tries again.
+            with contextlib.suppress(Exception):
+                filesystem.pipe_file(path, _owner().encode())
+
+    thread = threading.Thread(target=keep_renewing, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with contextlib.suppress(Exception):
+            filesystem.rm_file(path)
+
+
+def _take_over(filesystem: Any, path: str, renew: float) -> None:
+    """Replace a lock whose owner is dead."""
+    folder = str(filesystem.unstrip_protocol(path)).rpartition("/")[0]
+    earlier = now = _content(filesystem, path)
+    end = time.monotonic() + 3 * renew
+    while earlier and not _died_here(earlier) and time.monotonic() < end:
+        time.sleep(renew / 10)
+        now = _content(filesystem, path)
+        if now not in ("", earlier):
+            raise _taken(folder, now)
+        earlier = now
+    mine = _owner()
+    filesystem.pipe_file(path, mine.encode())
+    time.sleep(renew / 10)  # two that take over at once: the later write stands
+    now = _content(filesystem, path)
+    if now != mine:
+        raise _taken(folder, now)
+
+
+def _content(filesystem: Any, path: str) -> str:
+    try:
+        return str(filesystem.cat_file(path).decode("utf-8", "replace"))
+    except FileNotFoundError:
+        return ""
+
+
+def _owner() -> str:
+    """Who holds a lock; differs at every call."""
+    here = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
+    return json.dumps(here)
+
+
+def _read_owner(content: str) -> tuple[str, int | None]:
+    try:
+        owner = json.loads(content)
+        return str(owner["host"]), int(owner["pid"])
+    except (ValueError, KeyError, TypeError):
+        return "unknown", None  # the other one has not written it yet
+
+
+def _died_here(content: str) -> bool:
+    """Whether the owner was a process of this machine that is gone."""
+    host, pid = _read_owner(content)
+    if pid is None or host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _taken(folder: str, content: str) -> ConfigError:
+    host, pid = _read_owner(content)
+    who = f"process {pid} on host {host}" if pid is not None else "another process"
+    return ConfigError(
+        f"{folder} is in use by {who}, which trains the same name now. Wait for it to end or stop "
+        "it, then run this command to go on; or give this run a name of its own (--set name=…)."
+    )
