@@ -1,0 +1,181 @@
+"""serve_app beside the servers and libraries people would otherwise use, in one run.
+
+    python -m benchmarks.serve [--only predict latency] [--rounds 5] [--seconds 6]
+
+Every round starts each server in turn, alone on the machine, warms it up, loads it with wrk and
+stops it; every other round goes the other way. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serve import corpus, environments, servers
+from benchmarks.serve.checks import agreement, utilisation
+from benchmarks.serve.plan import LOADS, OFFLINE, ROWS, schedule
+from benchmarks.serve.report import compare, table
+from benchmarks.serve.wrk import LoadError, drive, require_wrk
+
+OFFLINE_SCRIPT = Path(__file__).with_name("offline.py")
+OFFLINE_TITLES = {
+    "torch": "(d) sentence-transformers, torch fp32",
+    "openvino": "(d) its OpenVINO backend",
+    "onnx": "(d) its ONNX backend",
+}
+WARM_UP_SECONDS = 2
+DRAIN_SECONDS = 1
+"""Pause before what counts: wrk leaves its last requests with the server."""
+NUM_COMPARED = 32
+"""Sentences whose answers are compared: a peer that answers otherwise does other work."""
+
+
+class Benchmark:
+    """What all rounds share, and what they measured."""
+
+    def __init__(self, artifact: Path, folder: Path, seconds: int, count: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.artifact, self.folder, self.seconds = artifact, folder, seconds
+        tokenizer = AutoTokenizer.from_pretrained(artifact / "encoder")
+        self.texts = corpus.sentences(tokenizer, corpus.NUM_BODIES)
+        self.bodies = corpus.write_bodies(folder, self.texts)
+        self.offline_texts = corpus.mixed_lengths(self.texts, count)
+        (folder / "texts.json").write_text(json.dumps(self.offline_texts), encoding="utf-8")
+        self.lengths = {
+            "offline": [len(ids) for ids in tokenizer(self.offline_texts)["input_ids"]],
+            "sentence": [len(ids) for ids in tokenizer(self.texts)["input_ids"]],
+        }
+        self.values: dict[tuple[str, str], list[dict[str, float]]] = {}
+        self.starts: dict[str, list[float]] = {}
+        self.answers: dict[str, Any] = {}
+        self.failures: dict[str, str] = {}
+
+    def serve(self, name: str, loads: Sequence[str]) -> None:
+        """Start a server, put each load on it, stop it."""
+        with servers.running(name, self.artifact, self.folder) as server:
+            self.starts.setdefault(name, []).append(server.start_seconds)
+            log(f"{name}: ready after {server.start_seconds:.1f} s")
+            for key in loads:
+                load = LOADS[key]
+                bodies = self.bodies[load.bodies]
+                if name not in self.answers and load.route == "/v1/predict":
+                    body = json.dumps({"inputs": self.texts[:NUM_COMPARED]}).encode()
+                    self.answers[name] = server.post(load.route, body)["results"]
+                server.post(load.route, bodies.read_bytes().splitlines()[0])
+                drive(server.port, load.route, bodies, load.connections, WARM_UP_SECONDS)
+                time.sleep(DRAIN_SECONDS)
+                sample = drive(server.port, load.route, bodies, load.connections, self.seconds)
+                self._add(name, key, {**asdict(sample), "rate": sample.rate})
+
+    def offline(self, engine: str) -> None:
+        """Run offline.py, in the environment that has the engine."""
+        python = sys.executable
+        if engine in ("openvino", "onnx"):
+            python = str(environments.environment("sentence_transformers") / "bin/python")
+        model = self.artifact if engine == "ours" else self.artifact / "encoder"
+        texts = self.folder / "texts.json"
+        command = [python, "-P", str(OFFLINE_SCRIPT), engine, str(model), str(texts)]
+        variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if engine == "ours":
+            variables["PYTHONPATH"] = os.getcwd()
+        run = subprocess.run(command, env=variables, capture_output=True, text=True)
+        if run.returncode:
+            raise LoadError(f"offline {engine} ended with {run.returncode}:\n{run.stderr[-2000:]}")
+        result = json.loads(run.stdout)
+        self.answers.setdefault(f"{OFFLINE} {engine}", result.pop("vectors", None))
+        self._add(engine, OFFLINE, result)
+
+    def _add(self, name: str, load: str, values: dict[str, float]) -> None:
+        self.values.setdefault((name, load), []).append(values)
+        log(f"{name} {load}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+
+def log(message: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+def run_rounds(bench: Benchmark, keys: Sequence[str], rounds: int) -> None:
+    """Alternate: what went first in one round goes last in the next."""
+    rows = [ROWS[key] for key in keys]
+    online, offline = schedule(rows, offline=False), schedule(rows, offline=True)
+    steps = [("serve", name) for name in online] + [("offline", name) for name in offline]
+    for number in range(rounds):
+        log(f"round {number + 1} of {rounds}")
+        bench.offline("gemm")
+        for kind, name in steps[:: -1 if number % 2 else 1]:
+            if name in bench.failures:
+                continue
+            try:
+                bench.serve(name, online[name]) if kind == "serve" else bench.offline(name)
+            except (LoadError, servers.ServerError, subprocess.CalledProcessError) as error:
+                # Half a series would pair rounds that do not belong together.
+                bench.failures[name] = str(error)
+                log(f"{name} is left out: {error}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=6, help="of one measurement")
+    parser.add_argument("--texts", type=int, default=10_000, help="encoded offline")
+    parser.add_argument("--artifact", type=Path, help="default: the demo's, trained once")
+    parser.add_argument("--int8", action="store_true", help="ours with the checked int8 encoder")
+    parser.add_argument("--output", type=Path, default=Path("build/bench-serve.json"))
+    options = parser.parse_args()
+    try:
+        require_wrk()
+    except LoadError as error:
+        parser.error(str(error))
+    artifact = (options.artifact or environments.demo_artifact()).resolve()
+    if options.int8:
+        artifact = environments.int8_artifact(artifact)
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
+        bench = Benchmark(artifact, Path(folder), options.seconds, options.texts)
+        run_rounds(bench, options.only, options.rounds)
+        rows = {key: ROWS[key] for key in options.only}
+        values = {k: v for k, v in bench.values.items() if k[0] not in bench.failures}
+        results = {key: compare(row, values) for key, row in rows.items()}
+        titles = {name: server.title for name, server in servers.SERVERS.items()} | OFFLINE_TITLES
+        content = {
+            "machine": {"cpu": cpu_name(), "cores": servers.CORES, "load": os.getloadavg()},
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "results": results,
+            "samples": {f"{name} {load}": v for (name, load), v in bench.values.items()},
+            "start_seconds": bench.starts,
+            "agreement": agreement(bench.answers),
+            "utilisation": utilisation(artifact, bench.lengths, bench.values),
+            "failures": bench.failures,
+        }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(table(rows, results, titles)))
+    for name in ("utilisation", "agreement", "failures"):
+        print(f"\n{name}: {json.dumps(content[name], indent=2)}")
+
+
+def cpu_name() -> str:
+    """As Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Whether both sides do the same work, and how much of the machine the encoder uses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.serve.plan import OFFLINE
+from benchmarks.serve.report import Values
+
+
+def agreement(answers: Mapping[str, Any]) -> dict[str, Any]:
+    """How often a peer's label and entities are ours; the least cosine of offline vectors."""
+    found: dict[str, Any] = {}
+    for name, rows in answers.items():
+        ours = answers.get("offline ours" if name.startswith(OFFLINE) else "ours")
+        if rows is None or ours is None or name in ("ours", "offline ours"):
+            continue
+        if name.startswith(OFFLINE):
+            found[name] = {"least_cosine": min(map(_dot, ours, rows))}
+        else:
+            pairs = list(zip(ours, rows, strict=True))
+            found[name] = {
+                task: sum(_essence(a[task]) == _essence(b[task]) for a, b in pairs) / len(pairs)
+                for task in ours[0]
+            }
+    return found
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def _essence(answer: Any) -> Any:
+    """An answer without its scores, which differ in the last digits."""
+    if isinstance(answer, list):
+        return [(entity["entity_group"], entity["start"], entity["end"]) for entity in answer]
+    return answer["label"]
+
+
+def utilisation(
+    artifact: Path, lengths: Mapping[str, Sequence[int]], values: Values
+) -> dict[str, float]:
+    """What the encoder computes beside what a bf16 matrix product reaches here.
+
+    `ceiling` is how many texts a second the matrix units could encode in bf16 if nothing else took
+    any time: no server can answer more, whatever is asked of it (int8 may reach twice that).
+    """
+    config = json.loads((artifact / "encoder/config.json").read_text(encoding="utf-8"))
+    products = values[("gemm", OFFLINE)]
+    found = {f"gemm_{k}_gflops": _median(products, k) for k in ("square", "minilm")}
+    best = max(found.values())
+    for name, counts in lengths.items():
+        found[f"{name}_tokens"] = sum(counts) / len(counts)
+        found[f"{name}_ceiling"] = best / _gflop(config, counts)
+    for engine in ("ours", "torch"):
+        if samples := values.get((engine, OFFLINE)):
+            found[f"{engine}_gflops"] = _gflop(config, lengths["offline"]) * _median(
+                samples, "rate"
+            )
+            found[f"{engine}_share_of_gemm"] = found[f"{engine}_gflops"] / best
+    return found
+
+
+def _gflop(config: Mapping[str, Any], lengths: Sequence[int]) -> float:
+    """Of one text, on average: a token meets every weight, and in attention every token twice."""
+    hidden = config["hidden_size"]
+    weights = 4 * hidden * hidden + 2 * hidden * config["intermediate_size"]
+    products = sum(n * weights + 2 * n * n * hidden for n in lengths) / len(lengths)
+    return float(2 * config["num_hidden_layers"] * products / 1e9)
+
+
+def _median(samples: Sequence[Mapping[str, float]], key: str) -> float:
+    return median(sample[key] for sample in samples)

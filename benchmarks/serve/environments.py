@@ -1,0 +1,53 @@
+"""What a comparison needs and this project does not: environments of peers, and an artifact."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from mtl_core.data.encoding import cache_root
+from mtl_core.runtime import INT8_FOLDER
+
+HERE = Path(__file__).parent
+CONFIG = "train_jobs/configs/demo.yaml"
+MAX_LENGTH = 256
+"""What MiniLM is published with; the demo's 64 would cut the longer of the offline sentences."""
+
+
+def environment(name: str) -> Path:
+    """A virtual environment with what `<name>.txt` beside this file asks for; made once."""
+    wanted = HERE / f"{name}.txt"
+    folder = cache_root() / "bench" / name
+    installed = folder / "installed.txt"
+    if installed.is_file() and installed.read_text() == wanted.read_text():
+        return folder
+    print(f"installing {wanted.name} into {folder}", file=sys.stderr)
+    venv.create(folder, with_pip=True)
+    install = [folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", wanted]
+    subprocess.run(install, check=True, stdout=sys.stderr)
+    shutil.copy(wanted, installed)
+    return folder
+
+
+def demo_artifact() -> Path:
+    """An artifact with two tasks on MiniLM, trained by the project's own command; made once."""
+    folder = cache_root() / "bench" / "demo"
+    if not (folder / "artifact" / "manifest.json").is_file():
+        command = [sys.executable, "-m", "train_jobs.train", "--config", CONFIG]
+        command += ["--set", f"output_dir={folder.parent}"]
+        command += ["--set", f"encoder.max_length={MAX_LENGTH}"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder / "artifact"
+
+
+def int8_artifact(artifact: Path) -> Path:
+    """A copy of the artifact with the int8 encoder that serve_app.optimize makes and checks."""
+    copy = cache_root() / "bench" / "int8" / artifact.parent.name
+    if not (copy / INT8_FOLDER).is_dir():
+        shutil.copytree(artifact, copy, dirs_exist_ok=True)
+        command = [sys.executable, "-m", "serve_app.optimize", "--artifact", str(copy)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return copy

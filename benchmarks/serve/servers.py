@@ -1,0 +1,186 @@
+"""The servers that are compared, and starting and stopping one so that nothing of it is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serve.environments import environment
+from mtl_core.encoder import resolve_model
+
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+START_SECONDS = 240
+STOP_SECONDS = 30
+CORES = os.cpu_count() or 1
+
+
+class ServerError(RuntimeError):
+    """A server that did not start; the message ends with what it printed last."""
+
+
+@dataclass(frozen=True)
+class Server:
+    title: str
+    command: Callable[[Path, int], list[str]]
+    """(artifact, port) → arguments."""
+    ready: str = "/health"
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables."""
+
+
+def _ours(artifact: Path, port: int) -> list[str]:
+    return [sys.executable, "-m", "serve_app", "--artifact", str(artifact), "--port", str(port)]
+
+
+def _in_process(artifact: Path, port: int) -> list[str]:
+    return [*_ours(artifact, port), "--set", "heads=in_process"]
+
+
+def _fastapi(_: Path, port: int) -> list[str]:
+    command = [sys.executable, "-m", "uvicorn", "benchmarks.serve.peer_fastapi:app"]
+    return [*command, "--port", str(port), "--no-access-log", "--log-level", "warning"]
+
+
+def _ray_serve(_: Path, port: int) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.serve.peer_ray_serve", "--port", str(port)]
+
+
+def _infinity(_: Path, port: int) -> list[str]:
+    command = [str(environment("infinity") / "bin/infinity_emb"), "v2", "--engine", "torch"]
+    command += ["--model-id", resolve_model(MODEL), "--device", "cpu", "--no-bettertransformer"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1"]
+    return [*command, "--log-level", "warning"]
+
+
+SERVERS = {
+    "ours": Server("serve_app", _ours, ready="/ready"),
+    "ours_in_process": Server("serve_app, heads in the encoder", _in_process, ready="/ready"),
+    "fastapi": Server("(a) FastAPI, torch fp32", _fastapi, settings={"PASSES": str(CORES)}),
+    "fastapi_latency": Server("(a) set for latency", _fastapi, settings={"PASSES": "1"}),
+    "fastapi_bf16": Server(
+        "(a) in bf16", _fastapi, settings={"PASSES": str(CORES), "DTYPE": "bfloat16"}
+    ),
+    "ray_serve": Server("(b) Ray Serve, textbook", _ray_serve),
+    "infinity": Server(
+        "(c) Infinity 0.0.78", _infinity, settings={"INFINITY_ANONYMOUS_USAGE_STATS": "0"}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Running:
+    port: int
+    start_seconds: float
+
+    def post(self, route: str, body: bytes) -> Any:
+        """One request.
+
+        Raises:
+            ServerError: the status is not 200; a redirect is none either.
+        """
+        status, answer = _request(self.port, "POST", route, body)
+        if status != 200:
+            raise ServerError(f"POST {route} gave {status}: {answer[:300]!r}")
+        return json.loads(answer)
+
+
+@contextmanager
+def running(name: str, artifact: Path, logs: Path) -> Iterator[Running]:
+    """A server of SERVERS, alone, ready; every process of its session is gone afterwards.
+
+    Raises:
+        ServerError: it ended or was not ready in time.
+    """
+    server, port = SERVERS[name], _free_port()
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **server.settings}
+    variables["ARTIFACT"] = str(artifact)
+    log = logs / f"{name}.log"
+    started = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            server.command(artifact, port),
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_ready(process, port, server.ready, log)
+        yield Running(port, time.monotonic() - started)
+    finally:
+        _stop(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, route: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if _request(port, "GET", route)[0] == 200:
+                return
+        except (OSError, HTTPException):
+            pass
+        time.sleep(0.2)
+    ended = process.poll()
+    reason = "was not ready in time" if ended is None else f"ended with {ended}"
+    tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    raise ServerError(f"{log.stem} {reason}; {log} ends with:\n{tail}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask, wait, then kill what is left of the session: Ray's daemons have groups of their own."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 5
+    while (left := _session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of the session that a process started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue  # it ended meanwhile
+        if int(session) == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _request(port: int, method: str, route: str, body: bytes | None = None) -> tuple[int, bytes]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, route, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,168 @@
+"""The server's benchmark reads wrk, compares and judges rightly, and its peers do the same work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.serve import corpus
+from benchmarks.serve.checks import agreement, utilisation
+from benchmarks.serve.plan import OFFLINE, ROWS, Row, schedule
+from benchmarks.serve.report import compare, table
+from benchmarks.serve.servers import SERVERS, running
+from benchmarks.serve.wrk import LoadError, Sample, parse
+from mtl_core.encoder import load_tokenizer
+from mtl_core.predictor import Predictor
+from tests.small_runs import example, experiment, learned, write_artifact
+
+WRK = """Running 6s test @ http://127.0.0.1:8000
+  1 threads and 32 connections
+Requests/sec:    123.45
+RESULT {"requests": 600, "seconds": 6.0, "p50_ms": 41.5, "p99_ms": 80.25, "errors": %d}
+"""
+
+
+def rates(*values: float) -> list[dict[str, float]]:
+    return [{"rate": value} for value in values]
+
+
+def test_what_wrk_prints_is_read() -> None:
+    sample = parse(WRK % 0)
+    assert sample == Sample(requests=600, seconds=6.0, p50_ms=41.5, p99_ms=80.25)
+    assert sample.rate == 100.0
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (WRK % 3, "3 errors"),
+        ("unable to connect to 127.0.0.1:8000 Connection refused", "no result"),
+        ((WRK % 0).replace('"requests": 600', '"requests": 0'), "no answer"),
+    ],
+)
+def test_a_measurement_with_errors_does_not_count(output: str, reason: str) -> None:
+    with pytest.raises(LoadError, match=reason):
+        parse(output)
+
+
+def test_a_rate_is_compared_by_medians_and_its_spread_by_rounds() -> None:
+    row = Row("title", "predict", "ours", "fastapi", "rate", 10.0)
+    values = {
+        ("ours", "predict"): rates(900, 1200, 1000),
+        ("fastapi", "predict"): rates(90, 100, 125),
+    }
+    found = compare(row, values)
+    assert found is not None
+    assert found["ours"] == {"median": 1000, "min": 900, "max": 1200}
+    assert (found["result"], found["result_min"], found["result_max"]) == (10.0, 8.0, 12.0)
+    assert found["met"]
+
+
+def test_a_latency_counts_the_other_way_round() -> None:
+    row = Row("title", "predict_alone", "ours", "fastapi", "p50", 1.0)
+    values = {
+        ("ours", "predict_alone"): [{"rate": 1, "p50_ms": 5.0}],
+        ("fastapi", "predict_alone"): [{"rate": 9, "p50_ms": 4.0}],
+    }
+    found = compare(row, values)
+    assert found is not None
+    assert found["result"] == 0.8
+    assert not found["met"]
+
+
+@pytest.mark.parametrize(("ours", "cost", "met"), [(76, 0.24, True), (74, 0.26, False)])
+def test_a_cost_is_the_share_that_is_lost(ours: float, cost: float, met: bool) -> None:
+    values = {("ours", "predict"): rates(ours), ("ours_in_process", "predict"): rates(100)}
+    found = compare(ROWS["heads"], values)
+    assert found is not None
+    assert found["result"] == pytest.approx(cost)
+    assert found["met"] is met
+
+
+def test_the_table_says_what_was_met_missed_and_not_measured() -> None:
+    rows = {key: ROWS[key] for key in ("predict", "heads", "embeddings")}
+    values = {
+        ("ours", "predict"): rates(1000, 1100),
+        ("fastapi", "predict"): rates(100, 110),
+        ("ours_in_process", "predict"): rates(2000, 2200),
+    }
+    titles = {name: server.title for name, server in SERVERS.items()}
+    lines = table(rows, {key: compare(row, values) for key, row in rows.items()}, titles)
+    assert [line.count("|") for line in lines] == [8] * 5
+    assert "1050/s (1000 to 1100)" in lines[2]
+    assert "10.00 × (10.00 × to 10.00 ×) | at least 10.00 × | met" in lines[2]
+    assert "50 % (50 % to 50 %) | at most 25 % | **missed**" in lines[3]
+    assert "not measured" in lines[4]
+
+
+def test_every_row_has_servers_and_each_side_is_measured_once_a_round() -> None:
+    online = schedule(list(ROWS.values()), offline=False)
+    assert online.keys() <= SERVERS.keys()
+    assert online["ours"] == ["predict", "predict_alone", "predict_list", "embed"]
+    assert schedule(list(ROWS.values()), offline=True) == {
+        engine: [OFFLINE] for engine in ("ours", "torch", "openvino", "onnx")
+    }
+
+
+def test_agreement_is_over_labels_and_places_not_scores() -> None:
+    def answer(label: str, score: float, start: int) -> dict[str, object]:
+        entity = {"entity_group": "place", "word": "x", "score": score, "start": start, "end": 9}
+        return {"mood": {"label": label, "score": score}, "entities": [entity]}
+
+    ours, theirs = (
+        [answer("a", 0.9, 3), answer("b", 0.8, 3)],
+        [answer("a", 0.7, 3), answer("a", 0.8, 4)],
+    )
+    assert agreement({"ours": ours, "fastapi": theirs}) == {
+        "fastapi": {"mood": 0.5, "entities": 0.5}
+    }
+    vectors = {"offline ours": [[1.0, 0.0], [0.0, 1.0]], "offline torch": [[1.0, 0.0], [0.6, 0.8]]}
+    assert agreement(vectors) == {"offline torch": {"least_cosine": 0.8}}
+
+
+def test_utilisation_counts_the_operations_of_the_encoder(tmp_path: Path) -> None:
+    config = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/config.json").write_text(json.dumps(config), encoding="utf-8")
+    values = {
+        ("gemm", OFFLINE): [{"square": 400.0, "minilm": 300.0}],
+        ("torch", OFFLINE): rates(500.0),
+    }
+    found = utilisation(tmp_path, {"offline": [10, 10], "sentence": [10]}, values)
+    # 10.6 million weights, two operations each for each of ten tokens, and a little attention.
+    assert found["torch_gflops"] == pytest.approx(500 * 10 * 2 * 10.6e6 / 1e9, rel=0.02)
+    assert found["sentence_ceiling"] == pytest.approx(500 * 400 / found["torch_gflops"])
+    assert found["torch_share_of_gemm"] == pytest.approx(found["torch_gflops"] / 400)
+
+
+def test_sentences_are_seeded_distinct_and_of_the_lengths_announced(minilm: str) -> None:
+    tokenizer = load_tokenizer(minilm)
+    texts = corpus.sentences(tokenizer, 300)
+    assert texts == corpus.sentences(tokenizer, 300)
+    assert len(set(texts)) == 300
+    assert {len(ids) for ids in tokenizer(texts)["input_ids"]} <= set(range(8, 31))
+    lengths = [len(ids) for ids in tokenizer(corpus.mixed_lengths(texts, 500))["input_ids"]]
+    assert min(lengths) < 15
+    assert max(lengths) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fastapi", pytest.param("ray_serve", marks=pytest.mark.cluster)])
+def test_a_peer_gives_our_answers(
+    name: str, tiny_encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    # Greedy: peers have no Viterbi decoder, and on its own choice of tags nothing may differ.
+    greedy = {"decoding": "greedy"}
+    state, _, _ = learned(tiny_encoders["bert"], tasks=greedy)
+    config = experiment(tiny_encoders["bert"], tasks=greedy)
+    artifact = write_artifact(state.model, config, tmp_path / "artifact")
+    texts = [example(number, {"topic"}).text for number in (0, 1, 2, 3, 10_000, 10_001)]
+    tasks = ["topic", "entities"]
+    body = json.dumps({"inputs": texts, "tasks": tasks}).encode()
+    with running(name, artifact, tmp_path) as server:
+        theirs = server.post("/v1/predict", body)["results"]
+    ours = Predictor.load(artifact).predict(texts, tasks)
+    assert any(row["entities"] for row in theirs)
+    assert agreement({"ours": ours, name: theirs}) == {name: {"topic": 1.0, "entities": 1.0}}
