@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ bind_replicas_to_their_node()  # at import: Serve opens the port before it calls
 ENCODER = "encoder"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 HEAD_CPUS = 0.1
+RETRY_REFUSED_S = 60.0
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 10.0
 """A replica that does not answer its health check is replaced: a hung one within half a minute."""
 
@@ -91,7 +93,8 @@ class EncoderReplica:
             self.settings.batch_tokens,
         )
         self.watcher: asyncio.Task[None] | None = None
-        self.refused: str | None = None
+        self.refused = ("", 0.0)
+        """The version that was refused last, and when to try it again."""
 
     def __serve_build_asgi_app__(self) -> Any:
         gate = Gate(self.service, self.settings, self.keys, self.log)
@@ -143,13 +146,15 @@ class EncoderReplica:
             version = await loop.run_in_executor(None, current_version, self.settings.artifact)
         except ArtifactError:
             return  # between two renames, or storage that does not answer: what is served stays
-        if version in (service.model.version, self.refused):
+        refused, retry_at = self.refused
+        if version == service.model.version or (version == refused and time.time() < retry_at):
             return
         try:
             model = await loop.run_in_executor(None, self._load, service.model)
             await service.warm_up(model)
         except (ArtifactError, ConfigError) as error:
-            self.refused = version
+            # Not for good: what failed may have been the storage.
+            self.refused = (version, time.time() + RETRY_REFUSED_S)
             self.metrics.loads.labels("refused").inc()
             self.log.event("artifact refused", version=version, reason=str(error))
             return

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ SERVE_ENVIRONMENT = {
     # What can be sent again must fit HAProxy's buffer.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # A HAProxy that died is replaced after three checks: in seconds, not half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -132,24 +135,11 @@ def deploy_on_cluster(config: Mapping[str, Any], timeout_s: float = 600.0) -> No
         time.sleep(0.2)
 
 
-def children_of(names: Sequence[str]) -> list[psutil.Process]:
-    """Processes of these names that descend from this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.name() in names:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def stop() -> None:
     """Drain and stop Serve, and the Ray that was started here; leave no process behind."""
     import ray
     from ray import serve
 
-    proxies = children_of(["haproxy"])
     try:
         if ray.is_initialized():
             # What the encoder still answers needs the heads, so they go after it.
@@ -158,20 +148,20 @@ def stop() -> None:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        family = psutil.Process().children(recursive=True)
         ray.shutdown()
-        for process in proxies:
-            end(process)
+        end(family)
 
 
-def end(process: psutil.Process) -> None:
-    """Stop a process, by force after three seconds."""
-    try:
-        process.terminate()
-        process.wait(3)
-    except psutil.TimeoutExpired:
-        process.kill()
-    except psutil.Error:
-        return
+def end(processes: Sequence[psutil.Process], patience_s: float = 3.0) -> None:
+    """Stop processes, by force where they do not go by themselves."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.terminate()
+    _, left = psutil.wait_procs(processes, timeout=patience_s)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def wait_for_signal(meanwhile: Callable[[], None], seconds: float) -> None:
