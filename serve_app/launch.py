@@ -33,6 +33,8 @@ SERVE_ENVIRONMENT = {
     # What can be sent again must fit HAProxy's buffer.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # When replicas change, the old HAProxy does not cut connections that have not asked yet.
+    "RAY_SERVE_HAPROXY_CLOSE_SPREAD_TIME_S": "10",
     # A HAProxy that died is replaced after three checks: in seconds, not half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
@@ -139,11 +141,13 @@ def stop() -> None:
     """Drain and stop Serve, and the Ray that was started here; leave no process behind."""
     import ray
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     try:
         if ray.is_initialized():
             # What the encoder still answers needs the heads, so they go after it.
-            serve.delete("encoder")
+            with suppress(RayServeException, TimeoutError):
+                serve.delete("encoder")
             serve.shutdown()  # type: ignore[no-untyped-call]
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
