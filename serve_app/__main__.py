@@ -205,6 +205,7 @@ class HeadWatcher:
         self.artifact = args["artifact"]
         self.replicas = replicas
         self.seen: str | None = None
+        self.complaint = ""
         self.in_process = args.get("heads") == "in_process"
         self.running = {app["name"] for app in config["applications"]}
 
@@ -224,7 +225,9 @@ class HeadWatcher:
                 print(f"added {', '.join(head['name'] for head in new)}", flush=True)
             self.seen = version
         except (ArtifactError, ConfigError) as error:
-            print(f"artifact: {error}; what is served stays", file=sys.stderr, flush=True)
+            if str(error) != self.complaint:
+                print(f"artifact: {error}; what is served stays", file=sys.stderr, flush=True)
+            self.complaint = str(error)
 
 
 if __name__ == "__main__":
