@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mtl_core.artifact import ArtifactError, read_manifest
+from mtl_core.artifact import read_manifest
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError
 from serve_app import launch
@@ -224,7 +224,7 @@ class HeadWatcher:
                 self.running |= {head["name"] for head in new}
                 print(f"added {', '.join(head['name'] for head in new)}", flush=True)
             self.seen = version
-        except (ArtifactError, ConfigError) as error:
+        except Exception as error:  # whatever it is, it must not end the server
             if str(error) != self.complaint:
                 print(f"artifact: {error}; what is served stays", file=sys.stderr, flush=True)
             self.complaint = str(error)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -34,13 +36,19 @@ def cluster() -> Iterator[tuple[str, psutil.Process]]:
     }
     ray = Path(sys.executable).with_name("ray")
     process = subprocess.Popen([ray, *start, *quiet], env=environment, stdout=subprocess.DEVNULL)
-    yield f"127.0.0.1:{port}", psutil.Process(process.pid)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    process.wait(30)
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for left in alive:
-        left.kill()
+    top = psutil.Process(process.pid)
+    wait_for(lambda: listens(port))
+    yield f"127.0.0.1:{port}", top
+    family = [*top.children(recursive=True), top]
+    for member in family:
+        with suppress(psutil.Error):
+            member.kill()
+    process.wait(10)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def encoder_pids(cluster: psutil.Process) -> set[int]:
