@@ -117,13 +117,10 @@ class Batcher:
                 started = time.perf_counter()
                 try:
                     features = await loop.run_in_executor(self.thread, self.encode, jobs)
+                    seconds = time.perf_counter() - started
+                    self.done(Batch(jobs, features, started, seconds))
                 except Exception as error:
-                    for job in jobs:
-                        if not job.future.done():
-                            job.future.set_exception(error)
-                    continue
-                seconds = time.perf_counter() - started
-                self.done(Batch(jobs, features, started, seconds))
+                    fail(jobs, error)
         finally:
             self.task = None
 
@@ -141,6 +138,13 @@ class Batcher:
                 tokens += job.tokens
             self.queue.popleft()
         return jobs
+
+
+def fail(jobs: Sequence[Job], error: Exception) -> None:
+    """End jobs with an error, but those that have ended already."""
+    for job in jobs:
+        if not job.future.done():
+            job.future.set_exception(error)
 
 
 def parts(items: Sequence[Tokenized], tokens: int) -> list[tuple[Sequence[Tokenized], int]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import serve
@@ -20,18 +21,24 @@ from serve_app.app import build_app
 from serve_app.auth import KEYS_VARIABLE, Keys
 from serve_app.errors import unavailable
 from serve_app.gate import Gate
-from serve_app.heads import HeadCall, HeadReplica, LocalHead, RemoteHead
+from serve_app.heads import HeadCall, HeadReplica, HeadUnavailable, LocalHead, RemoteHead
 from serve_app.loaded import Loaded, current_version, load_artifact
 from serve_app.metrics import Metrics
+from serve_app.ports import bind_replicas_to_their_node
 from serve_app.requestlog import RequestLog
 from serve_app.routes import Routes
 from serve_app.service import Service
 from serve_app.settings import Settings, parse_settings
 
+bind_replicas_to_their_node()  # at import: Serve opens the port before it calls a replica's code
+
 ENCODER = "encoder"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 10.0
-"""A replica that does not answer its health check is replaced: a hung one within half a minute."""
+HEAD_CPUS = 0.1
+RETRY_REFUSED_S = 60.0
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 10.0
+"""A replica that died is replaced within seconds, before calls to it time out; one that hangs
+within half a minute."""
 
 
 def head_name(task: str) -> str:
@@ -87,7 +94,8 @@ class EncoderReplica:
             self.settings.batch_tokens,
         )
         self.watcher: asyncio.Task[None] | None = None
-        self.refused: str | None = None
+        self.refused = ("", 0.0)
+        """The version that was refused last, and when to try it again."""
 
     def __serve_build_asgi_app__(self) -> Any:
         gate = Gate(self.service, self.settings, self.keys, self.log)
@@ -139,15 +147,22 @@ class EncoderReplica:
             version = await loop.run_in_executor(None, current_version, self.settings.artifact)
         except ArtifactError:
             return  # between two renames, or storage that does not answer: what is served stays
-        if version in (service.model.version, self.refused):
+        refused, retry_at = self.refused
+        if version == service.model.version or (version == refused and time.time() < retry_at):
             return
         try:
             model = await loop.run_in_executor(None, self._load, service.model)
             await service.warm_up(model)
         except (ArtifactError, ConfigError) as error:
-            self.refused = version
+            # Not for good: what failed may have been the storage.
+            self.refused = (version, time.time() + RETRY_REFUSED_S)
             self.metrics.loads.labels("refused").inc()
             self.log.event("artifact refused", version=version, reason=str(error))
+            return
+        try:
+            await service.reach_heads(model)
+        except HeadUnavailable as error:
+            self.log.event("artifact waits for a head", version=version, reason=str(error))
             return
         service.model = model
         self._announce("taken up")
@@ -194,7 +209,33 @@ def has_gpu() -> bool:
 
 def encoder_app(args: dict[str, Any]) -> serve.Application:
     """The encoder's application; `args` are Settings."""
-    settings = parse_settings(args)
+    return build_app_of({"args": args, "deployments": [{"name": ENCODER}]})
+
+
+def head_app(args: dict[str, Any]) -> serve.Application:
+    """One head's application; `args` is {task: name}."""
+    return build_app_of({"args": args, "deployments": [{"name": "head"}]})
+
+
+def build_app_of(application: Mapping[str, Any]) -> serve.Application:
+    """An application of serve_config.yaml, with the options its one deployment is given there.
+
+    Raises:
+        ConfigError: its args are wrong.
+    """
+    args = application["args"]
+    (deployment,) = application["deployments"]
+    options = {name: value for name, value in deployment.items() if name != "name"}
+    if deployment["name"] == ENCODER:
+        settings = parse_settings(args)
+        encoder = encoder_deployment().options(**options)
+        return encoder.bind(**settings.model_dump(exclude_unset=True))
+    if set(args) != {"task"} or not isinstance(args["task"], str):
+        raise ConfigError("a head's args are {task: NAME} and nothing else")
+    return head_deployment(args["task"]).options(**options).bind()
+
+
+def encoder_deployment() -> serve.Deployment:
     deployment = serve.deployment(
         name=ENCODER,
         max_ongoing_requests=10_000,
@@ -203,21 +244,16 @@ def encoder_app(args: dict[str, Any]) -> serve.Application:
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
-    replica = serve.ingress()(EncoderReplica)
-    return deployment(replica).bind(**settings.model_dump(exclude_unset=True))
+    return deployment(serve.ingress()(EncoderReplica))
 
 
-def head_app(args: dict[str, Any]) -> serve.Application:
-    """One head's application; `args` is {task: name}."""
-    unknown = set(args) - {"task"}
-    if unknown or not isinstance(args.get("task"), str):
-        raise ConfigError("a head's args are {task: NAME} and nothing else")
+def head_deployment(task: str) -> serve.Deployment:
     deployment = serve.deployment(
-        name=head_name(args["task"]),
+        name=head_name(task),
         max_ongoing_requests=64,
         max_surge_percent=100,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": HEAD_CPUS},
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
-    return deployment(Head).bind()
+    return deployment(Head)

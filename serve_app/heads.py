@@ -95,9 +95,12 @@ class LocalHead:
     async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
         stored = (head.description, head.weights)
         loop = asyncio.get_running_loop()
-        output = await loop.run_in_executor(
-            None, self.replica, head.version, features, all_tags, stored
-        )
+        try:
+            output = await loop.run_in_executor(
+                None, self.replica, head.version, features, all_tags, stored
+            )
+        except Exception as error:
+            raise unavailable(head.task, type(error).__name__) from error
         assert output is not None
         return output
 
@@ -123,31 +126,46 @@ class RemoteHead:
         self.task = task
         self.timeout_s = timeout_s
         self.metrics = metrics
+        self.silent = False
         self.paused_until = 0.0
+        self.died = -RETRY_FOR_S
 
     async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
-        if time.monotonic() < self.paused_until:
+        now = time.monotonic()
+        if now < self.paused_until:
             raise self._unavailable("paused", "it did not answer in time a moment ago")
-        deadline = time.monotonic() + RETRY_FOR_S
+        if self.silent:  # this call finds out whether it answers again; others need not wait too
+            self.paused_until = now + self.timeout_s
+        deadline = now + RETRY_FOR_S
         wait = 0.05
         while True:
             try:
-                return await asyncio.wait_for(
-                    self._ask(head, features, all_tags), timeout=self.timeout_s
-                )
+                asked = self._ask(head, features, all_tags)
+                output = await asyncio.wait_for(asked, self._patience())
             except TimeoutError:
-                self.paused_until = time.monotonic() + PAUSE_AFTER_TIMEOUT_S
-                raise self._unavailable(
-                    "timeout", f"it did not answer in {self.timeout_s:g} s"
-                ) from None
+                self._pause(PAUSE_AFTER_TIMEOUT_S)
+                raise self._unavailable("timeout", "it did not answer in time") from None
             except Exception as error:
                 if not replica_died(error):
                     raise self._unavailable("error", type(error).__name__) from error
-                if time.monotonic() + wait > deadline:
+                self.died = time.monotonic()
+                if self.died + wait > deadline:
                     raise self._unavailable("died", "its replicas died") from error
+            else:
+                self._pause(0.0)
+                return output
             self.metrics.head_retries.labels(self.task).inc()
             await asyncio.sleep(wait)
             wait = min(2 * wait, 1.0)
+
+    def _pause(self, seconds: float) -> None:
+        self.silent = seconds > 0
+        self.paused_until = time.monotonic() + seconds
+
+    def _patience(self) -> float:
+        """Seconds to wait for an answer: more while a dead replica is being replaced."""
+        recent = time.monotonic() < self.died + RETRY_FOR_S
+        return max(RETRY_FOR_S, self.timeout_s) if recent else self.timeout_s
 
     async def _ask(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
         output = await self.call(head.version, features, all_tags)
@@ -158,9 +176,11 @@ class RemoteHead:
 
     def _unavailable(self, reason: str, detail: str) -> HeadUnavailable:
         self.metrics.head_failures.labels(self.task, reason).inc()
-        return HeadUnavailable(
-            f"the head of task {self.task!r} is not available: {detail}; try again"
-        )
+        return unavailable(self.task, detail)
+
+
+def unavailable(task: str, detail: str) -> HeadUnavailable:
+    return HeadUnavailable(f"the head of task {task!r} is not available: {detail}; try again")
 
 
 def replica_died(error: BaseException) -> bool:

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import psutil
 
 from mtl_core.config import ConfigError
 from serve_app.auth import KEYS_VARIABLE
+from serve_app.ports import loopback_haproxy
 
 SERVE_ENVIRONMENT = {
     # HAProxy in front and one event loop a replica: nine times the requests of Serve's defaults.
@@ -23,12 +26,17 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # A batch's token states are larger than gRPC's 4 MB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
-    # Requests change nothing, so one whose replica died is sent to another.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout 503",
+    # Requests change nothing, so one whose replica died is sent to another. A 503 is an answer:
+    # a head that hangs would be asked five times over.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_RETRIES": "5",
     # What can be sent again must fit HAProxy's buffer.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # When replicas change, the old HAProxy does not cut connections that have not asked yet.
+    "RAY_SERVE_HAPROXY_CLOSE_SPREAD_TIME_S": "10",
+    # A HAProxy that died is replaced after three checks: in seconds, not half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -38,17 +46,26 @@ SERVE_ENVIRONMENT = {
 LOCAL_ENVIRONMENT = {
     # With one node no load balancer elsewhere has to notice that a replica is going.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    # Ray's own ports on the loopback address, as on the platforms that it is named for.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
-def set_environment() -> None:
+def set_environment(local: bool) -> None:
     """Set what Serve reads at import; what the user set stays."""
-    for name, value in {**SERVE_ENVIRONMENT, **LOCAL_ENVIRONMENT}.items():
+    chosen = dict(SERVE_ENVIRONMENT)
+    if local:
+        chosen |= {**LOCAL_ENVIRONMENT, "RAY_SERVE_HAPROXY_BINARY_PATH": loopback_haproxy()}
+    for name, value in chosen.items():
         os.environ.setdefault(name, value)
 
 
-def start_ray(host: str, port: int) -> None:
+def start_ray(host: str, port: int, num_cpus: int | None = None) -> None:
     """Connect to RAY_ADDRESS, or start Ray here, and start Serve on a host and port.
+
+    Args:
+        host, port: what Serve listens on.
+        num_cpus: CPUs that a local Ray may hand out, whatever the machine has.
 
     Raises:
         ConfigError: Ray or the port cannot be had.
@@ -58,16 +75,12 @@ def start_ray(host: str, port: int) -> None:
     from ray.serve.config import HTTPOptions
 
     address = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address=address, **quiet)
         else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+            ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error
@@ -84,19 +97,11 @@ def deploy(config: Mapping[str, Any]) -> None:
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
-    from serve_app import deployments
+    from serve_app.deployments import build_app_of
 
-    builders = {
-        "serve_app.deployments:encoder_app": deployments.encoder_app,
-        "serve_app.deployments:head_app": deployments.head_app,
-    }
     targets = [
-        serve.RunTarget(
-            builders[application["import_path"]](application["args"]),
-            application["name"],
-            application.get("route_prefix"),
-        )
-        for application in config["applications"]
+        serve.RunTarget(build_app_of(app), app["name"], app.get("route_prefix"))
+        for app in config["applications"]
     ]
     try:
         serve.run_many(targets)
@@ -104,44 +109,79 @@ def deploy(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"the deployments did not come up: {error}") from error
 
 
-def children_of(names: Sequence[str]) -> list[psutil.Process]:
-    """Processes of these names that descend from this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.name() in names:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def deploy_on_cluster(config: Mapping[str, Any], timeout_s: float = 600.0) -> None:
+    """Bring a cluster to a Serve config; what is the same already goes on untouched.
+
+    Raises:
+        ConfigError: an application did not come up; the message is its own.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    names = [app["name"] for app in config["applications"]]
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(ServeDeploySchema.model_validate(config))
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = serve.status().applications
+        states = {name: found[name] for name in names if name in found}
+        for name, state in states.items():
+            if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ConfigError(f"{name} did not come up: {state.message}")
+        if len(states) == len(names) and all(s.status == "RUNNING" for s in states.values()):
+            return
+        if time.monotonic() > deadline:
+            raise ConfigError(f"the deployments are not up after {timeout_s:g} s: serve status")
+        time.sleep(0.2)
 
 
-def stop(local: bool) -> None:
-    """Drain and stop Serve, and Ray with it when it was started here; leave no process behind."""
+def stop() -> None:
+    """Drain and stop Serve, and the Ray that was started here; leave no process behind."""
     import ray
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
-    proxies = children_of(["haproxy"]) if local else []
-    if local:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+    try:
+        if ray.is_initialized():
+            # What the encoder still answers needs the heads, so they go after it.
+            with suppress(RayServeException, TimeoutError):
+                serve.delete("encoder")
+            serve.shutdown()  # type: ignore[no-untyped-call]
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        family = psutil.Process().children(recursive=True)
         ray.shutdown()
-    for process in proxies:
-        try:
-            process.send_signal(signal.SIGTERM)
-            process.wait(3)
-        except psutil.TimeoutExpired:
+        end(family)
+
+
+def end(processes: Sequence[psutil.Process], patience_s: float = 3.0) -> None:
+    """Stop processes, by force where they do not go by themselves."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.terminate()
+    _, left = psutil.wait_procs(processes, timeout=patience_s)
+    for process in left:
+        with suppress(psutil.Error):
             process.kill()
-        except psutil.Error:
-            continue
 
 
-def wait_for_signal() -> None:
-    """Return at Ctrl-C or SIGTERM."""
-    done: list[int] = []
+def wait_for_signal(meanwhile: Callable[[], None], seconds: float) -> None:
+    """Return at Ctrl-C or SIGTERM; a second one interrupts whatever then goes on.
+
+    Args:
+        meanwhile: called again and again.
+        seconds: the pause between calls.
+    """
+    asked = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda got, _: done.append(got))
-    while not done:
-        time.sleep(0.2)
+        signal.signal(number, lambda *_: asked.set())
+    while not asked.wait(seconds):
+        meanwhile()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def check_port(host: str, port: int) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mtl_core.answers import Features, Output, Prediction, SentenceOutput, TokenOutput
 from mtl_core.predictor import EncodingStage, unit
 from mtl_core.windows import Tokenized
-from serve_app.batcher import Batch, Batcher, Job, Overloaded
+from serve_app.batcher import Batch, Batcher, Job, Overloaded, fail
 from serve_app.heads import HeadCall, HeadUnavailable
 from serve_app.loaded import Loaded
 from serve_app.metrics import Metrics
@@ -160,6 +160,20 @@ class Service:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self.batcher.thread, self._encode, jobs)
 
+    async def reach_heads(self, model: Loaded) -> None:
+        """Ask every head of a model once, which also gives their replicas its weights.
+
+        Raises:
+            HeadUnavailable: one does not answer, as one that is not deployed yet.
+        """
+        loop = asyncio.get_running_loop()
+        jobs = [self._job(item, model) for item in model.stage.windows.split(["ready?"])]
+        features = await loop.run_in_executor(self.batcher.thread, self._encode, jobs)
+        batch = Batch(jobs, features, 0.0, 0.0)
+        for reply in await asyncio.gather(*[self._ask(task, batch) for task in model.heads]):
+            if isinstance(reply, HeadUnavailable):
+                raise reply
+
     def _job(self, item: Tokenized, model: Loaded) -> Job:
         future = asyncio.get_running_loop().create_future()
         return Job([item], tuple(model.heads), True, False, future, item.num_tokens, model)
@@ -181,18 +195,15 @@ class Service:
         tokens = sum(job.tokens for job in batch.jobs)
         self.metrics.batch_tokens.observe(tokens)
         self.metrics.tokens.inc(tokens)
-        task = asyncio.get_running_loop().create_task(self._answer(batch))
+        task = asyncio.get_running_loop().create_task(self._finish(batch))
         self.asking.add(task)
         task.add_done_callback(self.asking.discard)
 
-    async def _answer(self, batch: Batch) -> None:
-        """Settle a batch's jobs, whatever happens: nobody may wait for ever."""
+    async def _finish(self, batch: Batch) -> None:
         try:
             await self._ask_heads(batch)
         except Exception as error:
-            for job in batch.jobs:
-                if not job.future.done():
-                    job.future.set_exception(error)
+            fail(batch.jobs, error)
 
     async def _ask_heads(self, batch: Batch) -> None:
         started = time.perf_counter()

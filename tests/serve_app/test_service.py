@@ -1,0 +1,246 @@
+"""A head that fails, hangs or dies costs its own task; the others are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from mtl_core.answers import Features, Output
+from mtl_core.predictor import Predictor
+from serve_app import heads
+from serve_app.heads import HeadReplica, HeadUnavailable, LocalHead, RemoteHead, StoredHead
+from serve_app.loaded import Loaded, load_artifact
+from serve_app.metrics import Metrics
+from serve_app.service import Service
+from tests.servers import call, local_server
+
+TEXT = "Maria Lopez had the food at the table in Berlin wonderful"
+TASKS = ("topic", "mood", "entities")
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Path) -> Loaded:
+    return load_artifact(str(artifact), "torch-fp32", 1, "cpu", 2048)
+
+
+class Raising:
+    """A head in this process with a fault."""
+
+    async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
+        raise HeadUnavailable("the head of task 'mood' is not available: test; try again")
+
+
+class Broken:
+    """A head with an error that nobody foresaw."""
+
+    async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
+        raise ZeroDivisionError
+
+
+def head_calls(faulty: Any, task: str = "mood") -> Any:
+    """Local heads, but for one task."""
+    return lambda name: faulty if name == task else LocalHead()
+
+
+class Replica:
+    """Stands for a head deployment's handle: a replica that fails as it is told."""
+
+    def __init__(self, *faults: BaseException | float) -> None:
+        self.replica = HeadReplica()
+        self.faults = list(faults)
+        self.calls = 0
+
+    async def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        if self.faults:
+            fault = self.faults.pop(0)
+            if isinstance(fault, BaseException):
+                raise fault
+            await asyncio.sleep(fault)
+        return self.replica(*arguments)
+
+
+def remote(replica: Any, timeout_s: float = 5.0) -> tuple[RemoteHead, Metrics]:
+    metrics = Metrics("test")
+    return RemoteHead(replica, "mood", timeout_s, metrics), metrics
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+async def ask(service: Service, *tasks: str) -> Any:
+    return await asyncio.wait_for(service.answer([TEXT], tasks or TASKS), 10)
+
+
+def test_answers_are_those_of_the_offline_predictor(model: Loaded, predictor: Predictor) -> None:
+    service = Service(model, lambda _: LocalHead(), Metrics("test"))
+    answer = asyncio.run(ask(service))
+    expected = predictor.predict([TEXT])[0]
+    assert next(answer.predictions("topic"))["label"] == expected["topic"]["label"]
+    found = [(e["start"], e["end"]) for e in next(answer.predictions("entities"))]
+    assert found == [(e["start"], e["end"]) for e in expected["entities"]]
+
+
+def test_a_task_whose_head_fails_is_missing_and_the_others_are_there(model: Loaded) -> None:
+    service = Service(model, head_calls(Raising()), Metrics("test"))
+    answer = asyncio.run(ask(service))
+    assert set(answer.failures) == {"mood"}
+    assert list(answer.predictions("topic"))
+    assert list(answer.predictions("entities"))
+
+
+def test_over_http_it_is_a_503_for_that_task_alone(artifact: Path) -> None:
+    with local_server(artifact, head_calls(Raising()), runtime="torch-fp32") as (url, _):
+        both = call(f"{url}/v1/predict", {"inputs": TEXT, "tasks": ["topic", "mood"]})
+        only = call(f"{url}/v1/predict", {"inputs": TEXT, "tasks": ["mood"]})
+        pipeline = call(f"{url}/tasks/mood", {"inputs": TEXT})
+        other = call(f"{url}/tasks/topic", {"inputs": TEXT})
+    assert both.status == 200
+    assert "topic" in both.body["results"][0]
+    assert both.body["errors"]["mood"]["error_type"] == "Unhealthy"
+    assert (only.status, pipeline.status, other.status) == (503, 503, 200)
+    assert only.headers["retry-after"] == "1"
+    assert "'mood'" in only.body["error"]
+
+
+def test_an_unforeseen_error_of_a_head_is_an_answer_too(artifact: Path) -> None:
+    with local_server(artifact, head_calls(Broken()), runtime="torch-fp32") as (url, _):
+        assert call(f"{url}/tasks/mood", {"inputs": TEXT}, timeout=5).status == 500
+        assert call(f"{url}/tasks/topic", {"inputs": TEXT}, timeout=5).status == 200
+
+
+def test_a_head_in_this_process_that_cannot_be_built_is_unavailable(model: Loaded) -> None:
+    broken = StoredHead("mood", "multilabel", "sentence", ("a",), b"{}", b"")
+    features = Features(*[None] * 3)  # type: ignore[arg-type]
+    with pytest.raises(HeadUnavailable, match="'mood'"):
+        asyncio.run(LocalHead()(broken, features, False))
+
+
+def test_other_tasks_do_not_wait_for_a_head_that_hangs(model: Loaded) -> None:
+    async def scenario() -> None:
+        call_mood, metrics = remote(Replica(60.0, 60.0), timeout_s=0.5)
+        service = Service(model, head_calls(call_mood), Metrics("test"))
+        hanging = asyncio.create_task(ask(service, "mood"))
+        await asyncio.sleep(0.05)
+        started = time.perf_counter()
+        assert not (await ask(service, "topic")).failures
+        assert time.perf_counter() - started < 0.4
+        assert set((await hanging).failures) == {"mood"}
+        assert value(metrics, "mtl_head_failures_total", task="mood", reason="timeout") == 1
+
+    asyncio.run(scenario())
+
+
+def test_after_a_timeout_the_head_is_left_alone_and_then_tried_by_one_request(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "PAUSE_AFTER_TIMEOUT_S", 0.3)
+
+    async def scenario() -> None:
+        replica = Replica(60.0, 60.0)
+        call_mood, _ = remote(replica, timeout_s=0.2)
+        service = Service(model, head_calls(call_mood), Metrics("test"))
+        assert (await ask(service, "mood")).failures
+        started = time.perf_counter()
+        assert (await ask(service, "mood")).failures
+        assert time.perf_counter() - started < 0.1
+        assert replica.calls == 1
+        await asyncio.sleep(0.3)
+        probe = asyncio.create_task(ask(service, "mood"))
+        await asyncio.sleep(0.05)
+        started = time.perf_counter()
+        assert (await ask(service, "mood")).failures  # another one finds out; this need not wait
+        assert time.perf_counter() - started < 0.1
+        assert (await probe).failures
+        await asyncio.sleep(0.4)
+        assert not (await ask(service, "mood")).failures
+        assert not (await ask(service, "mood")).failures
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        ActorDiedError(),
+        ActorUnavailableError("the replica is gone", None),
+        ConnectionResetError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_call_whose_replica_dies_is_sent_again(model: Loaded, death: BaseException) -> None:
+    async def scenario() -> None:
+        call_mood, metrics = remote(Replica(death, death))
+        service = Service(model, head_calls(call_mood), Metrics("test"))
+        answer = await ask(service)
+        assert not answer.failures
+        assert value(metrics, "mtl_head_retries_total", task="mood") == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_refuses_is_not_asked_again(model: Loaded) -> None:
+    async def scenario() -> None:
+        replica = Replica(ValueError("what was sent must not be quoted"))
+        call_mood, metrics = remote(replica)
+        service = Service(model, head_calls(call_mood), Metrics("test"))
+        failure = (await ask(service)).failures["mood"]
+        assert "ValueError" in str(failure)
+        assert "quoted" not in str(failure)
+        assert replica.calls == 1
+        assert value(metrics, "mtl_head_failures_total", task="mood", reason="error") == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_head_whose_replicas_stay_dead_is_given_up(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "RETRY_FOR_S", 0.3)
+
+    async def scenario() -> None:
+        call_mood, metrics = remote(Replica(*[ActorDiedError() for _ in range(99)]))
+        service = Service(model, head_calls(call_mood), Metrics("test"))
+        assert "died" in str((await ask(service)).failures["mood"])
+        assert value(metrics, "mtl_head_failures_total", task="mood", reason="died") == 1
+
+    asyncio.run(scenario())
+
+
+def test_while_a_dead_replica_is_replaced_requests_wait_longer(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "RETRY_FOR_S", 2.0)
+
+    async def scenario() -> None:
+        call_mood, _ = remote(Replica(ActorDiedError(), 0.5), timeout_s=0.1)
+        service = Service(model, head_calls(call_mood), Metrics("test"))
+        assert not (await ask(service, "mood")).failures
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_is_sent_a_version_once(model: Loaded) -> None:
+    async def scenario() -> None:
+        replica = Replica()
+        call_mood, _ = remote(replica)
+        service = Service(model, head_calls(call_mood), Metrics("test"))
+        await ask(service)
+        assert replica.calls == 2  # it does not know the version; now with the weights
+        await ask(service)
+        assert replica.calls == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_version_is_reached_only_when_every_head_answers(model: Loaded) -> None:
+    service = Service(model, head_calls(Raising()), Metrics("test"))
+    with pytest.raises(HeadUnavailable):
+        asyncio.run(service.reach_heads(model))
+    asyncio.run(Service(model, lambda _: LocalHead(), Metrics("test")).reach_heads(model))
