@@ -8,7 +8,10 @@ import torch
 
 from mtl_core.artifact import ArtifactError, load_parts, read_manifest
 from mtl_core.config import Experiment
+from mtl_core.data.encoding import EncodedSplit
+from mtl_core.embeddings import learn_rows
 from mtl_core.encoder import SentenceEncoder
+from mtl_core.freezing import freezes_embeddings
 from mtl_core.heads import Head, build_head
 from mtl_core.model import MultiTaskModel
 from mtl_core.weighting import build_weighting
@@ -48,6 +51,16 @@ def build_model(experiment: Experiment, labels: Mapping[str, tuple[str, ...]]) -
             head.load_state_dict(old.state_dict())
         heads[name] = head
     return MultiTaskModel(encoder, heads, build_weighting(experiment))
+
+
+def fit_to_data(model: MultiTaskModel, experiment: Experiment, train: EncodedSplit) -> None:
+    """Take from the training split what learning needs: label counts, and which words occur."""
+    for task in experiment.tasks:
+        head = model.head(task)
+        head.set_label_counts(train.output_counts(task, head.num_outputs))
+    last = experiment.training.epochs - 1
+    if not freezes_embeddings(experiment.freeze, model.encoder.num_layers, last):
+        learn_rows(model.encoder.transformer, train.input_ids)
 
 
 def _start_from(experiment: Experiment, artifact: str) -> tuple[SentenceEncoder, dict[str, Head]]:

@@ -137,7 +137,7 @@ class FreezeConfig(Config):
     encoder: bool = False
     """Freeze the whole encoder: only heads learn."""
     embeddings: bool = False
-    """Freeze the embedding tables."""
+    """Freeze the embedding tables; otherwise sub-words of the training texts learn, others stay."""
     layers: Annotated[int, Field(ge=0)] = 0
     """Freeze the lowest n layers, and the embeddings with them."""
     heads: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ from mtl_core import features, freezing, optim
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, Schedule, collate, shard
 from mtl_core.data.prepare import Data
+from mtl_core.dropout import QuickDropout
 from mtl_core.evaluation import evaluate
 from mtl_core.model import Batch, MultiTaskModel
 from mtl_core.state import TrainState
@@ -179,12 +180,10 @@ class _Run:
 
     def _step(self, batches: list[Rows], log: _StepLog) -> None:
         """One optimiser step over one or more accumulated batches."""
-        state, config = self.state, self.experiment
+        state = self.state
         assert state.optimizer is not None
         assert self.model.weighting is not None
-        # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
-        seeds = np.random.SeedSequence([config.seed, state.step, self.world.rank])
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        dropout = self._dropout()
         counts = {
             task: int(sum(self.counts[task][rows].sum() for rows in batches)) for task in self.tasks
         }
@@ -200,7 +199,8 @@ class _Run:
                 else contextlib.nullcontext()
             )
             with waits:
-                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+                device = self.world.device.type
+                with torch.autocast(device, torch.bfloat16, enabled=self.bf16), dropout:
                     sums = wrapped(batch)
                 # DDP averages over ranks where the step's mean needs their sum.
                 losses = {
@@ -215,6 +215,14 @@ class _Run:
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         log.seconds += time.perf_counter() - started
+
+    def _dropout(self) -> contextlib.AbstractContextManager[Any]:
+        """Dropout as a function of (seed, step, rank), so that a resumed run repeats it."""
+        place = [self.experiment.seed, self.state.step, self.world.rank]
+        seeds = np.random.SeedSequence(place)
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        on_cpu = self.world.device.type == "cpu"
+        return QuickDropout(seeds) if on_cpu else contextlib.nullcontext()
 
     def _micro_batch(self, rows: Rows) -> tuple[Batch, int]:
         """This rank's share of a batch; a rank left without rows gets one without its labels."""

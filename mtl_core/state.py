@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtl_core.config import Experiment
+from mtl_core.data.examples import DataError
+from mtl_core.embeddings import learned_rows
 from mtl_core.model import MultiTaskModel
 from mtl_core.optim import build_optimizer
 
@@ -79,14 +81,24 @@ class TrainState:
             "step_in_epoch": self.step_in_epoch,
             "best_epoch": self.best_epoch,
             "best_score": self.best_score if self.best else None,
+            "learned_rows": learned_rows(self.model.encoder.transformer),
         }
         (folder / FILES[2]).write_text(json.dumps(progress, indent=2))
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote, on whatever device the model is."""
+        """Take up what `save` wrote, on whatever device the model is.
+
+        Raises:
+            DataError: the training texts are not those of the checkpoint.
+        """
         assert self.optimizer is not None
         progress = json.loads((folder / FILES[2]).read_text())
+        if progress["learned_rows"] != learned_rows(self.model.encoder.transformer):
+            raise DataError(
+                "the training texts have changed since the checkpoint: other words learn now; "
+                "put them back, or start a run of another name"
+            )
         tensors = load_file(folder / FILES[0])
         moments = load_file(folder / FILES[1])
         for name, parameter in self.learning().items():

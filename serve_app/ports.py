@@ -11,7 +11,7 @@ import os
 import shutil
 from typing import Any
 
-from mtl_core.data.encoding import cache_root
+from mtl_core.data.cache import cache_root
 
 LOOPBACK_HAPROXY = """#!/bin/sh
 for argument; do [ "$before" = -f ] && config=$argument; before=$argument; done

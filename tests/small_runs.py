@@ -18,7 +18,7 @@ from mtl_core.artifact import (
     save_weights,
     write_manifest,
 )
-from mtl_core.build import build_model
+from mtl_core.build import build_model, fit_to_data
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.examples import Corpus, Example, Span
 from mtl_core.data.prepare import Data, encode
@@ -105,9 +105,7 @@ def data(
 def begin(config: Experiment, encoded: Data) -> TrainState:
     """A model that has learned nothing yet."""
     model = build_model(config, encoded.labels)
-    for task in config.tasks:
-        head = model.head(task)
-        head.set_label_counts(encoded.splits["train"].output_counts(task, head.num_outputs))
+    fit_to_data(model, config, encoded.splits["train"])
     return TrainState(model, config)
 
 

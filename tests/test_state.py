@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mtl_core.data.examples import DataError
 from mtl_core.loop import fit
 from mtl_core.state import TrainState
 from tests.small_runs import begin, changed, data, experiment, weights
@@ -94,6 +95,16 @@ def test_loading_does_not_tie_the_best_weights_to_the_moving_ones(
             parameter.zero_()
     state.restore_best()
     assert not {n for n in changed(best, weights(state.model)) if ".pooler." not in n}
+
+
+def test_a_checkpoint_of_other_training_texts_is_refused(bert: Path, tmp_path: Path) -> None:
+    half_way(bert).save(tmp_path)
+    config = experiment(bert)
+    other = begin(config, data(config, train=2))
+    before = weights(other.model)
+    with pytest.raises(DataError, match="training texts have changed"):
+        other.load(tmp_path)
+    assert not changed(before, weights(other.model))
 
 
 def test_a_checkpoint_is_safetensors_and_json(bert: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 
 from mtl_core.artifact import save_weights
-from mtl_core.build import build_model
+from mtl_core.build import build_model, fit_to_data
 from mtl_core.config import Experiment, parse_experiment
 from mtl_core.data.prepare import Data, reopen
 from mtl_core.evaluation import Evaluation, evaluate
@@ -38,9 +38,7 @@ def train_worker(config: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     data = reopen(experiment, config["labels"], config["keys"])
     model = build_model(experiment, data.labels).to(world.device)
-    for task in experiment.tasks:
-        head = model.head(task)
-        head.set_label_counts(data.splits["train"].output_counts(task, head.num_outputs))
+    fit_to_data(model, experiment, data.splits["train"])
     state = TrainState(model, experiment)
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
