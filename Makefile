@@ -30,7 +30,7 @@ demo: $(STAMP) ## Train on the corpus that comes with the project, then predict 
 		--text "I loved the meal." \
 		--text "The train to Berlin was late."
 	$(BIN)/python -m serve_app --artifact $(DEMO) --port 0 \
-		--ask "Maria Lopez loved the food in Lisbon."
+		--ask "The staff at the Grand Hotel in Lisbon were wonderful."
 
 serve: $(STAMP) ## Serve what the demo trained (ARTIFACT=DIR serves another, PORT=8000)
 	$(BIN)/python -m serve_app --artifact $(or $(ARTIFACT),$(DEMO)) --port $(PORT)

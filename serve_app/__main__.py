@@ -142,6 +142,10 @@ def write_config(config: dict[str, Any], path: str) -> None:
 def serve_until_stopped(config: dict[str, Any], options: argparse.Namespace) -> None:
     """Start everything on this machine, answer until Ctrl-C, stop everything."""
     launch.set_environment(local=True)
+    # Ray hands an encoder replica one CPU; here they may share all that the machine has.
+    encoder = config["applications"][0]
+    share = max(1, (os.cpu_count() or 1) // options.encoder_replicas)
+    encoder["args"].setdefault("threads", share)
     url = local_url(options)
     print("starting Ray and the replicas …", flush=True)
     try:

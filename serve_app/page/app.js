@@ -6,10 +6,10 @@ const NUM_COLOURS = 8;
 const KEY_NAME = "multitask-ray key";
 const TIMES = ["tokenization", "queue", "inference", "total"];
 const EXAMPLES = {
-  "a sentence": ["Maria Lopez loved the food in Lisbon."],
+  "a sentence": ["The staff at the Grand Hotel in Lisbon were wonderful."],
   "another": ["🙂 Zoë waited two hours in São Paulo and the phone was broken."],
   "several sentences": [
-    "Maria Lopez loved the food in Lisbon.",
+    "The staff at the Grand Hotel in Lisbon were wonderful.",
     "The meal was delicious.",
     "The train to Berlin was late.",
     "We waited two hours for the train.",
