@@ -8,7 +8,7 @@ import sys
 import venv
 from pathlib import Path
 
-from mtl_core.data.encoding import cache_root
+from mtl_core.data.cache import cache_root
 from mtl_core.runtime import INT8_FOLDER
 
 HERE = Path(__file__).parent
