@@ -56,12 +56,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--write-config", metavar="FILE", help="write a file for `serve deploy`")
     options = parser.parse_args(arguments)
-    if not options.write_config:
-        options.port = launch.check_port(options.host, options.port)
     config = serve_config(options)
     if options.write_config:
         write_config(config, options.write_config)
         return
+    options.port = launch.check_port(options.host, options.port)
+    config["http_options"]["port"] = options.port
     if os.environ.get("RAY_ADDRESS"):
         serve_on_cluster(config, options)
     else:
