@@ -113,7 +113,7 @@ def test_every_parameter_is_stored_once(
     folder = write_artifact(model, config, tmp_path / "artifact")
     files = {path: tensor_sizes(path) for path in folder.rglob("*.safetensors")}
     stored = sum(size for sizes in files.values() for size in sizes.values())
-    assert stored == sum(parameter.nbytes for parameter in model.parameters())
+    assert stored == sum(tensor.nbytes for tensor in model.state_dict().values())
     assert set(files) == {
         folder / "encoder" / "model.safetensors",
         *(folder / "heads" / task / "head.safetensors" for task in model.heads),
