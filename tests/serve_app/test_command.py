@@ -182,3 +182,13 @@ def test_the_builders_it_names_take_the_args_it_writes(artifact: Path, tmp_path:
         built = build(builders[application["import_path"]], application["args"])
         (deployment,) = application["deployments"]
         assert built._bound_deployment.name == deployment["name"]
+
+
+def test_the_file_that_ships_fits_the_demo_s_tasks() -> None:
+    root = Path(__file__).parents[2]
+    shipped = yaml.safe_load((root / "serve_app/serve_config.yaml").read_text(encoding="utf-8"))
+    config = ServeDeploySchema.model_validate(shipped)
+    demo = yaml.safe_load((root / "train_jobs/configs/demo.yaml").read_text(encoding="utf-8"))
+    heads = {application.name for application in config.applications} - {"encoder"}
+    assert heads == {f"head-{task}" for task in demo["tasks"]}
+    assert {scaling(application) for application in config.applications} == {(1, 4)}
