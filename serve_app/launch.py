@@ -28,13 +28,14 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
     # Requests change nothing, so one whose replica died is sent to another. A 503 is an answer:
     # a head that hangs would be asked five times over.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # HAProxy keeps for that only what it had whole when it began to send, and clients often send
+    # body and headers apart. Serve has no setting for this option, so it follows on a line of its
+    # own where Serve writes the value into the configuration.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\n    option http-buffer-request",
     "RAY_SERVE_HAPROXY_RETRIES": "5",
     # What can be sent again must fit HAProxy's buffer.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    # When replicas change, the old HAProxy does not cut connections that have not asked yet.
-    "RAY_SERVE_HAPROXY_CLOSE_SPREAD_TIME_S": "10",
     # A HAProxy that died is replaced after three checks: in seconds, not half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
