@@ -39,7 +39,7 @@ def test_a_lost_node_costs_a_worker_and_changes_nothing_else(
         **experiment,
         "encoder": {**experiment["encoder"], "dropout": 0.0},
         "tasks": {name: {**task, "dropout": 0.0} for name, task in experiment["tasks"].items()},
-        "training": {**experiment["training"], "epochs": 6},
+        "training": {**experiment["training"], "epochs": 12},
     }
     config = write_config(tmp_path, no_dropout, scale={"workers": [1, 2]})
     process = start(
@@ -47,15 +47,15 @@ def test_a_lost_node_costs_a_worker_and_changes_nothing_else(
     )
     wait_for(lambda: any(row.get("step", 0) >= 60 for row in history(tmp_path)), process)
     cluster.remove_node(nodes[1], allow_graceful=False)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     starts = [row for row in history(tmp_path) if row["event"] == "start"]
     assert [row["workers"] for row in starts] == [2, 1]
-    assert 0 < starts[1]["step"] < 300
+    assert 0 < starts[1]["step"] < 600
 
     experiment_alone = load_experiment(config)
     undisturbed, _ = train(experiment_alone, prepare(experiment_alone))
-    trained = dict(load_model(tmp_path / "runs/small/artifact").named_parameters())
-    for name, parameter in undisturbed.model.named_parameters():
+    trained = load_model(tmp_path / "runs/small/artifact").state_dict()
+    for name, tensor in undisturbed.model.state_dict().items():
         if not name.startswith("weighting."):
-            assert (trained[name] - parameter).abs().max() < 1e-4, name
+            assert (trained[name] - tensor).abs().max() < 1e-4, name
