@@ -61,7 +61,8 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(strategy: str, ber
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-5, atol=1e-6)
     for name in ends[0]:
         if not name.endswith(".key.bias"):  # has no effect, so its gradient is only rounding
-            torch.testing.assert_close(ends[1][name], ends[0][name], rtol=0, atol=1e-6)
+            # Other sums round otherwise: 1.07e-6 was seen once in a thousand elements.
+            torch.testing.assert_close(ends[1][name], ends[0][name], rtol=0, atol=2e-6)
 
 
 def test_a_loss_weight_of_zero_silences_a_task(bert: Path) -> None:
