@@ -20,6 +20,8 @@ from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
 from tests.servers import free_port
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the command."""

@@ -28,6 +28,8 @@ from tests.conftest import SENTENCES
 from tests.servers import call, local_server
 from tests.small_runs import LABELS, example, experiment, learned, write_artifact
 
+pytestmark = pytest.mark.slow
+
 STRATEGIES = ["none", "simple", "first", "average", "max"]
 TEXTS = [example(number, set(LABELS)).text for number in [*range(20), *range(500, 560)]] + [
     "Zoë met Maria Lopez, Zoë-Maria and nobody else in Berlin.Lisbon (São Paulo)!",

@@ -10,6 +10,8 @@ from schemathesis import Case, GenerationMode
 
 from tests.servers import call
 
+pytestmark = pytest.mark.slow
+
 ROUTES = [
     ("GET", "/"),
     ("GET", "/page/{file}"),
