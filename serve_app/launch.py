@@ -20,6 +20,17 @@ from mtl_core.config import ConfigError
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.ports import loopback_haproxy
 
+RETRY_ON = "conn-failure empty-response"
+BODY_TIMEOUT_S = 10
+TOO_SLOW = {"error": f"the body did not arrive in {BODY_TIMEOUT_S} s", "error_type": "Validation"}
+HAPROXY_DEFAULTS = f"""{RETRY_ON}
+    option http-buffer-request
+    timeout http-request {BODY_TIMEOUT_S}s
+    option http-ignore-probes
+    http-error status 408 content-type application/json string '{json.dumps(TOO_SLOW)}'"""
+"""HAProxy sends again only what it had whole when it began to send, and clients often send body and
+headers apart: so it waits for the body, and then for no longer than a replica would. Serve has no
+setting for these options; they follow on lines of their own where it writes a value of its own."""
 SERVE_ENVIRONMENT = {
     # HAProxy in front and one event loop a replica: nine times the requests of Serve's defaults.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -28,10 +39,8 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
     # Requests change nothing, so one whose replica died is sent to another. A 503 is an answer:
     # a head that hangs would be asked five times over.
-    # HAProxy keeps for that only what it had whole when it began to send, and clients often send
-    # body and headers apart. Serve has no setting for this option, so it follows on a line of its
-    # own where Serve writes the value into the configuration.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\n    option http-buffer-request",
+    "RAY_SERVE_HAPROXY_RETRY_ON": HAPROXY_DEFAULTS,
+    "RAY_SERVE_HAPROXY_INGRESS_RETRY_ON": RETRY_ON,
     "RAY_SERVE_HAPROXY_RETRIES": "5",
     # What can be sent again must fit HAProxy's buffer.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),

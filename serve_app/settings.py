@@ -39,7 +39,7 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     """Bytes in one request's body."""
     body_timeout_s: float = Field(default=10.0, gt=0)
-    """Seconds a client has to send its body."""
+    """Seconds a client has to send its body; in front of the replicas HAProxy waits 10 s for it."""
     max_waiting: int = Field(default=512, ge=1)
     """Texts a replica holds unanswered; a request beyond that gets 429."""
     retry_after_s: int = Field(default=1, ge=1)
