@@ -270,12 +270,40 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         ConfigError: the file is missing, is no YAML, or a field is wrong.
     """
+    raw, _ = read_yaml(path, overrides)
+    return parse_experiment(raw, where=str(path))
+
+
+class Lines:
+    """Where things stand in a YAML file."""
+
+    def __init__(self, root: yaml.Node | None) -> None:
+        self.root = root
+
+    def at(self, keys: Sequence[str]) -> str:
+        """`:line` of the deepest of nested keys that the file has; empty for none."""
+        node, line = self.root, 0
+        for key in keys:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            found = [(k, v) for k, v in pairs if k.value == key]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        return f":{line}" if line else ""
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Lines]:
+    """A file of sections, changed by `dotted.key=value` strings; its name is the default `name`.
+
+    Raises:
+        ConfigError: the file is missing or is no YAML, or an override has no place in it.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the experiment file ({error})") from error
+        raise ConfigError(f"{path}: cannot read the file ({error})") from error
     try:
-        raw = yaml.load(text, Loader=_Loader)
+        raw, root = yaml.load(text, Loader=_Loader), yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -285,7 +313,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     raw.setdefault("name", Path(path).stem)
     for override in overrides:
         _apply_override(raw, override)
-    return parse_experiment(raw, where=str(path))
+    return raw, Lines(root)
 
 
 class _Loader(yaml.SafeLoader):
@@ -312,14 +340,15 @@ def parse_experiment(raw: Mapping[str, Any], where: str = "experiment") -> Exper
         raise ConfigError(f"{where}: " + describe(error)) from error
 
 
-def describe(error: ValidationError) -> str:
+def describe(error: ValidationError, root: type[Config] | None = None) -> str:
     """Validation errors as lines a person can act on, with the nearest known key for a typo."""
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             message = "unknown key"
-            close = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1)
+            keys = _keys_at(item["loc"][:-1], root or Experiment)
+            close = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
             message += f"; did you mean {close[0]!r}?" if close else ""
         else:
             message = item["msg"].removeprefix("Value error, ")
@@ -329,12 +358,12 @@ def describe(error: ValidationError) -> str:
     return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
 
 
-def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+def _keys_at(loc: tuple[int | str, ...], root: type[Config]) -> list[str]:
     """The fields of the config class that a validation error's location points into."""
     owners: dict[str, type[Config]] = {"tasks": TaskConfig, "data": SourceConfig}
-    model: type[Config] = Experiment
+    model = root
     if loc:
-        field = Experiment.model_fields.get(str(loc[0]))
+        field = root.model_fields.get(str(loc[0]))
         if str(loc[0]) in owners:
             model = owners[str(loc[0])]
         elif field is not None and isinstance(field.annotation, type):
@@ -371,9 +400,9 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def dump_experiment(experiment: Experiment) -> str:
+def dump_experiment(experiment: Config) -> str:
     """The resolved configuration as YAML that `load_experiment` reads back."""
-    content = experiment.model_dump(mode="json")
+    content = experiment.model_dump(mode="json", by_alias=True)
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

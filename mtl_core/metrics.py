@@ -113,6 +113,11 @@ def scores(kind: TaskKind, counts: Counts, labels: Sequence[str]) -> dict[str, f
     }
 
 
+def metric_names(kind: TaskKind) -> list[str]:
+    """What `scores` reports for a kind of task."""
+    return list(scores(kind, empty_counts(kind, 1), ["x"]))
+
+
 def _classification_scores(counts: Counts) -> dict[str, float]:
     """Accuracy, and macro averages over labels that occur or are predicted, as scikit-learn."""
     diagonal, predicted, gold = np.diag(counts), counts.sum(axis=0), counts.sum(axis=1)

@@ -109,7 +109,7 @@ class RunFolder:
         now = yaml.safe_load(dump_experiment(experiment))
         changed = [
             f"{path} was {old!r}, now {new!r}"
-            for path, old, new in _differences(earlier, now)
+            for path, old, new in differences(earlier, now)
             if path.split(".")[0] not in MACHINE_FIELDS
         ]
         if changed:
@@ -176,11 +176,11 @@ class RunFolder:
             yield folder
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted path, old and new value of everything that differs between two plain structures."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in [*old, *(k for k in new if k not in old)]:
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return found
     return [] if old == new else [(path, old, new)]

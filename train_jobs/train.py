@@ -8,12 +8,14 @@ import os
 import shlex
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import (
     CheckpointConfig,
     FailureConfig,
@@ -33,7 +35,7 @@ from train_jobs.console import Progress, label_table, score_table
 from train_jobs.report import build_artifact, history_until, read_report
 from train_jobs.runs import RunFolder
 from train_jobs.tensorboard import TensorBoard
-from train_jobs.worker import train_worker
+from train_jobs.worker import WorkerSession, train_worker
 
 EPILOG = """examples:
   python -m train_jobs.train --config train_jobs/configs/demo.yaml
@@ -120,8 +122,18 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
             build_artifact(Path(weights), experiment, data, folder, time.monotonic() - started)
 
 
-def build_trainer(experiment: Experiment, folder: RunFolder, data: Data, log: Any) -> TorchTrainer:
-    """The one builder of training runs: a single run and a trial of a sweep both come from here."""
+def build_trainer(
+    experiment: Experiment,
+    folder: RunFolder,
+    data: Data,
+    log: Any,
+    callbacks: Sequence[UserCallback] = (),
+    session: WorkerSession | None = None,
+) -> TorchTrainer:
+    """The one builder of training runs: a single run and a trial of a sweep both come from here.
+
+    With a `session` the one worker runs in this process, and tells the session.
+    """
     workers, use_gpu, resources = worker_resources(experiment.scale)
     return TorchTrainer(
         train_worker,
@@ -130,9 +142,10 @@ def build_trainer(experiment: Experiment, folder: RunFolder, data: Data, log: An
             "labels": data.labels,
             "keys": data.keys,
             "log": log,
+            "session": session,
         },
         scaling_config=ScalingConfig(
-            num_workers=workers,  # type: ignore[arg-type]
+            num_workers=0 if session else workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker=resources,
         ),
@@ -143,6 +156,7 @@ def build_trainer(experiment: Experiment, folder: RunFolder, data: Data, log: An
             # Each checkpoint carries the best weights so far, so the latest is all that is needed.
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=list(callbacks),
         ),
     )
 

@@ -19,23 +19,54 @@ from mtl_core.data.prepare import Data, reopen
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.freezing import apply_freezing
 from mtl_core.loop import TrainingError, fit
-from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
 from mtl_core.world import World
 
 RESULT = "result.json"
 
 
+class WorkerSession:
+    """How a Ray Train worker finds its checkpoint and passes on what happens.
+
+    A mistake that a retry cannot mend is told as "failed" instead of being raised, so that Ray does
+    not start the workers again for it.
+    """
+
+    def __init__(self, log: Any) -> None:
+        context = ray.train.get_context()
+        device = ray.train.torch.get_device()
+        assert isinstance(device, torch.device)
+        rank, size = context.get_world_rank(), context.get_world_size()
+        self.world = World(rank, size, context.get_local_rank(), device)
+        self.log = log if rank == 0 else None
+        """Handle of a ProgressLog."""
+
+    def checkpoint(self) -> ray.train.Checkpoint | None:
+        found: ray.train.Checkpoint | None = ray.train.get_checkpoint()
+        return found
+
+    def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
+        """Hand over metrics, and the files in a folder from rank 0; every rank must come here."""
+        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+    def tell(self, event: str, row: dict[str, Any]) -> None:
+        if self.log is not None:
+            sent = self.log.append.remote(event, row)
+            if event == "failed":
+                ray.get(sent)
+
+
 def train_worker(config: dict[str, Any]) -> None:
     """Train, evaluate and report the weights; `config` is plain so that it travels.
 
-    Keys: experiment (mapping), labels, keys (of encoded splits), log (handle of a ProgressLog).
-    A mistake that a retry cannot mend goes to the log as "failed" instead of being raised, so that
-    Ray does not start the workers again for it.
+    Keys: experiment (mapping), labels, keys (of encoded splits), log (handle of a ProgressLog), or
+    session in the place of log.
     """
     experiment = parse_experiment(config["experiment"])
-    world = _world()
-    checkpoint = ray.train.get_checkpoint()
+    session = config.get("session") or WorkerSession(config["log"])
+    world = session.world
+    checkpoint = session.checkpoint()
     data = reopen(experiment, config["labels"], config["keys"])
     model = build_model(experiment, data.labels).to(world.device)
     fit_to_data(model, experiment, data.splits["train"])
@@ -45,54 +76,48 @@ def train_worker(config: dict[str, Any]) -> None:
             if (Path(folder) / RESULT).exists():
                 return
             state.load(Path(folder))
-    log = config["log"] if world.rank == 0 else None
-    if log is not None:
-        log.append.remote(
-            "start",
-            {
-                "step": state.step,
-                "workers": world.size,
-                "device": str(world.device),
-                "pid": os.getpid(),
-                "epoch": state.epoch,
-            },
-        )
+    start = {"step": state.step, "workers": world.size, "device": str(world.device)}
+    session.tell("start", {**start, "pid": os.getpid(), "epoch": state.epoch})
     try:
-        _train(state, data, experiment, world, log)
+        _train(state, data, experiment, world, session)
     except TrainingError as error:
-        if log is not None:
-            ray.get(log.append.remote("failed", {"message": str(error)}))
+        session.tell("failed", {"message": str(error)})
         return
-    _report_result(model, state, data, experiment, world)
+    _report_result(state, data, experiment, world, session)
 
 
-def _train(state: TrainState, data: Data, experiment: Experiment, world: World, log: Any) -> None:
+def _train(
+    state: TrainState, data: Data, experiment: Experiment, world: World, session: WorkerSession
+) -> None:
     """Go through `fit`, saving what it asks to save and passing on the rest."""
+    validated: dict[str, Any] = {}
     for event in fit(state, data, experiment, world):
+        if event.kind == "validation":
+            validated = event.row
         if event.kind != "checkpoint":
-            if log is not None:
-                log.append.remote(event.kind, event.row)
+            session.tell(event.kind, event.row)
             continue
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
             if world.rank == 0:
                 state.save(Path(folder))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"step": state.step}, checkpoint=checkpoint)
+            session.report({**validated, **event.row}, Path(folder) if world.rank == 0 else None)
     apply_freezing(state.model, experiment.freeze, experiment.training.epochs - 1)
 
 
 def _report_result(
-    model: MultiTaskModel, state: TrainState, data: Data, experiment: Experiment, world: World
+    state: TrainState, data: Data, experiment: Experiment, world: World, session: WorkerSession
 ) -> None:
     """Score the best weights on the splits that were not trained on, in fp32, and hand all over."""
+    model = state.model
     results = {
         name: evaluate(model, split, world, tasks=list(experiment.tasks))
         for name, split in data.splits.items()
         if name != "train"
     }
+    metrics: dict[str, Any] = {"step": state.step, "epoch": float(state.epoch), "finished": True}
+    for name, result in results.items():
+        metrics |= result.flat(name)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
         if world.rank == 0:
             save_weights(model, Path(folder))
             content = {
@@ -104,8 +129,7 @@ def _report_result(
                 "splits": {name: pack(result) for name, result in results.items()},
             }
             (Path(folder) / RESULT).write_text(json.dumps(content), encoding="utf-8")
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"step": state.step, "finished": True}, checkpoint=checkpoint)
+        session.report(metrics, Path(folder) if world.rank == 0 else None)
 
 
 def pack(result: Evaluation) -> dict[str, Any]:
@@ -118,12 +142,3 @@ def pack(result: Evaluation) -> dict[str, Any]:
         }
         for task, counts in result.counts.items()
     }
-
-
-def _world() -> World:
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    assert isinstance(device, torch.device)
-    return World(
-        context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device
-    )

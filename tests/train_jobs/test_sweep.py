@@ -1,0 +1,167 @@
+"""The sweep file: what is accepted, what is refused, and what a draw becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtl_core.config import ConfigError
+from train_jobs.space import Parameter
+from train_jobs.sweep import Plan, load_plan
+
+BASE: dict[str, Any] = {
+    "tasks": {
+        "sentiment": {"kind": "classification"},
+        "entities": {"kind": "token_classification"},
+    },
+    "data": [{"demo": True}],
+}
+SWEEPS = sorted(Path("tune_configs").glob("*.yaml"))
+
+
+def plan_of(folder: Path, **changes: Any) -> Plan:
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE), encoding="utf-8")
+    sweep = {
+        "base": "base.yaml",
+        "space": {"optim.learning_rate": {"loguniform": [1e-5, 1e-3]}},
+        **changes,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(
+        yaml.safe_dump(sweep, sort_keys=False, default_flow_style=None), encoding="utf-8"
+    )
+    return load_plan(path)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_that_ships_is_sound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTL_DATA", "data")
+    assert load_plan(path).sweep.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spase": {}}, r"sweep.yaml:.*unknown key; did you mean 'space'"),
+        ({"base": "nowhere.yaml"}, r"sweep.yaml:1: base: there is no file 'nowhere.yaml'"),
+        (
+            {"space": {"optim.lerning_rate": {"uniform": [0.1, 0.2]}}},
+            r"sweep.yaml:3: space.optim.lerning_rate: .*did you mean 'learning_rate'",
+        ),
+        (
+            {"space": {"encoder.dropout": {"uniform": [0.0, 1.5]}}},
+            r"sweep.yaml:3: space.encoder.dropout: encoder.dropout = 1.5: .*less than 1",
+        ),
+        (
+            {"space": {"optim.learning_rate": {"loguniform": [0, 1]}}},
+            r"sweep.yaml:3: .*low must be above 0",
+        ),
+        (
+            {"space": {"optim.learning_rate": {"uniform": [1, 0.5]}}},
+            r"sweep.yaml:3: .*low must be below high",
+        ),
+        ({"space": {"optim.learning_rate": {"normal": [0, 1]}}}, r"expected one of uniform, "),
+        ({"space": {"name": {"choice": ["a", "b"]}}}, r"space.name: this field cannot be searched"),
+        (
+            {"space": {"freeze": {"choice": [{"encoder": True, "unfreeze_every": 1}, {}]}}},
+            r"sweep.yaml:3: .*drop it to use unfreeze_every",
+        ),
+        (
+            {"searcher": {"algorithm": "grid"}},
+            r"grid cannot try every value of space.optim.learning_rate \(loguniform\)",
+        ),
+        (
+            {"space": {"freeze.layers": {"grid": [0, 2]}}, "searcher": {"algorithm": "optuna"}},
+            r"write choice",
+        ),
+        ({"objective": "slots/f1"}, r"sweep.yaml:5: objective: no task .slots. reports 'slots/f1'"),
+        ({"objective": "entities/accuracy"}, r"entities reports no 'accuracy'; it reports f1"),
+        ({"objective": "gain"}, r"set baselines: true"),
+        ({"objective": ["mean", "entities/f1"]}, r"a list needs searcher.algorithm: optuna"),
+        (
+            {
+                "objective": ["sentiment/accuracy", "entities/f1"],
+                "searcher": {"algorithm": "optuna"},
+                "scheduler": {"kind": "asha"},
+            },
+            r"asha compares by one objective only",
+        ),
+        (
+            {
+                "space": {
+                    "tasks.*.dropout": {"uniform": [0.0, 0.5]},
+                    "tasks.entities.dropout": {"uniform": [0.0, 0.5]},
+                }
+            },
+            r"sweep.yaml:5: .*is searched by tasks.\*.dropout already",
+        ),
+        (
+            {"space": {"tasks.entities.loss_weight": {"sample_from": "simplex"}}},
+            r"need several fields",
+        ),
+        ({"budget": {"trials": 0}}, r"sweep.yaml:5: budget.trials: .*greater than 0"),
+    ],
+)
+def test_a_mistake_is_refused_with_its_line(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of(tmp_path, **changes)
+
+
+def test_a_draw_sets_every_field_it_names(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path,
+        space={
+            "tasks.*.dropout": {"uniform": [0.0, 0.5]},
+            "freeze": {"choice": [{}, {"layers": 2}]},
+            "data.0.limit": {"randint": [10, 20]},
+        },
+    )
+    drawn = {"tasks.*.dropout": 0.25, "freeze": '{"layers": 2}', "data.0.limit": 12}
+    experiment = plan.experiment(drawn, seed=7)
+    assert [task.dropout for task in experiment.tasks.values()] == [0.25, 0.25]
+    assert experiment.freeze.layers == 2
+    assert experiment.data[0].limit == 12
+    assert experiment.seed == 7
+    assert plan.base.freeze.layers == 0
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(0.001, 0.999), min_size=2, max_size=5))
+def test_weights_on_the_simplex_are_positive_and_sum_to_one(draws: list[float]) -> None:
+    fields = [f"tasks.{number}.loss_weight" for number in range(len(draws))]
+    parameter = Parameter("sample_from", ())
+    weights = parameter.decode("*", fields, dict(zip(fields, draws, strict=True)))
+    assert sum(weights.values()) == pytest.approx(1)
+    assert min(weights.values()) > 0
+
+
+def test_weights_on_the_simplex_are_drawn_uniformly() -> None:
+    """With three weights, uniform means that each is Beta(1, 2): mean 1/3, variance 1/18."""
+    import numpy as np
+
+    fields = ["a", "b", "c"]
+    draws = np.random.default_rng(0).uniform(0.001, 0.999, (20_000, 3))
+    parameter = Parameter("sample_from", ())
+    weights = np.array(
+        [
+            list(parameter.decode("*", fields, dict(zip(fields, row, strict=True))).values())
+            for row in draws
+        ]
+    )
+    np.testing.assert_allclose(weights.mean(axis=0), 1 / 3, atol=0.005)
+    np.testing.assert_allclose(weights.var(axis=0), 1 / 18, rtol=0.04)
+
+
+def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    alone = plan.alone("entities")
+    assert list(alone.tasks) == ["entities"]
+    assert list(alone.data[0].task_columns) == ["entities"]
+    assert alone.optim == plan.base.optim

@@ -1,0 +1,285 @@
+"""The sweep file: which experiment, which of its fields to search, how, and for how long."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from mtl_core.config import (
+    NAME_PATTERN,
+    Config,
+    ConfigError,
+    Experiment,
+    PositiveFloat,
+    PositiveInt,
+    describe,
+    load_experiment,
+    parse_experiment,
+    read_yaml,
+)
+from mtl_core.metrics import metric_names
+from train_jobs.space import Parameter, Range, assign, expand
+
+FIXED = ("name", "output_dir", "scale", "seed", "init_from", "tasks", "data")
+"""Fields that make a trial another experiment, not another setting of this one."""
+MOST_CORNERS = 2_000
+
+
+class Searcher(Config):
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    """random draws; grid tries every combination of `grid` and `choice`; optuna is TPE, over
+    several objectives when `objective` lists them."""
+    startup_trials: PositiveInt = 8
+    """optuna: random trials before its model is asked."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes what is drawn."""
+
+
+class Scheduler(Config):
+    kind: Literal["none", "asha", "median"] = "none"
+    """asha: successive halving (Li et al., 2020); median: stop what is below the median so far."""
+    grace_epochs: PositiveInt = 1
+    """Epochs that every trial gets."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """asha: one trial in so many goes on at each rung."""
+
+
+class Budget(Config):
+    trials: PositiveInt = 16
+    """Trials of the search; grid has as many as its combinations."""
+    concurrency: PositiveInt | None = None
+    """Trials at a time; when absent, as many as the cluster holds."""
+    minutes: PositiveFloat | None = None
+    """Time for the search; what runs then is stopped where it is."""
+
+
+class Sweep(Config):
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """The sweep's folder under output_dir; running the same name again resumes it."""
+    base: str
+    """Experiment file to vary; relative to the sweep file's folder, or to the current one."""
+    settings: dict[str, Any] = Field(default_factory=dict, alias="set")
+    """Changes to the base before anything else: dotted path to value."""
+    space: dict[str, Range]
+    """Dotted path of a field (or of several, with * for a name) to its range."""
+    objective: str | tuple[str, ...] = "mean"
+    """What is better: `<task>/<metric>`, mean over tasks, gain (mean relative gain over each task
+    trained alone), or a list of them for a multi-objective search."""
+    searcher: Searcher = Searcher()
+    scheduler: Scheduler = Scheduler()
+    budget: Budget = Budget()
+    baselines: bool = False
+    """Also train each task alone and the base experiment as it is, and compare."""
+    seeds: PositiveInt = 3
+    """Runs of everything that is compared in the end."""
+    output_dir: str = "runs"
+    """Where sweeps go: a folder or a URL that every node reaches."""
+
+    @field_validator("space")
+    @classmethod
+    def _something_to_search(cls, space: dict[str, Parameter]) -> dict[str, Parameter]:
+        if not space:
+            raise ValueError("name at least one field to search")
+        return space
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        gridded = [path for path, range_ in self.space.items() if range_.kind == "grid"]
+        others = [p for p, r in self.space.items() if r.kind not in ("grid", "choice")]
+        if self.searcher.algorithm == "grid" and others:
+            raise ValueError(
+                f"searcher: grid cannot try every value of space.{others[0]} "
+                f"({self.space[others[0]].kind}); give it a grid: [...], or search with random"
+            )
+        if self.searcher.algorithm != "grid" and gridded:
+            raise ValueError(
+                f"searcher: {self.searcher.algorithm} draws values and space.{gridded[0]} is a "
+                "grid; write choice: [...], or search with grid"
+            )
+        if isinstance(self.objective, tuple):
+            if self.searcher.algorithm != "optuna":
+                raise ValueError("objective: a list needs searcher.algorithm: optuna")
+            if self.scheduler.kind != "none":
+                raise ValueError(f"scheduler: {self.scheduler.kind} compares by one objective only")
+        if "gain" in self.objectives and not self.baselines:
+            raise ValueError("objective: gain is over single-task runs; set baselines: true")
+        return self
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.objective,) if isinstance(self.objective, str) else self.objective
+
+    @property
+    def num_trials(self) -> int:
+        if self.searcher.algorithm != "grid":
+            return self.budget.trials
+        return math.prod(len(parameter.values) for parameter in self.space.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep with the experiment it varies, checked against each other."""
+
+    sweep: Sweep
+    base: Experiment
+
+    def experiment(self, values: Mapping[str, Any], seed: int | None = None) -> Experiment:
+        """The base with values that a searcher drew.
+
+        Raises:
+            ConfigError: they do not go together.
+        """
+        raw = self.base.model_dump(mode="json")
+        for path, value in self.settings(values).items():
+            assign(raw, path, value)
+        if seed is not None:
+            raw["seed"] = seed
+        return parse_experiment(raw, where="trial")
+
+    def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Concrete dotted path → the value it gets, as a person would write it."""
+        raw = self.base.model_dump(mode="json")
+        found: dict[str, Any] = {}
+        for path, parameter in self.sweep.space.items():
+            found |= parameter.decode(path, expand(raw, path), values)
+        return found
+
+    def logarithmic(self) -> set[str]:
+        """The fields that are searched on a logarithmic scale."""
+        raw = self.base.model_dump(mode="json")
+        steep = (path for path, range_ in self.sweep.space.items() if range_.kind == "loguniform")
+        return {field for path in steep for field in expand(raw, path)}
+
+    def alone(self, task: str) -> Experiment:
+        """The base with one task only, all else equal."""
+        raw = self.base.model_dump(mode="json")
+        raw["tasks"] = {task: raw["tasks"][task]}
+        reserved = ("text", "words", task)
+        raw["data"] = [
+            {**source, "columns": {k: v for k, v in source["columns"].items() if k in reserved}}
+            for source in raw["data"]
+            if task in source["columns"]
+        ]
+        raw["freeze"]["heads"] = [name for name in raw["freeze"]["heads"] if name == task]
+        if raw["training"]["metric"].split("/")[0] != task:
+            raw["training"]["metric"] = "mean"
+        return parse_experiment(raw, where=f"{task} alone")
+
+    def seeds(self) -> list[int]:
+        return [self.base.seed + number for number in range(self.sweep.seeds)]
+
+
+def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read a sweep file and the experiment it names, and check every range.
+
+    Raises:
+        ConfigError: something in them is wrong; the message names file and line.
+    """
+    raw, lines = read_yaml(path, overrides)
+    try:
+        sweep = Sweep.model_validate(raw)
+        base = _base_of(sweep, Path(path))
+        _check_space(sweep, base)
+    except ValidationError as error:
+        where = [str(part) for part in error.errors()[0]["loc"]]
+        raise ConfigError(f"{path}{lines.at(where)}: " + describe(error, Sweep)) from error
+    except SpaceError as error:
+        raise ConfigError(f"{path}{lines.at(error.where)}: {error}") from error
+    return Plan(sweep, base)
+
+
+class SpaceError(ConfigError):
+    """A mistake at one place of the sweep file."""
+
+    def __init__(self, where: Sequence[str], message: str) -> None:
+        super().__init__(f"{'.'.join(where)}: {message}")
+        self.where = list(where)
+
+
+def _base_of(sweep: Sweep, path: Path) -> Experiment:
+    beside = path.parent / sweep.base
+    found = beside if beside.is_file() else Path(sweep.base)
+    if not found.is_file():
+        raise SpaceError(["base"], f"there is no file {sweep.base!r} beside {path} or here")
+    overrides = [f"{key}={yaml.safe_dump(value)}" for key, value in sweep.settings.items()]
+    experiment = load_experiment(found, overrides)
+    _check_objective(sweep, experiment)
+    # Mid-epoch checkpoints would only cost: a trial is resumed at its last epoch.
+    training = {**experiment.training.model_dump(), "checkpoint_every": None}
+    if "/" in sweep.objectives[0] and len(sweep.objectives) == 1:
+        training["metric"] = sweep.objectives[0]
+    raw = {**experiment.model_dump(mode="json"), "training": training}
+    return parse_experiment(raw, where=str(found))
+
+
+def _check_objective(sweep: Sweep, base: Experiment) -> None:
+    for objective in sweep.objectives:
+        if objective in ("mean", "gain"):
+            continue
+        task, _, metric = objective.partition("/")
+        if task not in base.tasks:
+            known = ", ".join(base.tasks)
+            raise SpaceError(
+                ["objective"], f"no task {task!r} reports {objective!r}; tasks: {known}"
+            )
+        names = metric_names(base.tasks[task].kind)
+        if metric not in names:
+            raise SpaceError(
+                ["objective"], f"{task} reports no {metric!r}; it reports {', '.join(names)}"
+            )
+
+
+def _check_space(sweep: Sweep, base: Experiment) -> None:
+    """Every path names a field, and the ends of every range, alone and together, are valid."""
+    raw = base.model_dump(mode="json")
+    seen: dict[str, str] = {}
+    for path, parameter in sweep.space.items():
+        section = path.split(".")[0]
+        if section in FIXED and not (section in ("tasks", "data") and path.count(".") > 1):
+            raise SpaceError(["space", path], "this field cannot be searched")
+        try:
+            fields = expand(raw, path)
+        except KeyError as error:
+            raise SpaceError(["space", path], str(error.args[0])) from None
+        for field in fields:
+            if field in seen:
+                raise SpaceError(["space", path], f"{field} is searched by {seen[field]} already")
+            seen[field] = path
+        if parameter.kind == "sample_from" and len(fields) < 2:
+            raise SpaceError(["space", path], "weights that sum to one need several fields (use *)")
+    plan = Plan(sweep, base)
+    for corner in _corners(sweep):
+        try:
+            plan.experiment(corner)
+        except ConfigError as error:
+            drawn = ", ".join(f"{p} = {v}" for p, v in plan.settings(corner).items())
+            path = _culprit(str(error), sweep)
+            raise SpaceError(["space", path], f"{drawn}: {error}") from error
+
+
+def _culprit(message: str, sweep: Sweep) -> str:
+    """The parameter that a message of validation is about, else the first."""
+    paths = list(sweep.space)
+    return next((p for p in paths if p in message or p.split(".")[-1] in message), paths[0])
+
+
+def _corners(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Draws from the ends of every range, in all combinations or, if too many, in some of them."""
+    ends = [p.ends(path) for path, p in sweep.space.items()]
+    if math.prod(map(len, ends)) <= MOST_CORNERS:
+        combinations: Iterator[tuple[dict[str, Any], ...]] = itertools.product(*ends)
+    else:
+        draw = random.Random(0)
+        each = (tuple(e[i % len(e)] for e in ends) for i in range(max(map(len, ends))))
+        some = (tuple(draw.choice(e) for e in ends) for _ in range(MOST_CORNERS))
+        combinations = itertools.chain(each, some)
+    for combination in combinations:
+        yield {key: value for part in combination for key, value in part.items()}

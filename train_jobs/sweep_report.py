@@ -1,0 +1,274 @@
+"""What a sweep found: tables, pictures, the best setting and its artifact, and one page."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from mtl_core.config import Experiment, dump_experiment
+from mtl_core.data.prepare import prepare
+from mtl_core.metrics import PRIMARY
+from train_jobs import sweep_plots
+from train_jobs.comparison import compare, statement
+from train_jobs.report import build_artifact
+from train_jobs.runs import RunFolder
+from train_jobs.sweep import Plan
+from train_jobs.sweep_folder import SweepFolder
+from train_jobs.sweep_page import render_page
+from train_jobs.trials import ALONE, BASE, BEST, objective_key
+
+SUMMARY = "summary.json"
+Rows = list[dict[str, Any]]
+
+
+def write_report(
+    plan: Plan, folder: SweepFolder, results: Mapping[str, Rows], best: Mapping[str, Any] | None
+) -> None:
+    """Write all that is known so far into the sweep's folder."""
+    table = trials_table(plan, results)
+    folder.write("trials.csv", table.to_csv(index=False))
+    folder.write("trials.parquet", _parquet(table))
+    compared = compared_scores(plan, results)
+    summary: dict[str, Any] = {
+        "name": plan.sweep.name,
+        "objective": list(plan.sweep.objectives),
+        "phases": {phase: _counts(rows) for phase, rows in results.items()},
+        "compared": compared,
+        "statements": {task: statement(task, scores) for task, scores in compared.items()},
+        "comparisons": {task: compare(scores) for task, scores in compared.items()},
+        "importance": importance(plan, results.get("search", [])),
+        "best": None,
+    }
+    if best is not None:
+        experiment = plan.experiment(best["config"])
+        experiment = experiment.model_copy(update={"name": f"{plan.sweep.name}-best"})
+        folder.write("best.yaml", dump_experiment(experiment))
+        summary["best"] = {
+            "trial": best["trial"],
+            "settings": plan.settings(best["config"]),
+            "objective": _objectives(plan, best),
+            "validation": _scores(best, "validation", plan.base),
+        }
+        if "best" in results:
+            _publish(plan, folder, experiment, results["best"])
+    folder.write(SUMMARY, json.dumps(summary, indent=1, default=str))
+    pictures = draw(plan, results, summary)
+    for name, content in pictures.items():
+        folder.write(name, content)
+    folder.write("report.html", render_page(summary, table, pictures, folder.read("best.yaml")))
+
+
+def trials_table(plan: Plan, results: Mapping[str, Rows]) -> pd.DataFrame:
+    """A row for each trial of every phase."""
+    rows = []
+    for phase, trials in results.items():
+        for trial in trials:
+            metrics, config = trial["metrics"], trial["config"]
+            settings = plan.settings(config) if phase == "search" else dict(config)
+            row = {key: trial[key] for key in ("phase", "trial", "status", "reason")}
+            row |= {k: _cell(v) for k, v in settings.items()}
+            if phase == "search":
+                row |= _objectives(plan, trial)
+            row |= {
+                key: value
+                for key, value in metrics.items()
+                if key.startswith(("validation/", "test/")) and isinstance(value, float)
+            }
+            row |= {"epochs": metrics.get("epoch"), "seconds": metrics.get("time_total_s")}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def compared_scores(plan: Plan, results: Mapping[str, Rows]) -> dict[str, dict[str, list[float]]]:
+    """Task → alone, shared, best → score of each seed; on test where there is one."""
+    compared: dict[str, dict[str, list[float]]] = {task: {} for task in plan.base.tasks}
+    for trial in [*results.get("baselines", []), *results.get("best", [])]:
+        if trial["status"] != "finished":
+            continue
+        case = str(trial["config"]["case"])
+        name = {BASE: "shared", BEST: "best"}.get(case, "alone")
+        split = "test" if any(k.startswith("test/") for k in trial["metrics"]) else "validation"
+        for task, score in _scores(trial, split, plan.base).items():
+            if name != "alone" or case == f"{ALONE}{task}":
+                compared[task].setdefault(name, []).append(score)
+    order = ("alone", "shared", "best")
+    return {t: {n: found[n] for n in order if n in found} for t, found in compared.items()}
+
+
+def importance(plan: Plan, trials: Rows) -> dict[str, float]:
+    """Field → its share in what separates the better trials from the rest, by PED-ANOVA.
+
+    Watanabe, Bansal and Hutter, IJCAI 2023, as Optuna has it. Empty with fewer than four trials
+    that have a score: there is nothing to tell then.
+    """
+    import optuna
+
+    scored = [t for t in trials if objective_key(0) in t["metrics"]]
+    settings = [{k: _cell(v) for k, v in plan.settings(t["config"]).items()} for t in scored]
+    varied = [
+        k for k in (settings[0] if settings else {}) if len({str(s[k]) for s in settings}) > 1
+    ]
+    if len(scored) < 4 or not varied:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    steep = plan.logarithmic()
+    spaces = {n: _distribution([s[n] for s in settings], n in steep) for n in varied}
+    study = optuna.create_study(direction="maximize")
+    for trial, setting in zip(scored, settings, strict=True):
+        value = sum(_objectives(plan, trial).values())
+        if value == value:
+            params = {name: setting[name] for name in varied}
+            study.add_trial(optuna.create_trial(params=params, distributions=spaces, value=value))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _distribution(values: Sequence[Any], logarithmic: bool) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if any(isinstance(v, str | bool) or v is None for v in values):
+        return CategoricalDistribution(sorted(set(values), key=str))
+    return FloatDistribution(min(values), max(values), log=logarithmic)
+
+
+def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) -> dict[str, bytes]:
+    """Name → PNG of every picture that the results allow."""
+    searched = []
+    for trial in results.get("search", []):
+        if objective_key(0) in trial["metrics"]:
+            searched.append(
+                {
+                    "status": trial["status"],
+                    "seconds": trial["metrics"].get("time_total_s", float("nan")),
+                    "settings": plan.settings(trial["config"]),
+                    "scores": _scores(trial, "validation", plan.base),
+                    "objective": sum(_objectives(plan, trial).values())
+                    / len(plan.sweep.objectives),
+                }
+            )
+    objective = ", ".join(plan.sweep.objectives)
+    tasks = list(plan.base.tasks)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        if searched:
+            logarithmic = plan.logarithmic()
+            sweep_plots.parallel_coordinates(searched, objective, logarithmic, root / "trials.png")
+            points = [{**t, "x": t["seconds"], "y": t["objective"]} for t in searched]
+            names = ("seconds a trial", objective)
+            sweep_plots.trade_off(points, names, root / "time.png", smaller_x=True)
+        for first, second in itertools.pairwise(tasks):
+            points = [
+                {**t, "x": t["scores"][first], "y": t["scores"][second]}
+                for t in searched
+                if first in t["scores"] and second in t["scores"]
+            ]
+            if points:
+                where = root / f"pareto_{first}_{second}.png"
+                sweep_plots.trade_off(points, (first, second), where)
+        if summary["importance"]:
+            sweep_plots.importance_bars(summary["importance"], root / "importance.png")
+        if any(len(cases) > 1 for cases in summary["compared"].values()):
+            sweep_plots.compared_scores(summary["compared"], root / "compared.png")
+        return {path.name: path.read_bytes() for path in sorted(root.glob("*.png"))}
+
+
+def _publish(plan: Plan, folder: SweepFolder, experiment: Experiment, trials: Rows) -> None:
+    """Build the artifact from the weights of the best setting's first seed."""
+    first = next((t for t in trials if t["config"]["seed"] == plan.base.seed), None)
+    if first is None or first["status"] != "finished" or first["checkpoint"] is None:
+        return
+    place = {"name": folder.name, "output_dir": plan.sweep.output_dir}
+    run = RunFolder(experiment.model_copy(update=place))
+    run.write_history(_history(trials, BEST))
+    with first["checkpoint"].as_directory() as weights:
+        seconds = float(first["metrics"].get("time_total_s", 0.0))
+        build_artifact(Path(weights), experiment, prepare(experiment), run, seconds)
+
+
+def _history(trials: Rows, case: str) -> Rows:
+    """What the first finished run of a case told on its way."""
+    for trial in trials:
+        if trial["status"] == "finished" and trial["config"].get("case") == case:
+            return list(trial["metrics"].get("history", []))
+    return []
+
+
+def _scores(trial: Mapping[str, Any], split: str, base: Experiment) -> dict[str, float]:
+    """Task → its main metric."""
+    found = {
+        task: trial["metrics"].get(f"{split}/{task}/{PRIMARY[config.kind]}")
+        for task, config in base.tasks.items()
+    }
+    return {task: float(value) for task, value in found.items() if value is not None}
+
+
+def _objectives(plan: Plan, trial: Mapping[str, Any]) -> dict[str, float]:
+    values = {
+        o: trial["metrics"].get(objective_key(i)) for i, o in enumerate(plan.sweep.objectives)
+    }
+    return {f"objective {o}": float("nan") if v is None else float(v) for o, v in values.items()}
+
+
+def _counts(rows: Rows) -> dict[str, int]:
+    states = [row["status"] for row in rows]
+    return {state: states.count(state) for state in dict.fromkeys(states)}
+
+
+def _cell(value: Any) -> Any:
+    """A setting as a table holds it: sections become text."""
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+def _parquet(table: pd.DataFrame) -> bytes:
+    """Columns of mixed values become text, which Parquet can hold."""
+    mixed = [c for c in table if len({type(v) for v in table[c].dropna()}) > 1]
+    buffer = io.BytesIO()
+    table.astype(dict.fromkeys(mixed, str)).to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def show_report(folder: SweepFolder) -> None:
+    """Print what the sweep found."""
+    text = folder.read(SUMMARY)
+    if text is None:
+        print(f"{folder.title}: nothing to report yet")
+        return
+    summary = json.loads(text)
+    console = Console(highlight=False)
+    for phase, counts in summary["phases"].items():
+        told = ", ".join(f"{number} {state}" for state, number in counts.items())
+        console.print(f"{phase}: {told or 'no trial'}")
+    if any(summary["compared"].values()):
+        table = Table(title="scores (mean, and range over seeds)", title_justify="left")
+        cases = list(dict.fromkeys(c for scores in summary["compared"].values() for c in scores))
+        table.add_column("task")
+        for case in cases:
+            table.add_column(case, justify="right")
+        for task, scores in summary["compared"].items():
+            table.add_row(task, *(spread(scores.get(case, [])) for case in cases))
+        console.print(table)
+    for sentence in summary["statements"].values():
+        if sentence:
+            console.print(sentence, soft_wrap=True)
+    if summary["best"]:
+        told = ", ".join(f"{k} = {_cell(v)}" for k, v in summary["best"]["settings"].items())
+        console.print(f"best: {told}", soft_wrap=True)
+    print(f"report: {folder.title}/report.html  (best.yaml, artifact/, trials.csv beside it)")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range in percent."""
+    if not values:
+        return ""
+    mean = 100 * sum(values) / len(values)
+    return f"{mean:.2f} ({100 * min(values):.2f} to {100 * max(values):.2f})"

@@ -1,0 +1,186 @@
+"""What one trial of a sweep runs on Ray: an experiment, scored by the sweep's objectives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from mtl_core.config import Experiment
+from mtl_core.data.prepare import Data, prepare, reopen
+from mtl_core.metrics import PRIMARY
+from mtl_core.world import World
+from train_jobs.runs import RunFolder
+from train_jobs.sweep import Plan
+from train_jobs.train import ProgressLog, build_trainer
+from train_jobs.worker import WorkerSession
+
+BASE, BEST, ALONE = "base", "best", "alone/"
+"""What is compared in the end: the experiment as it is, the best setting, each task by itself."""
+
+
+class TrialFailed(RuntimeError):
+    """Training of one trial could not go on; the message is the loop's own."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the trials of one phase share; it travels through the object store once."""
+
+    plan: Plan
+    folder: str
+    """The sweep's folder, as path or URL."""
+    labels: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, str]
+    """Of the base experiment's encoded splits."""
+    best: Mapping[str, Any] | None = None
+    """What the search drew for its best trial."""
+    alone: Mapping[str, float] = field(default_factory=dict)
+    """Task → validation score when trained alone, which `gain` is relative to."""
+
+    def experiment(self, config: Mapping[str, Any]) -> Experiment:
+        """What a trial trains: a case and a seed of the comparison, or what a searcher drew."""
+        if "case" not in config:
+            return self.plan.experiment(config)
+        case, seed = str(config["case"]), int(config["seed"])
+        if case == BEST:
+            assert self.best is not None
+            return self.plan.experiment(self.best, seed)
+        if case.startswith(ALONE):
+            alone = self.plan.alone(case.removeprefix(ALONE))
+            return alone.model_copy(update={"seed": seed})
+        return self.plan.base.model_copy(update={"seed": seed})
+
+    def data(self, experiment: Experiment) -> Data:
+        """Its encoded texts: mapped when they are the base experiment's, else made, or found made
+        by another trial."""
+        if _texts(experiment) == _texts(self.plan.base):
+            return reopen(experiment, self.labels, self.keys)
+        return prepare(experiment)
+
+
+def _texts(experiment: Experiment) -> str:
+    """All that encoded texts depend on."""
+    raw = experiment.model_dump(mode="json")
+    labels = {name: (task["kind"], task["labels"]) for name, task in raw["tasks"].items()}
+    seeded = any(source["limit"] or "validation" not in source["splits"] for source in raw["data"])
+    parts = [raw["data"], raw["encoder"], raw["init_from"], labels, raw["seed"] if seeded else 0]
+    return json.dumps(parts, sort_keys=True)
+
+
+class Scorer:
+    """Adds the sweep's objectives to what a worker reports."""
+
+    def __init__(
+        self, experiment: Experiment, objectives: tuple[str, ...], alone: Mapping[str, float]
+    ) -> None:
+        self.primary = {name: PRIMARY[task.kind] for name, task in experiment.tasks.items()}
+        self.objectives = objectives
+        self.alone = dict(alone)
+        self.best: Mapping[str, Any] = {}
+        """The report of the epoch whose weights are kept."""
+
+    def __call__(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        if metrics.get("best") or metrics.get("finished") or not self.best:
+            self.best = metrics
+        values = {objective_key(i): self.value(o) for i, o in enumerate(self.objectives)}
+        return {**metrics, **values}
+
+    def value(self, objective: str) -> float:
+        scores = {
+            task: float(self.best.get(f"validation/{task}/{metric}", float("nan")))
+            for task, metric in self.primary.items()
+        }
+        if objective == "mean":
+            return sum(scores.values()) / len(scores)
+        if objective == "gain":
+            gains = [(scores[t] - self.alone[t]) / max(self.alone[t], 1e-9) for t in scores]
+            return sum(gains) / len(gains)
+        return float(self.best.get(f"validation/{objective}", float("nan")))
+
+
+def objective_key(number: int) -> str:
+    """The name of an objective among a trial's results."""
+    return f"objective_{number}"
+
+
+class TrialSession(WorkerSession):
+    """A worker in the trial's own process: one process less to start for each trial."""
+
+    def __init__(self, scorer: Scorer, keep_weights: bool) -> None:
+        # Ray Train's own context knows nothing of a trial.
+        self.world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.scorer, self.keep_weights = scorer, keep_weights
+        self.history: list[dict[str, Any]] = []
+        self.failure: str | None = None
+
+    def checkpoint(self) -> ray.train.Checkpoint | None:
+        found: ray.train.Checkpoint | None = tune.get_checkpoint()
+        return found
+
+    def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
+        row = self.scorer(metrics)
+        if metrics.get("finished"):
+            row["history"] = self.history
+            folder = folder if self.keep_weights else None
+        checkpoint = None if folder is None else tune.Checkpoint.from_directory(str(folder))
+        tune.report(row, checkpoint=checkpoint)
+
+    def tell(self, event: str, row: dict[str, Any]) -> None:
+        if event == "failed":
+            self.failure = row["message"]
+        self.history.append({"event": event, **row})
+
+
+class ReportToTune(TuneReportCallback):
+    """Passes on what several workers report, with the objectives."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scorer = scorer
+
+    def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
+        super().after_report(run_context, [self.scorer(metrics[0])], checkpoint)
+
+
+def run_trial(config: dict[str, Any], job: Job) -> None:
+    """Train what a config asks for, with the one builder of training runs.
+
+    Raises:
+        TrialFailed: training cannot go on; the reason.
+    """
+    experiment = job.experiment(config)
+    case = config.get("case")
+    objectives = job.plan.sweep.objectives if case is None else ("mean",)
+    scorer = Scorer(experiment, objectives, job.alone)
+    data = job.data(experiment)
+    if case is None:  # a search chooses by validation, and has no business with test
+        data.splits.pop("test", None)
+        data.keys.pop("test", None)
+    trial = tune.get_context().get_trial_id()
+    named = experiment.model_copy(update={"name": trial, "output_dir": f"{job.folder}/workers"})
+    folder = RunFolder(named)
+    if experiment.scale.workers == 1:
+        first = config.get("seed") == job.plan.base.seed
+        session = TrialSession(scorer, keep_weights=case == BEST and first)
+        build_trainer(named, folder, data, None, session=session).fit()
+        failure = session.failure
+    else:
+        log = ProgressLog.remote()  # type: ignore[attr-defined]
+        trainer = build_trainer(named, folder, data, log, callbacks=[ReportToTune(scorer)])
+        result = trainer.fit()
+        told = ray.get(log.drain.remote())
+        if result.metrics and result.metrics.get("finished"):
+            history = [{"event": event, **row} for event, row in told]
+            tune.report({**scorer(result.metrics), "history": history})
+        failure = next((row["message"] for event, row in told if event == "failed"), None)
+    if failure is not None:
+        raise TrialFailed(failure)

@@ -1,0 +1,306 @@
+"""python -m train_jobs.tune: search an experiment's settings, and compare what was found."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import tune
+
+from mtl_core.build import inherit
+from mtl_core.command import INTERRUPTED, run_command
+from mtl_core.config import ConfigError
+from mtl_core.data.prepare import prepare
+from train_jobs.cluster import ray_cluster, worker_resources
+from train_jobs.space import expand
+from train_jobs.sweep import Plan, load_plan
+from train_jobs.sweep_folder import SweepFolder
+from train_jobs.sweep_report import show_report, write_report
+from train_jobs.sweep_table import SweepTable
+from train_jobs.train import describe_data
+from train_jobs.trials import ALONE, BASE, BEST, Job, objective_key, run_trial
+
+EPILOG = """examples:
+  python -m train_jobs.tune --config tune_configs/demo.yaml
+  python -m train_jobs.tune --config my_sweep.yaml --set budget.trials=8 --set name=try
+
+Running the same name again resumes the sweep; finished trials are not repeated. Ctrl-C stops it and
+reports what there is. Every key of the file is explained in docs/tuning.md."""
+PHASES = ("baselines", "search", "best")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train_jobs.tune",
+        description="Search learning rates, loss weights and freezing; see whether sharing helps.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="sweep file (YAML)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one field of the sweep by its dotted path; may be repeated",
+    )
+    options = parser.parse_args(arguments)
+    plan = load_plan(options.config, options.set)
+    plan = replace(plan, base=inherit(plan.base))
+    folder = SweepFolder(plan.sweep)
+    resumed = folder.check(plan)
+    if folder.is_finished:
+        print(f"{folder.title} is finished:")
+        show_report(folder)
+        return
+    if resumed:
+        print(f"resuming {folder.title}")
+    whole = sweep(plan, folder)
+    show_report(folder)
+    if not whole:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def sweep(plan: Plan, folder: SweepFolder) -> bool:
+    """Run every phase of a sweep and write its report; False if it was interrupted.
+
+    Raises:
+        ConfigError: the cluster cannot hold a trial, or another process works on this sweep.
+    """
+    data = prepare(plan.base)
+    describe_data(data)
+    # Paths of the data stay what they are for the trials.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    with folder.claim(plan), ray_cluster():
+        plan = _with_resources(plan)
+        job = Job(plan, folder.path_for_trials, data.labels, data.keys)
+        results: dict[str, list[dict[str, Any]]] = {}
+        best: dict[str, Any] | None = None
+        for phase in PHASES:
+            if phase == "best":
+                if best is None:
+                    raise ConfigError(
+                        f"no trial of {folder.title} finished; trials.csv there says why"
+                    )
+                job = replace(job, best=best["config"])
+            cases = _cases(phase, plan)
+            if phase != "search" and not cases:
+                continue
+            space = _space(plan) if phase == "search" else cases
+            results[phase], whole = run_phase(phase, job, space, folder)
+            if phase == "baselines":
+                job = replace(job, alone=_scores_alone(results[phase], plan))
+            best = best_trial(results.get("search", []), plan)
+            write_report(plan, folder, results, best)
+            if not whole:
+                return False
+        folder.finish()
+    return True
+
+
+def _cases(phase: str, plan: Plan) -> dict[str, Any]:
+    """What a phase of comparison trains."""
+    if phase == "best":
+        names = [BEST]
+    elif phase == "baselines" and plan.sweep.baselines:
+        names = [BASE, *(f"{ALONE}{task}" for task in plan.base.tasks if len(plan.base.tasks) > 1)]
+    else:
+        return {}
+    return {"case": tune.grid_search(names), "seed": tune.grid_search(plan.seeds())}
+
+
+def _space(plan: Plan) -> dict[str, Any]:
+    raw = plan.base.model_dump(mode="json")
+    space: dict[str, Any] = {}
+    for path, parameter in plan.sweep.space.items():
+        space |= parameter.domains(path, expand(raw, path))
+    return space
+
+
+def _with_resources(plan: Plan) -> Plan:
+    """The base with its workers' CPUs settled, so that best.yaml trains as the trial did.
+
+    Raises:
+        ConfigError: the cluster cannot hold one trial.
+    """
+    scale = plan.base.scale
+    if not isinstance(scale.workers, int):
+        raise ConfigError("scale.workers: trials need one number of workers, not [min, max]")
+    worker_resources(scale)
+    if scale.cpus_per_worker is None:
+        cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+        at_once = plan.sweep.budget.concurrency or min(
+            plan.sweep.num_trials, max(1, cpus // scale.workers)
+        )
+        share = max(1, cpus // (scale.workers * at_once))
+        scale = scale.model_copy(update={"cpus_per_worker": share})
+    return replace(plan, base=plan.base.model_copy(update={"scale": scale}))
+
+
+def run_phase(
+    phase: str, job: Job, space: Mapping[str, Any], folder: SweepFolder
+) -> tuple[list[dict[str, Any]], bool]:
+    """Run a phase's trials, or what is left of them; their results, and whether all ran."""
+    path = f"{folder.storage_path}/{phase}"
+    trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), _resources(job.plan))
+    sweep = job.plan.sweep
+    table = SweepTable(phase, job.plan, sweep.objectives if phase == "search" else ("mean",))
+    if tune.Tuner.can_restore(path):
+        tuner = tune.Tuner.restore(path, trainable, param_space=dict(space))
+        restored: Any = tuner._local_tuner
+        restored._run_config.callbacks = [table]  # the one that was stored knows no terminal
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=dict(space),
+            tune_config=_tune_config(phase, job.plan),
+            run_config=tune.RunConfig(
+                name=phase,
+                storage_path=folder.storage_path,
+                failure_config=tune.FailureConfig(max_failures=1),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                callbacks=[table],
+                verbose=0,
+            ),
+        )
+    started = time.monotonic()
+    with table:
+        grid = tuner.fit()
+    rows = [_row(phase, grid[number]) for number in range(len(grid))]
+    minutes = sweep.budget.minutes
+    timed_out = (
+        phase == "search" and minutes is not None and time.monotonic() - started > minutes * 60
+    )
+    expected = sweep.num_trials if phase == "search" else _count(space)
+    ended = sum(row["status"] != "unfinished" for row in rows)
+    return rows, timed_out or ended >= expected
+
+
+def _tune_config(phase: str, plan: Plan) -> tune.TuneConfig:
+    sweep = plan.sweep
+    first = objective_key(0)
+    shared: dict[str, Any] = {
+        "max_concurrent_trials": sweep.budget.concurrency,
+        "reuse_actors": True,
+    }
+    if phase != "search":
+        return tune.TuneConfig(metric=first, mode="max", **shared)
+    if sweep.budget.minutes is not None:
+        shared["time_budget_s"] = sweep.budget.minutes * 60
+    grid = sweep.searcher.algorithm == "grid"
+    shared["num_samples"] = 1 if grid else sweep.budget.trials
+    shared["search_alg"] = _search_algorithm(plan)
+    shared["scheduler"] = _scheduler(plan)
+    if len(sweep.objectives) > 1:  # the searcher has the metrics
+        return tune.TuneConfig(**shared)
+    return tune.TuneConfig(metric=first, mode="max", **shared)
+
+
+def _search_algorithm(plan: Plan) -> Any:
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    searcher = plan.sweep.searcher
+    if searcher.algorithm != "optuna":
+        return BasicVariantGenerator(random_state=searcher.seed)
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    keys = [objective_key(number) for number in range(len(plan.sweep.objectives))]
+    sampler = optuna.samplers.TPESampler(
+        n_startup_trials=searcher.startup_trials, seed=searcher.seed
+    )
+    several = len(keys) > 1
+    return OptunaSearch(
+        metric=keys if several else keys[0],
+        mode=["max"] * len(keys) if several else "max",
+        sampler=sampler,
+    )
+
+
+def _scheduler(plan: Plan) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule
+
+    scheduler = plan.sweep.scheduler
+    if scheduler.kind == "asha":
+        return AsyncHyperBandScheduler(
+            time_attr="epoch",
+            max_t=plan.base.training.epochs + 1,  # the scores come after the last epoch's report
+            grace_period=min(scheduler.grace_epochs, plan.base.training.epochs),
+            reduction_factor=scheduler.reduction_factor,
+        )
+    if scheduler.kind == "median":
+        return MedianStoppingRule(time_attr="epoch", grace_period=scheduler.grace_epochs)
+    return None
+
+
+def _resources(plan: Plan) -> dict[str, float]:
+    """What a trial's own process takes: the worker's share, or next to nothing beside workers."""
+    _, use_gpu, each = worker_resources(plan.base.scale)
+    if plan.base.scale.workers != 1:
+        return {"cpu": 0.01}
+    return {"cpu": each["CPU"], **({"gpu": 1.0} if use_gpu else {})}
+
+
+def _row(phase: str, result: tune.Result) -> dict[str, Any]:
+    """A trial as a row of the report."""
+    metrics = dict(result.metrics or {})
+    status = "finished" if metrics.get("finished") else "unfinished"
+    reason = ""
+    if result.error is not None:
+        status, reason = "failed", str(result.error).strip().splitlines()[-1]
+    elif status == "unfinished" and metrics.get("done"):
+        status = "stopped"
+    return {
+        "phase": phase,
+        "trial": metrics.get("trial_id", ""),
+        "status": status,
+        "reason": reason,
+        "config": dict(result.config or metrics.get("config", {})),
+        "metrics": metrics,
+        "checkpoint": result.checkpoint,
+    }
+
+
+def best_trial(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
+    """The finished trial with the highest objective, or the highest mean of several."""
+    keys = [objective_key(number) for number in range(len(plan.sweep.objectives))]
+    finished = [row for row in rows if row["status"] == "finished"]
+    found = max(finished, key=lambda r: sum(r["metrics"][key] for key in keys), default=None)
+    return dict(found) if found else None
+
+
+def _scores_alone(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, float]:
+    """Task → mean validation score over the seeds of its runs alone."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        case = str(row["config"]["case"])
+        if case.startswith(ALONE) and row["status"] == "finished":
+            scores.setdefault(case.removeprefix(ALONE), []).append(row["metrics"][objective_key(0)])
+    if "gain" in plan.sweep.objectives:
+        for task in plan.base.tasks:
+            if task not in scores:
+                raise ConfigError(f"objective: gain needs {task} alone, and no such run finished")
+    return {task: sum(values) / len(values) for task, values in scores.items()}
+
+
+def _count(space: Mapping[str, Any]) -> int:
+    count = 1
+    for value in space.values():
+        count *= len(value["grid_search"])
+    return count
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        run_command(main)
