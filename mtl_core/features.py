@@ -6,10 +6,12 @@ machine and by later runs over the same data. Shapes: H hidden units.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +57,6 @@ def cache_file(
     return cache_root() / "features" / f"{digest.hexdigest()[:32]}.npy"
 
 
-@torch.no_grad()
 def build_cache(
     model: MultiTaskModel,
     split: EncodedSplit,
@@ -67,15 +68,33 @@ def build_cache(
 ) -> Iterator[float]:
     """Write the states of every text; yields the share done, and leaves nothing half-written.
 
+    Trials of a sweep come to the same states at the same time: one writes them, the others wait.
+
     Raises:
         OSError: the disk is full.
     """
-    encoder, hidden = model.encoder, model.encoder.hidden_size
     path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks only costs the work twice
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            yield from _write_states(model, split, path, depth, device, dtype, autocast)
+
+
+@torch.no_grad()
+def _write_states(
+    model: MultiTaskModel,
+    split: EncodedSplit,
+    path: Path,
+    depth: int,
+    device: torch.device,
+    dtype: np.dtype[np.generic],
+    autocast: bool,
+) -> Iterator[float]:
+    encoder, hidden = model.encoder, model.encoder.hidden_size
     size = len(split.input_ids) * hidden * dtype.itemsize
     if size > shutil.disk_usage(path.parent).free * 0.9:
         raise OSError(f"{path.parent}: the feature cache needs {size / 2**30:.1f} GiB of disk")
-    # A name of its own: trials of a sweep may come to the same states at the same time.
     partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial.npy")
     done = 0
     encoder.eval()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +171,7 @@ def test_a_build_that_stops_halfway_leaves_no_file(
     assert features.open_cache(path, 3) is None
     assert list(path.parent.iterdir())
     running.close()
-    assert list(path.parent.iterdir()) == []
+    assert list(path.parent.glob("*.npy")) == []
 
 
 def test_two_builds_of_one_cache_at_once_both_succeed(
@@ -186,7 +189,7 @@ def test_two_builds_of_one_cache_at_once_both_succeed(
     finished = np.array(np.load(path))
     list(slow)
     assert np.array_equal(np.load(path), finished)
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.glob("*.npy")) == [path]
 
 
 def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_built(
@@ -197,7 +200,7 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_built(
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match="feature cache needs"):
         build(model, split_for(model), tmp_path / "states.npy", 3)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.npy")) == []
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -223,3 +226,43 @@ def test_an_encoder_that_does_more_between_its_layers_is_noticed(
 
     monkeypatch.setattr(SentenceEncoder, "upper", wrong)
     assert not features.splits_cleanly(model, split_for(model), 2, CPU)
+
+
+HOLDER = """
+import fcntl, os, sys
+lock, made, wanted = sys.argv[1:]
+with open(lock, "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.readline()
+    os.rename(made, wanted)
+"""
+
+
+def test_states_that_another_process_computes_are_waited_for(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = model_of(folders["bert"])
+    split = split_for(model)
+    wanted = tmp_path / "states.npy"
+    made = build(model, split, tmp_path / "made.npy", 2)
+    passes = model.encoder.num_passes
+    arguments = [str(tmp_path / "states.lock"), str(tmp_path / "made.npy"), str(wanted)]
+    command = [sys.executable, "-c", HOLDER, *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        told: list[float] = []
+        states = features.build_cache(model, split, wanted, 2, CPU, np.dtype("float32"), False)
+        waiting = threading.Thread(target=lambda: told.extend(states), daemon=True)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        other.communicate("go\n")
+        waiting.join(10)
+    assert told == []
+    assert model.encoder.num_passes == passes
+    found = features.open_cache(wanted, 2)
+    assert found is not None
+    np.testing.assert_array_equal(found.states, made.states)

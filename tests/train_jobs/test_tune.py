@@ -1,0 +1,211 @@
+"""python -m train_jobs.tune, as a user runs it on a cluster of two CPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+
+from mtl_core.artifact import read_manifest
+from tests.commands import run, start, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+def write_sweep(folder: Path, experiment: dict[str, Any], **changes: Any) -> Path:
+    """A sweep of few and short trials."""
+    base = {
+        **experiment,
+        "data": [{"demo": True, "limit": 80}],
+        "training": {**experiment["training"], "epochs": 2, "checkpoint_every": None},
+        "scale": {"workers": 1},
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    sweep = {
+        "name": "sweep",
+        "base": "base.yaml",
+        "output_dir": str(folder / "sweeps"),
+        "space": {
+            "optim.learning_rate": {"loguniform": [1e-4, 1e-2]},
+            "tasks.*.loss_weight": {"sample_from": "simplex"},
+        },
+        "budget": {"trials": 4},
+        "seeds": 2,
+        **changes,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(
+    tmp_path_factory: pytest.TempPathFactory, ray_address: str, experiment: dict[str, Any]
+) -> Path:
+    """The folder of a finished sweep with baselines."""
+    folder = tmp_path_factory.mktemp("sweep")
+    path = write_sweep(folder, experiment, baselines=True, objective="gain")
+    done = run("tune", "--config", str(path), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def trials_of(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "sweeps/sweep/trials.csv")
+
+
+def test_every_trial_stands_in_the_table(swept: Path) -> None:
+    trials = trials_of(swept)
+    assert dict(trials["phase"].value_counts()) == {"baselines": 6, "search": 4, "best": 2}
+    assert set(trials["status"]) == {"finished"}
+    searched = trials[trials["phase"] == "search"]
+    weights = searched["tasks.sentiment.loss_weight"] + searched["tasks.entities.loss_weight"]
+    assert weights.to_list() == pytest.approx([1.0] * 4)
+    assert searched["test/entities/f1"].isna().all()
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(swept / "sweeps/sweep/trials.parquet")[["trial", "seconds"]],
+        trials[["trial", "seconds"]],
+    )
+
+
+def test_gain_is_relative_to_the_tasks_alone(swept: Path) -> None:
+    trials = trials_of(swept)
+    alone = trials[trials["phase"] == "baselines"].groupby("case").mean(numeric_only=True)
+    before = {
+        "validation/sentiment/accuracy": alone.loc["alone/sentiment"],
+        "validation/entities/f1": alone.loc["alone/entities"],
+    }
+    for _, trial in trials[trials["phase"] == "search"].iterrows():
+        gains = [(trial[key] - row[key]) / max(row[key], 1e-9) for key, row in before.items()]
+        assert trial["objective gain"] == pytest.approx(sum(gains) / 2, rel=1e-6)
+
+
+def test_best_yaml_trains_to_the_reported_scores(swept: Path, ray_address: str) -> None:
+    folder = swept / "sweeps/sweep"
+    settings = ("--set", f"output_dir={swept}/runs")
+    done = run("train", "--config", str(folder / "best.yaml"), *settings, address=ray_address)
+    assert done.returncode == 0, done.stderr
+    again = read_manifest(swept / "runs/sweep-best/artifact").tasks
+    kept = read_manifest(folder / "artifact").tasks
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    for task, metric in (("sentiment", "accuracy"), ("entities", "f1")):
+        assert again[task]["metrics"] == kept[task]["metrics"]
+        reported = summary["best"]["validation"][task]
+        assert again[task]["metrics"]["validation"][metric] == reported
+
+
+def test_the_page_holds_everything_and_needs_nothing(swept: Path) -> None:
+    page = (swept / "sweeps/sweep/report.html").read_text(encoding="utf-8")
+    assert "http://" not in page
+    assert "https://" not in page
+    for wanted in ("Does sharing help?", "best.yaml", "What mattered", "data:image/png;base64,"):
+        assert wanted in page
+    for trial in trials_of(swept)["trial"]:
+        assert trial in page
+
+
+def test_a_finished_sweep_is_shown_and_not_repeated(swept: Path, ray_address: str) -> None:
+    before = trials_of(swept)
+    done = run("tune", "--config", str(swept / "sweep.yaml"), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "is finished" in done.stdout
+    assert "sentiment: sharing" in done.stdout
+    pd.testing.assert_frame_equal(trials_of(swept), before)
+
+
+def test_a_folder_of_another_sweep_is_refused(swept: Path, ray_address: str) -> None:
+    done = run(
+        "tune", "--config", str(swept / "sweep.yaml"), "--set", "seeds=3", address=ray_address
+    )
+    assert done.returncode == 1
+    assert "sweep.seeds was 2, now 3" in done.stderr
+
+
+def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    """A rate that overflows fp32 gives a loss that is not finite."""
+    path = write_sweep(
+        tmp_path,
+        experiment,
+        space={"optim.learning_rate": {"grid": [1e-3, 1e38]}},
+        searcher={"algorithm": "grid"},
+        seeds=1,
+    )
+    done = run("tune", "--config", str(path), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    trials = trials_of(tmp_path)
+    failed = trials[trials["status"] == "failed"]
+    assert (failed["optim.learning_rate"] == 1e38).all()
+    assert len(failed)
+    assert failed["reason"].str.contains("is not finite at step").all()
+    assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
+
+
+def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    path = write_sweep(tmp_path, experiment, budget={"trials": 4, "concurrency": 1}, seeds=1)
+    sweep = start("tune", "--config", str(path), address=ray_address)
+    table = tmp_path / "sweeps/sweep/search"
+    wait_for(lambda: num_finished(table), sweep)
+    sweep.send_signal(signal.SIGINT)
+    output, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 130, output
+    assert "report:" in output
+    ended = trials_of(tmp_path)
+    done_before = set(ended[ended["status"] == "finished"]["trial"])
+    assert 1 <= len(done_before) < 4
+    results = {path: path.stat().st_mtime for path in table.glob("*/result.json")}
+
+    done = run("tune", "--config", str(path), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    trials = trials_of(tmp_path)
+    assert (trials["status"] == "finished").all()
+    assert done_before <= set(trials["trial"])
+    for name in done_before:
+        (result,) = (path for path in results if f"_{name}_" in str(path))
+        assert result.stat().st_mtime == results[result]
+
+
+def test_a_killed_driver_and_a_killed_trial_cost_nothing_but_time(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    path = write_sweep(tmp_path, experiment, budget={"trials": 3, "concurrency": 1}, seeds=1)
+    sweep = start("tune", "--config", str(path), address=ray_address)
+    table = tmp_path / "sweeps/sweep/search"
+    wait_for(lambda: num_finished(table), sweep)
+    killed = trial_processes()
+    for process in killed:
+        process.kill()
+    assert killed
+    wait_for(lambda: num_finished(table) >= 2, sweep)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.communicate()
+    done = run("tune", "--config", str(path), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert (trials_of(tmp_path)["status"] == "finished").all()
+
+
+def trial_processes() -> list[psutil.Process]:
+    """Ray names a process after the actor in it."""
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if any("ImplicitFunc" in part for part in p.info["cmdline"] or ())]
+
+
+def num_finished(folder: Path) -> int:
+    rows = [
+        json.loads(line)
+        for path in folder.glob("*/result.json")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.endswith("}")
+    ]
+    return sum(bool(row.get("finished")) for row in rows)
