@@ -1,4 +1,4 @@
-"""Write docs/experiment.md and docs/settings.md from the fields' own descriptions."""
+"""Write the reference pages in docs/ from the fields' own descriptions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mtl_core.config import (
     WeightingConfig,
 )
 from serve_app.settings import Settings
+from train_jobs.sweep import Budget, Scheduler, Searcher, Sweep
 
 EXPERIMENT: dict[str, type[BaseModel]] = {
     "top level": Experiment,
@@ -37,6 +38,14 @@ EXPERIMENT: dict[str, type[BaseModel]] = {
 
 
 SERVER: dict[str, type[BaseModel]] = {"--set KEY=VALUE": Settings}
+
+
+SWEEP: dict[str, type[BaseModel]] = {
+    "top level": Sweep,
+    "searcher": Searcher,
+    "scheduler": Scheduler,
+    "budget": Budget,
+}
 
 
 def experiment_page() -> str:
@@ -59,6 +68,22 @@ def settings_page() -> str:
     )
 
 
+def sweep_page() -> str:
+    """docs/sweep.md as Markdown."""
+    return reference(
+        "The sweep file",
+        "Every key, its default and what it does. `make docs` writes this page from the code.\n"
+        "Unknown keys are errors; [tuning.md](tuning.md) shows how sweeps are used.",
+        SWEEP,
+    )
+
+
+def pages() -> dict[str, str]:
+    """File name → text of every page that is written from the code."""
+    written = {"experiment": experiment_page(), "settings": settings_page(), "sweep": sweep_page()}
+    return {f"{name}.md": page for name, page in written.items()}
+
+
 def reference(title: str, introduction: str, sections: Mapping[str, type[BaseModel]]) -> str:
     """A page of tables, one a section."""
     lines = [f"# {title}", "", introduction]
@@ -71,7 +96,7 @@ def reference(title: str, introduction: str, sections: Mapping[str, type[BaseMod
             if field.default is PydanticUndefined and not field.is_required():
                 default = "none"
             meaning = " ".join(field.description.split()).replace("|", "\\|")
-            lines.append(f"| `{name}` | {default} | {meaning} |")
+            lines.append(f"| `{field.alias or name}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -82,5 +107,5 @@ def _show(value: object) -> str:
 
 
 if __name__ == "__main__":
-    for name, page in (("experiment.md", experiment_page()), ("settings.md", settings_page())):
+    for name, page in pages().items():
         Path(__file__).with_name(name).write_text(page, encoding="utf-8")

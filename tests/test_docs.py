@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 import serve_app.__main__
-from docs.make_reference import experiment_page, settings_page
+from docs.make_reference import pages
 from mtl_core.config import load_experiment, parse_experiment
 from serve_app import optimize
-from train_jobs import evaluate, predict, similarity, train
+from train_jobs import evaluate, predict, similarity, train, tune
+from train_jobs.sweep import Sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Any] = {
     "train_jobs.evaluate": evaluate,
     "train_jobs.predict": predict,
     "train_jobs.similarity": similarity,
+    "train_jobs.tune": tune,
     "serve_app": serve_app.__main__,
     "serve_app.optimize": optimize,
 }
@@ -49,7 +51,7 @@ def commands() -> list[str]:
 
 
 def test_the_references_are_current() -> None:
-    for name, page in (("experiment.md", experiment_page()), ("settings.md", settings_page())):
+    for name, page in pages().items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page, "make docs"
 
 
@@ -60,10 +62,17 @@ def test_whole_experiments_in_the_pages_are_valid() -> None:
         assert parse_experiment(raw).tasks
 
 
+def test_whole_sweeps_in_the_pages_are_valid() -> None:
+    whole = [raw for raw in map(yaml.safe_load, yaml_blocks()) if "space" in raw]
+    assert whole
+    for raw in whole:
+        assert Sweep.model_validate({"name": "page", **raw}).space
+
+
 def test_snippets_in_the_pages_use_known_keys() -> None:
     base = load_experiment(ROOT / "train_jobs/configs/demo.yaml").model_dump(mode="json")
     for block in yaml_blocks():
-        if "data:" in block:
+        if "data:" in block or "space:" in block:
             continue
         for line in filter(str.strip, block.splitlines()):
             parse_experiment({**base, **yaml.safe_load(line)})
@@ -80,7 +89,7 @@ def test_commands_in_the_pages_name_existing_options(
     for argument in arguments:
         if argument.startswith("--"):
             assert argument in known, argument
-        if argument.startswith("train_jobs/configs/"):
+        if argument.startswith(("train_jobs/configs/", "tune_configs/")):
             assert (ROOT / argument).is_file()
 
 
