@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, confusion matrix, similarity heatmap, scores per type.
+"""Pictures of a run: curves, confusion matrix, similarity, scores per type, gradient cosines.
 
 Every function writes one file, in the format its suffix names, through matplotlib's object
 interface: no display, no global state. Labels may hold any Unicode text.
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mtl_core.plot_parts import (
     font_families,
+    label_square,
     new_figure,
     save_figure,
     set_title,
@@ -127,6 +128,46 @@ def similarity_heatmap(matrix: Matrix, labels: Sequence[str], path: str | Path) 
     save_figure(figure, path)
 
 
+def gradient_cosines(history: Rows, path: str | Path) -> None:
+    """Cosines between the tasks' gradients: their means as a matrix, and each pair by step.
+
+    `history` holds the rows of metrics.jsonl, of which some have `cosine/<task>/<task>`.
+    """
+    from matplotlib.lines import Line2D
+
+    keys = [key for row in history for key in row if key.startswith("cosine/")]
+    pairs = {key: _curve(history, key) for key in dict.fromkeys(keys)}
+    names = [key.split("/")[1:] for key in pairs]
+    tasks = list(dict.fromkeys(task for pair in names for task in pair))
+    means = np.full((len(tasks), len(tasks)), np.nan)
+    np.fill_diagonal(means, 1.0)
+    figure = new_figure(12, 5)
+    matrix_axes, line_axes = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    handles = []
+    for number, ((first, second), curve) in enumerate(zip(names, pairs.values(), strict=True)):
+        row, column = tasks.index(first), tasks.index(second)
+        if curve:
+            means[row, column] = means[column, row] = np.mean([value for _, value in curve])
+        style: dict[str, Any] = {
+            "color": _PALETTE[number % len(_PALETTE)],
+            "linestyle": _DASHES[number // len(_PALETTE) % len(_DASHES)],
+        }
+        _plot(line_axes, curve, linewidth=0.8, alpha=0.25, **style)
+        _plot(line_axes, _smooth(curve), linewidth=1.8, **style)
+        handles.append(Line2D([], [], linewidth=2.5, **style))
+    image = matrix_axes.imshow(means, cmap="RdBu", vmin=-1, vmax=1)
+    texts = [["" if math.isnan(v) else f"{v:.2f}" for v in row] for row in means.tolist()]
+    _write_cells(matrix_axes, texts, np.abs(means) > 0.65)
+    label_square(matrix_axes, tasks)
+    matrix_axes.set_title("mean over training", fontsize=10)
+    _colour_bar(figure, matrix_axes, image, "cosine")
+    _finish_curves(line_axes, "by step (smoothed line)", "cosine")
+    line_axes.axhline(0, color="0.35", linewidth=1, zorder=0)
+    _legend(figure, handles, [" and ".join(pair) for pair in names])
+    set_title(figure, "Cosines between the tasks' gradients of the encoder")
+    save_figure(figure, path)
+
+
 def per_type_bars(rows: Mapping[str, Mapping[str, float]], path: str | Path, title: str) -> None:
     """F1 of each entity type as bars, best first; rows hold precision, recall, f1 and support."""
     ordered = sorted(rows.items(), key=lambda item: (-item[1]["f1"], item[0]))
@@ -169,16 +210,16 @@ def _plot(axes: Axes, curve: Curve, **style: Any) -> None:
         axes.plot([step for step, _ in curve], [value for _, value in curve], **style)
 
 
-def _legend(figure: Figure, handles: list[Line2D], tasks: list[str]) -> None:
-    """Name the tasks below the panels, away from the lines."""
-    if not tasks:
+def _legend(figure: Figure, handles: list[Line2D], lines: list[str]) -> None:
+    """Name the lines below the panels, away from the lines."""
+    if not lines:
         return
-    names = [short_label(task).lstrip("_") for task in tasks]  # a leading one would hide the entry
+    names = [short_label(line).lstrip("_") for line in lines]  # a leading one would hide the entry
     legend = figure.legend(
         handles,
         names,
         loc="outside lower center",
-        ncols=min(len(tasks), 5),
+        ncols=min(len(lines), 5),
         frameon=False,
         prop={"family": font_families()},
     )
