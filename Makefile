@@ -12,10 +12,10 @@ export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-fast lint types check format bench-snips bench-pair bench-serve docs clean
+.PHONY: help venv demo serve test test-fast lint types check format bench-snips bench-pair bench-weighting bench-serve docs clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Create .venv and install what constraints.txt pins (PYTHON=python3.12 picks another Python)
 
@@ -59,6 +59,9 @@ bench-snips: $(STAMP) ## Measure joint intents and slots on SNIPS
 
 bench-pair: $(STAMP) ## Measure one encoder on two data sets that share no labels
 	$(BIN)/python benchmarks/disjoint_pair.py
+
+bench-weighting: $(STAMP) ## Measure what a training step costs under each weighting strategy
+	$(BIN)/python benchmarks/weighting.py
 
 bench-serve: $(STAMP) ## Measure the server beside its peers (needs wrk; about 25 minutes)
 	$(BIN)/python -m benchmarks.serve

@@ -50,7 +50,7 @@ class TaskConfig(Config):
     labels: tuple[str, ...] | None = None
     """Label names (for entities their types); read from the training data when absent."""
     loss_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
-    """Factor on this task's loss under fixed weighting."""
+    """Factor on this task's loss, under any weighting strategy."""
     class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
     """Weights of labels in the loss: `balanced`, or a number a label (1 for those not named)."""
     dropout: Fraction = 0.1
@@ -129,8 +129,15 @@ class MixingConfig(Config):
 
 
 class WeightingConfig(Config):
-    strategy: Literal["fixed", "uncertainty"] = "fixed"
-    """fixed: the tasks' own `loss_weight`; uncertainty: learned (Kendall et al., CVPR 2018)."""
+    strategy: Literal["fixed", "uncertainty", "dwa", "rlw", "pcgrad"] = "fixed"
+    """fixed: the tasks' own `loss_weight`; uncertainty: learned (Kendall et al., CVPR 2018);
+    dwa: by how slowly losses fall from epoch to epoch (Liu et al., CVPR 2019); rlw: random in each
+    step (Lin et al., TMLR 2022); pcgrad: conflicts between the tasks' gradients of the encoder are
+    projected out (Yu et al., NeurIPS 2020)."""
+    temperature: PositiveFloat = 2.0
+    """dwa: large values approach equal weights."""
+    gradient_cosines: PositiveInt | None = None
+    """In each n-th step, measure the cosines between the tasks' gradients of the encoder."""
 
 
 class FreezeConfig(Config):

@@ -28,6 +28,7 @@ from mtl_core.dropout import QuickDropout
 from mtl_core.evaluation import evaluate
 from mtl_core.model import Batch, MultiTaskModel
 from mtl_core.state import TrainState
+from mtl_core.weighting import Step, Weighting
 from mtl_core.world import World
 
 LOG_EVERY = 10
@@ -108,6 +109,11 @@ class _Run:
         self.caches: dict[str, features.FeatureCache | None] = {"train": None, "validation": None}
         self.wrapped: MultiTaskModel | DistributedDataParallel = self.model
 
+    @property
+    def weighting(self) -> Weighting:
+        assert self.model.weighting is not None
+        return self.model.weighting
+
     def prepare_features(self) -> Iterator[Event]:
         """Run what never learns once, when it is worth a file."""
         config = self.experiment.training
@@ -170,8 +176,8 @@ class _Run:
         return [batches[first : first + size] for first in starts]
 
     def _wrap(self) -> MultiTaskModel | DistributedDataParallel:
-        """DDP over what learns now; anew whenever that changes."""
-        if self.world.size == 1 or not self._learns():
+        """DDP over what learns now, anew whenever that changes; none where weighting reduces."""
+        if self.world.size == 1 or not self._learns() or self.weighting.reduces_gradients:
             return self.model
         ids = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(
@@ -182,14 +188,13 @@ class _Run:
         """One optimiser step over one or more accumulated batches."""
         state = self.state
         assert state.optimizer is not None
-        assert self.model.weighting is not None
         dropout = self._dropout()
-        counts = {
-            task: int(sum(self.counts[task][rows].sum() for rows in batches)) for task in self.tasks
-        }
-        share = {task: float(counts[task] > 0) / len(batches) for task in self.tasks}
+        held = [{t: int(self.counts[t][rows].sum()) for t in self.tasks} for rows in batches]
+        counts = {task: sum(labels[task] for labels in held) for task in self.tasks}
         started = time.perf_counter()
+        self.weighting.begin_step(Step(self.experiment.seed, state.step, counts), self.model)
         for index, rows in enumerate(batches):
+            share = {task: held[index][task] / max(counts[task], 1) for task in self.tasks}
             batch, tokens = self._micro_batch(rows)
             last = index == len(batches) - 1
             wrapped = self.wrapped
@@ -207,8 +212,9 @@ class _Run:
                     task: sums[task] * (self.world.size / max(counts[task], 1))
                     for task in self.tasks
                 }
-                self.model.weighting.backward(losses, share)
+                self.weighting.backward(losses, share)
             log.add_losses(sums, counts if last else None, tokens)
+        self.weighting.finish_step(self.world)
         norm = self._clip()
         if not math.isfinite(norm):
             raise self._not_finite(log.losses)
@@ -263,7 +269,6 @@ class _Run:
         """A row for the log; the sums over ranks make it the same on all."""
         losses, tokens = log.reduced(self.world)
         state = self.state
-        assert self.model.weighting is not None
         row: dict[str, Any] = {
             "step": state.step,
             "epoch": round(state.epoch + number / of, 4),
@@ -273,14 +278,13 @@ class _Run:
             "tokens_per_second": tokens / max(log.seconds, 1e-9),
         }
         row.update({f"loss/{task}": value for task, value in losses.items()})
-        if self.experiment.weighting.strategy != "fixed":
-            weights = self.model.weighting.current()
-            row.update({f"weight/{task}": value for task, value in weights.items()})
+        row.update(self.weighting.report())
         return row
 
     def _finish_epoch(self) -> Iterator[Event]:
         """Validate, keep the best weights, and ask for a checkpoint."""
         state = self.state
+        self.weighting.end_epoch()
         state.epoch += 1
         state.step_in_epoch = 0
         row: dict[str, Any] = {"step": state.step, "epoch": float(state.epoch)}

@@ -32,6 +32,16 @@ def square_grid(labels: Sequence[str], cell: float) -> tuple[Figure, Axes]:
     side = max(cell * len(names), 2.0)
     figure = new_figure(side + room + 1.9, side + room * math.sin(math.radians(angle)) + 1.3)
     axes = figure.subplots()
+    label_square(axes, names, font_size, angle)
+    axes.tick_params(length=0 if cell > 0.3 else 2)
+    return figure, axes
+
+
+def label_square(
+    axes: Axes, labels: Sequence[str], font_size: float = 9.0, angle: float = 45
+) -> None:
+    """Name rows and columns of a square matrix."""
+    names = [short_label(label) for label in labels]
     style: dict[str, Any] = {
         "parse_math": False,
         "fontsize": font_size,
@@ -41,8 +51,6 @@ def square_grid(labels: Sequence[str], cell: float) -> tuple[Figure, Axes]:
     # A slanted label ends at its tick; an upright one is centred on it.
     style |= {"rotation": angle, "ha": "right", "va": "center" if angle == 90 else "top"}
     axes.set_xticks(range(len(names)), names, rotation_mode="anchor", **style)
-    axes.tick_params(length=0 if cell > 0.3 else 2)
-    return figure, axes
 
 
 def set_title(figure: Figure, title: str) -> None:

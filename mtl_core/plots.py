@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, confusion matrix, similarity heatmap, scores per type.
+"""Pictures of a run: curves, confusion matrix, similarity, scores per type, gradient cosines.
 
 Every function writes one file, in the format its suffix names, through matplotlib's object
 interface: no display, no global state. Labels may hold any Unicode text.
@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mtl_core.plot_parts import (
+    display_width,
     font_families,
+    label_square,
     new_figure,
     save_figure,
     set_title,
@@ -127,6 +129,47 @@ def similarity_heatmap(matrix: Matrix, labels: Sequence[str], path: str | Path) 
     save_figure(figure, path)
 
 
+def gradient_cosines(history: Rows, path: str | Path) -> None:
+    """Cosines between the tasks' gradients: their means as a matrix, and the strongest by step.
+
+    `history` holds the rows of metrics.jsonl, of which some have `cosine/<task>/<task>`.
+    """
+    from matplotlib.lines import Line2D
+
+    keys = dict.fromkeys(key for row in history for key in row if key.startswith("cosine/"))
+    curves = {tuple(key.split("/")[1:]): _curve(history, key) for key in keys}
+    means = {p: np.mean([value for _, value in curve]) for p, curve in curves.items() if curve}
+    tasks = list(dict.fromkeys(task for pair in means for task in pair))
+    matrix = np.eye(len(tasks))
+    matrix[matrix == 0] = np.nan
+    for (first, second), mean in means.items():
+        places = tasks.index(first), tasks.index(second)
+        matrix[places] = matrix[places[::-1]] = mean
+    figure = new_figure(12, 5 + 0.45 * max(0, len(tasks) - 5))
+    matrix_axes, line_axes = figure.subplots(1, 2)
+    image = matrix_axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1)
+    texts = [
+        ["" if math.isnan(v) else f"{round(v, 2) + 0.0:.2f}" for v in row]
+        for row in matrix.tolist()
+    ]
+    _write_cells(matrix_axes, texts, np.abs(matrix) > 0.65)
+    label_square(matrix_axes, tasks)
+    matrix_axes.set_title("Mean over training", fontsize=10)
+    _colour_bar(figure, matrix_axes, image, "cosine")
+    shown = sorted(means, key=lambda pair: -abs(means[pair]))[: len(_PALETTE)]
+    handles = []
+    for pair, colour in zip(shown, _PALETTE, strict=False):
+        _plot(line_axes, curves[pair], linewidth=0.8, alpha=0.25, color=colour)
+        _plot(line_axes, _smooth(curves[pair]), linewidth=1.8, color=colour)
+        handles.append(Line2D([], [], linewidth=2.5, color=colour))
+    which = f", the {len(shown)} strongest of {len(means)}" if len(shown) < len(means) else ""
+    _finish_curves(line_axes, f"By step (smoothed line){which}", "cosine")
+    line_axes.axhline(0, color="0.35", linewidth=1, zorder=0)
+    _legend(figure, handles, [", ".join(pair) for pair in shown])
+    set_title(figure, "Cosines between the tasks' gradients of the encoder")
+    save_figure(figure, path)
+
+
 def per_type_bars(rows: Mapping[str, Mapping[str, float]], path: str | Path, title: str) -> None:
     """F1 of each entity type as bars, best first; rows hold precision, recall, f1 and support."""
     ordered = sorted(rows.items(), key=lambda item: (-item[1]["f1"], item[0]))
@@ -169,16 +212,17 @@ def _plot(axes: Axes, curve: Curve, **style: Any) -> None:
         axes.plot([step for step, _ in curve], [value for _, value in curve], **style)
 
 
-def _legend(figure: Figure, handles: list[Line2D], tasks: list[str]) -> None:
-    """Name the tasks below the panels, away from the lines."""
-    if not tasks:
+def _legend(figure: Figure, handles: list[Line2D], lines: list[str]) -> None:
+    """Name the lines below the panels, away from the lines."""
+    if not lines:
         return
-    names = [short_label(task).lstrip("_") for task in tasks]  # a leading one would hide the entry
+    names = [short_label(line).lstrip("_") for line in lines]  # a leading one would hide the entry
+    widest = max(display_width(name) for name in names)
     legend = figure.legend(
         handles,
         names,
         loc="outside lower center",
-        ncols=min(len(tasks), 5),
+        ncols=min(len(lines), 5, max(1, 150 // (widest + 8))),
         frameon=False,
         prop={"family": font_families()},
     )

@@ -44,6 +44,11 @@ class TrainState:
         ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {name: p for name, p in self.model.named_parameters() if id(p) in ours}
 
+    def remembered(self) -> dict[str, Tensor]:
+        """What the weighting strategy keeps from step to step besides parameters, by name."""
+        assert self.model.weighting is not None
+        return dict(self.model.weighting.named_buffers(prefix="weighting"))
+
     def offer(self, score: float) -> None:
         """Keep the present weights if this score beats the best one."""
         if score > self.best_score:
@@ -66,6 +71,7 @@ class TrainState:
         assert self.optimizer is not None
         parameters = self.learning()
         tensors = {f"now.{n}": p.detach().cpu().contiguous() for n, p in parameters.items()}
+        tensors |= {f"kept.{name}": tensor.cpu() for name, tensor in self.remembered().items()}
         if self.best_epoch != self.epoch or self.step_in_epoch:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         moments = {
@@ -101,6 +107,8 @@ class TrainState:
             )
         tensors = load_file(folder / FILES[0])
         moments = load_file(folder / FILES[1])
+        for name, tensor in self.remembered().items():
+            tensor.copy_(tensors[f"kept.{name}"])
         for name, parameter in self.learning().items():
             parameter.copy_(tensors[f"now.{name}"])
             if f"step.{name}" in moments:

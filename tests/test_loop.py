@@ -17,6 +17,7 @@ from mtl_core.data.prepare import Data
 from mtl_core.evaluation import evaluate
 from mtl_core.loop import Event, TrainingError, fit
 from mtl_core.state import TrainState
+from mtl_core.weighting import STRATEGIES
 from tests.small_runs import (
     begin,
     changed,
@@ -43,7 +44,7 @@ def of(events: list[Event], kind: str) -> list[dict[str, Any]]:
 # What a step computes
 
 
-@pytest.mark.parametrize("strategy", ["fixed", "uncertainty"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_accumulated_batches_make_the_step_of_one_large_batch(strategy: str, bert: Path) -> None:
     sizes = {"batch_size": 24, "epochs": 3}, {"batch_size": 6, "accumulation": 4, "epochs": 3}
     large, parts = (
@@ -85,12 +86,13 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(bert: Path) -> None:
     assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "strategy"), [(1, "fixed"), (2, "fixed"), (2, "pcgrad")])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
-    value: float, accumulation: int, bert: Path
+    value: float, accumulation: int, strategy: str, bert: Path
 ) -> None:
-    config = experiment(bert, training={"accumulation": accumulation})
+    weighting, training = {"strategy": strategy}, {"accumulation": accumulation}
+    config = experiment(bert, training=training, weighting=weighting)
     encoded = data(config)
     state = begin(config, encoded)
     assert state.optimizer is not None
@@ -215,8 +217,15 @@ def save_at(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"freeze": {"unfreeze_every": 1}}, {"mixing": {"strategy": "temperature"}}],
-    ids=["plain", "unfreezing", "temperature"],
+    [
+        {},
+        {"freeze": {"unfreeze_every": 1}},
+        {"mixing": {"strategy": "temperature"}},
+        {"weighting": {"strategy": "dwa", "gradient_cosines": 2}},
+        {"weighting": {"strategy": "rlw"}},
+        {"weighting": {"strategy": "pcgrad"}},
+    ],
+    ids=["plain", "unfreezing", "temperature", "dwa", "rlw", "pcgrad"],
 )
 @pytest.mark.parametrize("step", [3, 10, 15, 20, 27, 40], ids="after step {}".format)
 def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(

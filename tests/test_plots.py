@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ def test_learning_curves_skip_values_that_are_missing_or_not_finite(tmp_path: Pa
     history[6]["loss/a"] = float("inf")
     plots.learning_curves(history, path)
     assert_is_sane(path)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 9])
+def test_gradient_cosines_are_drawn_for_any_number_of_tasks(num_tasks: int, tmp_path: Path) -> None:
+    tasks = [f"a_rather_long_task_{number}" for number in range(num_tasks)]
+    history = history_of(tasks)
+    for row in history[::3]:
+        row |= {f"cosine/{a}/{b}": np.cos(row["step"]) for a, b in combinations(tasks, 2)}
+    history[3][f"cosine/{tasks[0]}/{tasks[1]}"] = float("nan")
+    plots.gradient_cosines(history, tmp_path / "cosines.png")
+    assert_is_sane(tmp_path / "cosines.png")
 
 
 @pytest.mark.parametrize(

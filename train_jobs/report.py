@@ -129,6 +129,9 @@ def draw(
     if any(row["event"] == "step" for row in history):
         pictures.append("plots/learning_curves.png")
         plots.learning_curves(history, root / pictures[-1])
+    if any(key.startswith("cosine/") for row in history for key in row):
+        pictures.append("plots/gradient_cosines.png")
+        plots.gradient_cosines(history, root / pictures[-1])
     for split, tasks in list(splits.items())[-1:]:
         for task, values in tasks.items():
             kind, counts = experiment.tasks[task].kind, np.array(values["counts"])

@@ -44,6 +44,7 @@ def experiment(tiny_encoders: dict[str, Path]) -> dict[str, Any]:
         "encoder": {"model": str(tiny_encoders["bert"]), "max_length": 48},
         "optim": {"learning_rate": 1e-3},
         "training": {"epochs": 3, "batch_size": 8, "checkpoint_every": 20, "precision": "fp32"},
+        "weighting": {"strategy": "dwa", "gradient_cosines": 10},
         "scale": {"workers": 2},
     }
 
