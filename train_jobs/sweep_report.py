@@ -14,6 +14,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from mtl_core import plots
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.metrics import PRIMARY
@@ -179,6 +180,9 @@ def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) ->
             sweep_plots.importance_bars(summary["importance"], root / "importance.png")
         if any(len(cases) > 1 for cases in summary["compared"].values()):
             sweep_plots.compared_scores(summary["compared"], root / "compared.png")
+        history = _history(results.get("baselines", []), BASE)
+        if any(key.startswith("cosine/") for row in history for key in row):
+            plots.gradient_cosines(history, root / "cosines.png")
         return {path.name: path.read_bytes() for path in sorted(root.glob("*.png"))}
 
 

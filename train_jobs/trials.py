@@ -27,6 +27,10 @@ BASE, BEST, ALONE = "base", "best", "alone/"
 """What is compared in the end: the experiment as it is, the best setting, each task by itself."""
 
 
+COSINES_EVERY = 10
+"""Steps between two looks at the tasks' gradients, in the base experiment's first run."""
+
+
 class TrialFailed(RuntimeError):
     """Training of one trial could not go on; the message is the loop's own."""
 
@@ -57,7 +61,11 @@ class Job:
         if case.startswith(ALONE):
             alone = self.plan.alone(case.removeprefix(ALONE))
             return alone.model_copy(update={"seed": seed})
-        return self.plan.base.model_copy(update={"seed": seed})
+        base = self.plan.base.model_copy(update={"seed": seed})
+        if seed != self.plan.base.seed or base.weighting.gradient_cosines:
+            return base
+        watched = base.weighting.model_copy(update={"gradient_cosines": COSINES_EVERY})
+        return base.model_copy(update={"weighting": watched})
 
     def data(self, experiment: Experiment) -> Data:
         """Its encoded texts: mapped when they are the base experiment's, else made, or found made

@@ -81,6 +81,8 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # A trial that ended is on disk a second later, whatever happens to this process.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     with folder.claim(plan), ray_cluster():
         plan = _with_resources(plan)
         job = Job(plan, folder.path_for_trials, data.labels, data.keys)
@@ -177,6 +179,7 @@ def run_phase(
     with table:
         grid = tuner.fit()
     rows = [_row(phase, grid[number]) for number in range(len(grid))]
+    rows = [row for row in rows if row["config"]]  # an interrupted sweep has some without
     minutes = sweep.budget.minutes
     timed_out = (
         phase == "search" and minutes is not None and time.monotonic() - started > minutes * 60

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,17 @@ import pytest
 import yaml
 
 from mtl_core.artifact import read_manifest
-from tests.commands import run, start, wait_for
+from tests.commands import run, start
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+SLOW: dict[str, Any] = {
+    "set": {"training.epochs": 40},
+    "budget": {"trials": 4, "concurrency": 1},
+    "seeds": 1,
+}
+"""Trials of a few seconds, one after the other."""
 
 
 def write_sweep(folder: Path, experiment: dict[str, Any], **changes: Any) -> Path:
@@ -153,59 +163,60 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
 def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
     tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
-    path = write_sweep(tmp_path, experiment, budget={"trials": 4, "concurrency": 1}, seeds=1)
+    path = write_sweep(tmp_path, experiment, **SLOW)
     sweep = start("tune", "--config", str(path), address=ray_address)
-    table = tmp_path / "sweeps/sweep/search"
-    wait_for(lambda: num_finished(table), sweep)
+    read_until(sweep, "trial 1 finished")
     sweep.send_signal(signal.SIGINT)
     output, _ = sweep.communicate(timeout=120)
     assert sweep.returncode == 130, output
     assert "report:" in output
     ended = trials_of(tmp_path)
-    done_before = set(ended[ended["status"] == "finished"]["trial"])
-    assert 1 <= len(done_before) < 4
-    results = {path: path.stat().st_mtime for path in table.glob("*/result.json")}
+    before = ended[ended["status"] == "finished"].set_index("trial")
+    assert 1 <= len(before) < 4
 
     done = run("tune", "--config", str(path), address=ray_address)
     assert done.returncode == 0, done.stderr
-    trials = trials_of(tmp_path)
+    assert "trial 4 finished" not in done.stdout  # numbered anew: three were left
+    trials = trials_of(tmp_path).set_index("trial")
     assert (trials["status"] == "finished").all()
-    assert done_before <= set(trials["trial"])
-    for name in done_before:
-        (result,) = (path for path in results if f"_{name}_" in str(path))
-        assert result.stat().st_mtime == results[result]
+    assert (trials["phase"] == "search").sum() == 4
+    pd.testing.assert_series_equal(trials.loc[before.index, "seconds"], before["seconds"])
 
 
 def test_a_killed_driver_and_a_killed_trial_cost_nothing_but_time(
     tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
-    path = write_sweep(tmp_path, experiment, budget={"trials": 3, "concurrency": 1}, seeds=1)
+    path = write_sweep(tmp_path, experiment, **SLOW)
     sweep = start("tune", "--config", str(path), address=ray_address)
-    table = tmp_path / "sweeps/sweep/search"
-    wait_for(lambda: num_finished(table), sweep)
+    read_until(sweep, "trial 1 finished")
+    time.sleep(1)
     killed = trial_processes()
     for process in killed:
         process.kill()
     assert killed
-    wait_for(lambda: num_finished(table) >= 2, sweep)
+    read_until(sweep, "trial 2 finished")
+    time.sleep(2)
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.communicate()
     done = run("tune", "--config", str(path), address=ray_address)
     assert done.returncode == 0, done.stderr
-    assert (trials_of(tmp_path)["status"] == "finished").all()
+    trials = trials_of(tmp_path)
+    assert (trials["status"] == "finished").all()
+    assert (trials["phase"] == "search").sum() == 4
+    assert "trial 3 finished" not in done.stdout.partition("best:")[0]  # two were left
 
 
 def trial_processes() -> list[psutil.Process]:
-    """Ray names a process after the actor in it."""
-    found = psutil.process_iter(["cmdline"])
-    return [p for p in found if any("ImplicitFunc" in part for part in p.info["cmdline"] or ())]
+    """Ray names a process after the actor in it; these are of the cluster of these tests."""
+    mine = psutil.Process().children(recursive=True)
+    return [p for p in mine if any("ray::run_trial" in part for part in p.cmdline())]
 
 
-def num_finished(folder: Path) -> int:
-    rows = [
-        json.loads(line)
-        for path in folder.glob("*/result.json")
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line.endswith("}")
-    ]
-    return sum(bool(row.get("finished")) for row in rows)
+def read_until(process: subprocess.Popen[str], wanted: str) -> None:
+    assert process.stdout is not None
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if wanted in line:
+            return
+    raise AssertionError("".join(told))
