@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, collate, evaluation_batches
 from mtl_core.data.cache import cache_root
 from mtl_core.data.encoding import EncodedSplit
+from mtl_core.freezing import cacheable_layers
 from mtl_core.model import Batch, MultiTaskModel
 
 
@@ -40,6 +42,16 @@ class FeatureCache:
         flat = np.concatenate([np.arange(split.starts[r], split.starts[r + 1]) for r in rows])
         states[inside] = self.states[flat]
         return replace(batch, states=torch.from_numpy(states), states_depth=self.depth)
+
+
+def cached_layers(
+    model: MultiTaskModel, experiment: Experiment, split: EncodedSplit, device: torch.device
+) -> int:
+    """How many layers run once a text in this experiment; 0 where nothing is cached."""
+    if not experiment.training.feature_cache:
+        return 0
+    depth = cacheable_layers(model, experiment.freeze, experiment.training.epochs)
+    return depth if depth and splits_cleanly(model, split, depth, device) else 0
 
 
 def cache_file(

@@ -116,12 +116,9 @@ class _Run:
 
     def prepare_features(self) -> Iterator[Event]:
         """Run what never learns once, when it is worth a file."""
-        config = self.experiment.training
-        depth = freezing.cacheable_layers(self.model, self.experiment.freeze, config.epochs)
-        if not config.feature_cache or depth == 0:
-            return
         device = self.world.device
-        if not features.splits_cleanly(self.model, self.train, depth, device):
+        depth = features.cached_layers(self.model, self.experiment, self.train, device)
+        if depth == 0:
             return
         dtype = np.dtype(np.float16 if self.bf16 else np.float32)
         for name in self.caches:

@@ -8,10 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 
+from mtl_core import features
 from mtl_core.artifact import save_weights
 from mtl_core.build import build_model, fit_to_data
 from mtl_core.config import Experiment, parse_experiment
@@ -19,6 +21,7 @@ from mtl_core.data.prepare import Data, reopen
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.freezing import apply_freezing
 from mtl_core.loop import TrainingError, fit
+from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
 from mtl_core.world import World
 
@@ -109,8 +112,10 @@ def _report_result(
 ) -> None:
     """Score the best weights on the splits that were not trained on, in fp32, and hand all over."""
     model = state.model
+    tasks = list(experiment.tasks)
+    caches = _exact_states(model, data, experiment, world)
     results = {
-        name: evaluate(model, split, world, tasks=list(experiment.tasks))
+        name: evaluate(model, split, world, cache=caches.get(name), tasks=tasks)
         for name, split in data.splits.items()
         if name != "train"
     }
@@ -130,6 +135,25 @@ def _report_result(
             }
             (Path(folder) / RESULT).write_text(json.dumps(content), encoding="utf-8")
         session.report(metrics, Path(folder) if world.rank == 0 else None)
+
+
+def _exact_states(
+    model: MultiTaskModel, data: Data, experiment: Experiment, world: World
+) -> dict[str, features.FeatureCache | None]:
+    """fp32 states at the freeze boundary of the splits to score; trials of a sweep share them."""
+    depth = features.cached_layers(model, experiment, data.splits["train"], world.device)
+    caches: dict[str, features.FeatureCache | None] = {}
+    for name, split in data.splits.items() if depth else ():
+        if name == "train":
+            continue
+        exact = np.dtype(np.float32)
+        path = features.cache_file(model, data.keys[name], depth, exact)
+        if world.local_rank == 0 and not path.is_file():
+            for _ in features.build_cache(model, split, path, depth, world.device, exact, False):
+                pass
+        world.barrier()
+        caches[name] = features.open_cache(path, depth)
+    return caches
 
 
 def pack(result: Evaluation) -> dict[str, Any]:
