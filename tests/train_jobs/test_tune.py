@@ -209,7 +209,8 @@ def test_a_killed_driver_and_a_killed_trial_cost_nothing_but_time(
 def trial_processes() -> list[psutil.Process]:
     """Ray names a process after the actor in it; these are of the cluster of these tests."""
     mine = psutil.Process().children(recursive=True)
-    return [p for p in mine if any("ray::run_trial" in part for part in p.cmdline())]
+    titles = ("ray::run_trial", "ray::ImplicitFunc")
+    return [p for p in mine if any(part.startswith(titles) for part in p.cmdline())]
 
 
 def read_until(process: subprocess.Popen[str], wanted: str) -> None:
