@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -163,6 +164,23 @@ class RealServer:
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(90)
+
+
+def processes(server: RealServer, title: str) -> list[psutil.Process]:
+    """The server's processes whose name or title begins so."""
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+            if line.startswith(title) or process.name() == title:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def heads(server: RealServer, task: str) -> list[psutil.Process]:
+    return processes(server, f"ray::ServeReplica:head-{task}:")
 
 
 @contextmanager

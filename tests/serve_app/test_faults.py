@@ -23,7 +23,7 @@ import pytest
 
 from mtl_core.artifact import Manifest, atomic_folder, read_manifest, write_manifest
 from mtl_core.predictor import Predictor
-from tests.servers import Answer, RealServer, call, real_server
+from tests.servers import Answer, RealServer, call, heads, processes, real_server
 from tests.small_runs import (
     LABELS,
     MOODS,
@@ -113,25 +113,8 @@ def check(running: Load, *oracles: dict[str, Any], at_least: int = 100) -> None:
         assert outline(reply.body["results"][0]) in [oracle[text] for oracle in oracles]
 
 
-def processes(server: RealServer, title: str) -> list[psutil.Process]:
-    """The server's processes whose name or title begins so."""
-    found = []
-    for process in psutil.Process(server.process.pid).children(recursive=True):
-        try:
-            line = " ".join(process.cmdline())
-            if line.startswith(title) or process.name() == title:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def encoders(server: RealServer) -> list[psutil.Process]:
     return processes(server, "ray::ServeReplica:encoder:")
-
-
-def heads(server: RealServer, task: str) -> list[psutil.Process]:
-    return processes(server, f"ray::ServeReplica:head-{task}:")
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -154,6 +137,7 @@ def pair(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rea
     """Two encoder replicas and one of each head."""
     arguments = ["--encoder-replicas", "2", "--set", "runtime=torch-fp32"]
     arguments += ["--set", "poll_seconds=0.5", "--set", "max_waiting=100"]
+    arguments += ["--set", "head_timeout_s=10"]
     with real_server(served, tmp_path_factory.mktemp("pair"), *arguments) as running:
         wait_for(lambda: len(encoders(running)) == 2)
         yield running
@@ -200,22 +184,29 @@ def test_haproxy_is_killed_and_comes_back(pair: RealServer, predictor: Predictor
     check(running, expected(predictor), at_least=32)
 
 
-def test_a_head_that_hangs_costs_its_own_task(pair: RealServer, predictor: Predictor) -> None:
-    (victim,) = heads(pair, "mood")
+@contextmanager
+def suspended(server: RealServer, task: str) -> Iterator[None]:
+    """A head that hangs for as long as the block runs; afterwards both replicas reach it again."""
+    (victim,) = heads(server, task)
     victim.suspend()
     try:
-        started = time.monotonic()
-        hanging = call(f"{pair.url}/tasks/mood", {"inputs": TEXTS[0]})
+        yield
+    finally:
+        victim.resume()
+        wait_for(lambda: all(call(f"{server.url}/ready").status == 200 for _ in range(16)))
+
+
+def test_a_head_that_hangs_costs_its_own_task(pair: RealServer, predictor: Predictor) -> None:
+    # Not the head that was killed above: while that is new, requests wait longer for it.
+    with suspended(pair, "topic"):
+        hanging = call(f"{pair.url}/tasks/topic", {"inputs": TEXTS[0]})
         assert hanging.status == 503
-        assert "'mood'" in hanging.body["error"]
-        assert time.monotonic() - started < 20
-        with load(pair.url, tasks=("topic", "entities")) as running:
+        assert "'topic'" in hanging.body["error"]
+        assert "did not answer in time" in hanging.body["error"]
+        with load(pair.url, tasks=("mood", "entities")) as running:
             time.sleep(1)
         assert not running.failures()
         assert call(f"{pair.url}/ready").status == 503
-    finally:
-        victim.resume()
-    wait_for(lambda: all(call(f"{pair.url}/ready").status == 200 for _ in range(16)))
     again = call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]})
     assert outline(again.body["results"][0]) == expected(predictor)[TEXTS[0]]
 
@@ -427,21 +418,3 @@ def test_ctrl_c_answers_what_is_under_way_and_leaves_nothing_behind(
     print(f"stopped after {time.monotonic() - started:.1f} s")
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
-
-
-def test_a_second_ctrl_c_ends_it_at_once(artifact: Path, tmp_path: Path) -> None:
-    with real_server(artifact, tmp_path, "--set", "runtime=torch-fp32") as lone:
-        family = psutil.Process(lone.process.pid).children(recursive=True)
-        (head,) = heads(lone, "mood")
-        head.suspend()
-        with ThreadPoolExecutor() as pool:
-            asked = pool.submit(call, f"{lone.url}/tasks/mood", {"inputs": TEXTS[0]})
-            time.sleep(0.5)
-            lone.process.send_signal(signal.SIGINT)
-            time.sleep(2)
-            assert lone.process.poll() is None
-            lone.process.send_signal(signal.SIGINT)
-            assert lone.process.wait(10) == 130
-            asked.exception()
-        _, alive = psutil.wait_procs(family, timeout=5)
-        assert not alive

@@ -172,7 +172,12 @@ def test_no_entity_of_a_long_text_is_lost(strategy: str, served: Served) -> None
     assert answer.status == 200
     assert answer.body[-1]["end"] > 0.9 * len(text)
     if strategy == "simple":
-        assert answer.body == served.predictor.predict([text], ["entities"])[0]["entities"]
+        offline: Any = served.predictor.predict([text], ["entities"])[0]["entities"]
+        # Windows may have shared their batches otherwise, which rounds otherwise.
+        assert [e.pop("score") for e in answer.body] == pytest.approx(
+            [e.pop("score") for e in offline], abs=1e-5
+        )
+        assert answer.body == offline
 
 
 def test_labels_come_the_likeliest_first(local_url: str, predictor: Predictor) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 from huggingface_hub import InferenceClient
 
 from mtl_core.predictor import Predictor
-from tests.servers import Answer, RealServer, call, metric
+from tests.servers import Answer, RealServer, call, heads, metric
 from tests.small_runs import example
 
 pytestmark = pytest.mark.cluster
@@ -173,3 +175,21 @@ def session_folder(server: RealServer) -> Path:
         if found:
             return Path(found[1])
     raise AssertionError("no Ray process")
+
+
+def test_a_second_ctrl_c_ends_it_at_once(server: RealServer) -> None:
+    """The last one here: nothing is left of the server."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    (head,) = heads(server, "mood")
+    head.suspend()
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(call, f"{server.url}/tasks/mood", {"inputs": TEXTS[0]})
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(2)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 130
+        asked.exception()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
