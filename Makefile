@@ -12,7 +12,7 @@ export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-fast lint types check format bench-snips bench-pair bench-weighting bench-serve docs clean
+.PHONY: help venv demo serve test test-fast lint types check format bench-snips bench-pair bench-weighting bench-serve bench-sweep docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench-weighting: $(STAMP) ## Measure what a training step costs under each weigh
 
 bench-serve: $(STAMP) ## Measure the server beside its peers (needs wrk; about 25 minutes)
 	$(BIN)/python -m benchmarks.serve
+
+bench-sweep: $(STAMP) ## Measure a sweep of heads on a frozen encoder beside one training
+	$(BIN)/python benchmarks/frozen_sweep.py
 
 docs: $(STAMP) ## Write the reference pages in docs/ from the code
 	$(BIN)/python -m docs.make_reference

@@ -32,9 +32,20 @@ Rows = list[dict[str, Any]]
 
 
 def write_report(
-    plan: Plan, folder: SweepFolder, results: Mapping[str, Rows], best: Mapping[str, Any] | None
+    plan: Plan,
+    folder: SweepFolder,
+    results: Mapping[str, Rows],
+    best: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
 ) -> None:
-    """Write all that is known so far into the sweep's folder."""
+    """Write all that is known so far into the sweep's folder.
+
+    Args:
+        plan, folder: the sweep.
+        results: phase → its trials.
+        best: the best trial of the search, if there is one.
+        seconds: phase → how long it took in this process.
+    """
     table = trials_table(plan, results)
     folder.write("trials.csv", table.to_csv(index=False))
     folder.write("trials.parquet", _parquet(table))
@@ -43,6 +54,7 @@ def write_report(
         "name": plan.sweep.name,
         "objective": list(plan.sweep.objectives),
         "phases": {phase: _counts(rows) for phase, rows in results.items()},
+        "seconds": dict(seconds),
         "compared": compared,
         "statements": {task: statement(task, scores) for task, scores in compared.items()},
         "comparisons": {task: compare(scores) for task, scores in compared.items()},

@@ -87,6 +87,7 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
         plan = _with_resources(plan)
         job = Job(plan, folder.path_for_trials, data.labels, data.keys)
         results: dict[str, list[dict[str, Any]]] = {}
+        seconds: dict[str, float] = {}
         best: dict[str, Any] | None = None
         for phase in PHASES:
             if phase == "best":
@@ -99,11 +100,13 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
             if phase != "search" and not cases:
                 continue
             space = _space(plan) if phase == "search" else cases
+            started = time.monotonic()
             results[phase], whole = run_phase(phase, job, space, folder)
+            seconds[phase] = round(time.monotonic() - started, 1)
             if phase == "baselines":
                 job = replace(job, alone=_scores_alone(results[phase], plan))
             best = best_trial(results.get("search", []), plan)
-            write_report(plan, folder, results, best)
+            write_report(plan, folder, results, best, seconds)
             if not whole:
                 return False
         folder.finish()
