@@ -2,7 +2,8 @@
 
 MTL_DATA=… python benchmarks/frozen_sweep.py [--trials 16]
 
-Both start with an empty cache. Every trial trains SNIPS' two heads; only the first needs the encoder.
+Both start with an empty cache. Every trial trains the two heads of SNIPS; only the first needs the
+encoder.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mtl_core.build import inherit
 from mtl_core.command import INTERRUPTED, run_command
@@ -195,29 +196,42 @@ def run_phase(
 def _tune_config(phase: str, plan: Plan) -> tune.TuneConfig:
     sweep = plan.sweep
     first = objective_key(0)
+    at_once = sweep.budget.concurrency or _fitting(plan)
     shared: dict[str, Any] = {
-        "max_concurrent_trials": sweep.budget.concurrency,
-        "reuse_actors": True,
+        "max_concurrent_trials": at_once,
+        # A trial that is stopped keeps its workers as long as the process that waits for them.
+        "reuse_actors": plan.base.scale.workers == 1,
     }
     if phase != "search":
-        return tune.TuneConfig(metric=first, mode="max", **shared)
+        variants = BasicVariantGenerator(max_concurrent=at_once or 0)
+        return tune.TuneConfig(metric=first, mode="max", search_alg=variants, **shared)
     if sweep.budget.minutes is not None:
         shared["time_budget_s"] = sweep.budget.minutes * 60
     grid = sweep.searcher.algorithm == "grid"
     shared["num_samples"] = 1 if grid else sweep.budget.trials
-    shared["search_alg"] = _search_algorithm(plan)
+    shared["search_alg"] = _search_algorithm(plan, at_once)
     shared["scheduler"] = _scheduler(plan)
     if len(sweep.objectives) > 1:  # the searcher has the metrics
         return tune.TuneConfig(**shared)
     return tune.TuneConfig(metric=first, mode="max", **shared)
 
 
-def _search_algorithm(plan: Plan) -> Any:
-    from ray.tune.search.basic_variant import BasicVariantGenerator
+def _fitting(plan: Plan) -> int | None:
+    """How many trials with workers of their own the cluster holds now; others queue by themselves.
 
+    A driver takes next to no CPU, so Tune would start all of them, to wait for workers in memory.
+    """
+    workers, _, each = worker_resources(plan.base.scale)
+    if workers == 1 or not isinstance(workers, int):
+        return None
+    cpus: float = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+    return max(1, int(cpus / (workers * each["CPU"])))
+
+
+def _search_algorithm(plan: Plan, at_once: int | None) -> Any:
     searcher = plan.sweep.searcher
     if searcher.algorithm != "optuna":
-        return BasicVariantGenerator(random_state=searcher.seed)
+        return BasicVariantGenerator(max_concurrent=at_once or 0, random_state=searcher.seed)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -251,10 +265,14 @@ def _scheduler(plan: Plan) -> Any:
 
 
 def _resources(plan: Plan) -> dict[str, float]:
-    """What a trial's own process takes: the worker's share, or next to nothing beside workers."""
+    """What a trial's own process takes: the worker's share, or next to nothing beside workers.
+
+    A byte of memory, since Tune refuses nothing at all, and any part of a CPU would be missing
+    where workers ask for all of them.
+    """
     _, use_gpu, each = worker_resources(plan.base.scale)
     if plan.base.scale.workers != 1:
-        return {"cpu": 0.01}
+        return {"cpu": 0.0, "memory": 1.0}
     return {"cpu": each["CPU"], **({"gpu": 1.0} if use_gpu else {})}
 
 

@@ -160,6 +160,28 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
     assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
 
 
+def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    """The scheduler can only have stopped a trial if it heard of its first epoch."""
+    path = write_sweep(
+        tmp_path,
+        {**experiment, "optim": {"learning_rate": 1e-3}},
+        set={"scale.workers": 2, "training.epochs": 4},
+        space={"optim.learning_rate": {"grid": [1e-3, 1e-8]}},
+        searcher={"algorithm": "grid"},
+        scheduler={"kind": "asha", "reduction_factor": 2},
+        seeds=1,
+    )
+    done = run("tune", "--config", str(path), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    trials = trials_of(tmp_path).set_index("optim.learning_rate")
+    assert trials.loc[1e-3, "status"] == "finished"
+    assert trials.loc[1e-8, "status"] == "stopped"
+    assert trials.loc[1e-8, "epochs"] < 4
+    assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
+
+
 def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
     tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
