@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -26,10 +26,12 @@ def why_workers_wait() -> Wait | None:
     `ray status` prints the same for a person. An autoscaler calls infeasible what exceeds
     max_workers just now, too; so only on a cluster without other nodes is it final.
     """
-    from ray.core.generated.autoscaler_pb2 import DEAD, GetClusterStatusReply
+    from ray import _raylet
+    from ray.core.generated import autoscaler_pb2
 
-    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    reply = GetClusterStatusReply()
+    raylet, messages = cast(Any, _raylet), cast(Any, autoscaler_pb2)
+    client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = messages.GetClusterStatusReply()
     reply.ParseFromString(client.get_cluster_status(timeout_s=10))
     state = reply.autoscaling_state
     on_the_way = bool(state.pending_instance_requests or state.pending_instances)
@@ -40,7 +42,7 @@ def why_workers_wait() -> Wait | None:
     if not missing:
         return None
     nodes = reply.cluster_resource_state.node_states
-    others = [n for n in nodes if n.status != DEAD and HEAD not in n.total_resources]
+    others = [n for n in nodes if n.status != messages.DEAD and HEAD not in n.total_resources]
     if on_the_way or others:
         return Wait(f"no room for {missing} before other work ends")
     return Wait(f"no node that this cluster may start has room for {missing}", in_vain=True)
