@@ -29,6 +29,7 @@ from tests.servers import free_port
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD_ID = "f" * 51 + "00000"
+HEAD_TYPE = "ray.head.default"  # the provider knows no other
 MEMORY = 100_000_000
 
 
@@ -103,7 +104,7 @@ def autoscaling_cluster(
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-            "RAY_NODE_TYPE_NAME": "head",
+            "RAY_NODE_TYPE_NAME": HEAD_TYPE,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_worker_niceness": "0",
         }
@@ -152,8 +153,8 @@ def _autoscaling_config(gcs: str, node_types: Mapping[str, Mapping[str, Any]]) -
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
-        "head_node_type": "head",
-        "available_node_types": {"head": head, **workers},
+        "head_node_type": HEAD_TYPE,
+        "available_node_types": {HEAD_TYPE: head, **workers},
         **{f"{name}_commands": [] for name in (*commands, "worker_start_ray")},
         "file_mounts": {},
         "cluster_synced_files": [],
