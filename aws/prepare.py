@@ -23,8 +23,8 @@ NAME = "multitask-ray"
 SECRETS = Path("~/.multitask-ray")
 QUOTAS = {
     "L-1216C47A": ("on-demand standard vCPUs (head and cpu nodes)", 10),
-    "L-3819A6DF": ("spot G vCPUs (gpu-spot nodes)", 4),
-    "L-DB2E81BA": ("on-demand G vCPUs (gpu-on-demand nodes)", 4),
+    "L-3819A6DF": ("spot G vCPUs (gpu nodes)", 4),
+    "L-DB2E81BA": ("on-demand G vCPUs (gpu nodes where spot is refused)", 4),
 }
 """Quota code → what it bounds, and the least that a cluster of one node of each kind needs."""
 THERE_ALREADY = (

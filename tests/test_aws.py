@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from botocore.exceptions import ClientError
+from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from aws import prepare
 from tests.commands import ROOT
@@ -23,7 +25,7 @@ moto = pytest.importorskip("moto", reason="moto is not installed")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 AMI = "ami-12c6146b"  # one that moto knows: it does not resolve parameters as EC2 does
-WORKERS = ("cpu", "gpu-spot", "gpu-on-demand")
+WORKERS = ("cpu", "gpu")
 
 
 def read(name: str = "cluster.yaml") -> dict[str, Any]:
@@ -52,6 +54,8 @@ class Account:
     """Of the machines' one security group."""
     left: list[str] = field(default_factory=list)
     """Nodes after the autoscaler ended its workers."""
+    instead: Any = None
+    """The machine that came when EC2 refused spot."""
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,9 @@ def account(asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Accou
         provider.terminate_nodes(workers)
         account.left = provider.non_terminated_nodes({})
         account.head = set(asked)
+        account.instead = refused_on_spot(account.config, provider, "InsufficientInstanceCapacity")
+        with pytest.raises(NodeLaunchException, match="UnauthorizedOperation"):
+            refused_on_spot(account.config, provider, "UnauthorizedOperation")
     (group,) = account.machines["cpu"].security_groups
     found = boto3.client("ec2", "us-east-1").describe_security_groups(GroupIds=[group["GroupId"]])
     (described,) = found["SecurityGroups"]
@@ -110,16 +117,16 @@ def account(asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Accou
 
 def started(config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """What `ray up` makes of a file before it starts a head: the configuration and the provider."""
-    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.providers import _get_node_provider, _get_node_provider_cls
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     for node in config["available_node_types"].values():
         node["node_config"]["ImageId"] = AMI
     config = prepare_config(config)
     validate_config(config)
-    config = AWSNodeProvider.fillout_available_node_types_resources(config)
-    config = AWSNodeProvider.bootstrap_config(config)
-    return config, AWSNodeProvider(config["provider"], config["cluster_name"])
+    kind = _get_node_provider_cls(config["provider"])
+    config = kind.bootstrap_config(kind.fillout_available_node_types_resources(config))
+    return config, _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
 
 
 def create(config: dict[str, Any], provider: Any, kind: str) -> Any:
@@ -138,6 +145,22 @@ def create(config: dict[str, Any], provider: Any, kind: str) -> Any:
     provider.set_node_tags(machine.id, {tags.TAG_RAY_NODE_STATUS: tags.STATUS_UP_TO_DATE})
     machine.reload()
     return machine
+
+
+def refused_on_spot(config: dict[str, Any], provider: Any, code: str) -> Any:
+    """A GPU node where EC2 answers every request for a spot machine with an error."""
+    real = provider.ec2_fail_fast
+
+    class Refusing:
+        def create_instances(self, **request: Any) -> Any:
+            if "InstanceMarketOptions" in request:
+                body = {"Error": {"Code": code, "Message": "there is no such machine now"}}
+                raise ClientError(body, "RunInstances")
+            return real.create_instances(**request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provider, "ec2_fail_fast", Refusing())
+        return create(config, provider, "gpu")
 
 
 def allowed(*names: str) -> set[str]:
@@ -160,8 +183,8 @@ def test_ray_itself_finds_the_file_valid_and_the_versions_are_the_project_s() ->
     assert config["docker"]["image"] == f"rayproject/ray:{pinned[1]}-py311-gpu"
     assert ray.__version__ == pinned[1]
     kinds = config["available_node_types"]
-    assert [kind.get("min_workers", 0) for kind in kinds.values()] == [0] * 4
-    assert sorted(kinds) == ["cpu", "gpu-on-demand", "gpu-spot", "head"]
+    assert [kind.get("min_workers", 0) for kind in kinds.values()] == [0] * 3
+    assert sorted(kinds) == ["cpu", "gpu", "head"]
 
 
 def test_a_head_without_work_and_workers_with_what_their_machines_have(account: Account) -> None:
@@ -169,17 +192,22 @@ def test_a_head_without_work_and_workers_with_what_their_machines_have(account: 
     assert resources["head"]["CPU"] == 0
     assert resources["cpu"]["CPU"] == 8
     assert "GPU" not in resources["cpu"]
-    assert resources["gpu-spot"] == resources["gpu-on-demand"]
-    assert (resources["gpu-spot"]["GPU"], resources["gpu-spot"]["CPU"]) == (1, 4)
+    assert (resources["gpu"]["GPU"], resources["gpu"]["CPU"]) == (1, 4)
 
 
 def test_every_kind_of_node_starts_with_its_own_role_and_ends(account: Account) -> None:
     for kind, machine in account.machines.items():
         role = "head" if kind == "head" else "worker"
         assert machine.iam_instance_profile["Arn"].endswith(f"/multitask-ray-{role}")
-        assert (machine.instance_lifecycle == "spot") == (kind == "gpu-spot")
+        assert (machine.instance_lifecycle == "spot") == (kind == "gpu")
         assert machine.metadata_options["HttpTokens"] == "required"
     assert account.left == [account.machines["head"].id]
+
+
+def test_where_spot_is_refused_a_machine_on_demand_comes(account: Account) -> None:
+    assert account.instead.instance_type == "g5.xlarge"
+    assert account.instead.instance_lifecycle is None
+    assert account.instead.iam_instance_profile["Arn"].endswith("/multitask-ray-worker")
 
 
 def test_the_policies_allow_what_was_asked_and_no_more(account: Account) -> None:
@@ -240,7 +268,7 @@ def test_a_quota_of_nothing_is_told_before_anything_starts(
 
     prepare.check_quotas(Session())
     said = capsys.readouterr().out
-    assert "warning: your quota of spot G vCPUs (gpu-spot nodes) is 0" in said
+    assert "warning: your quota of spot G vCPUs (gpu nodes) is 0" in said
     assert "--quota-code L-3819A6DF" in said
 
 

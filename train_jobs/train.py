@@ -120,7 +120,7 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
                 result = trainer.fit()
             except TrainingFailedError as error:
                 raise TrainingError(explain(error, folder)) from error
-            except SystemExit as stop:  # Ray Train turns Ctrl-C into this
+            except (SystemExit, KeyboardInterrupt) as stop:  # Ray Train turns Ctrl-C into the first
                 if follower.failure is not None:
                     raise TrainingError(follower.failure) from stop
                 raise KeyboardInterrupt from stop
