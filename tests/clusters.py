@@ -69,6 +69,13 @@ class AutoscalingCluster:
                 found[kind] = found.get(kind, 0) + 1
         return found
 
+    def lose_a_node(self) -> None:
+        """Kill a worker node at once, as a machine that is switched off goes."""
+        family = psutil.Process(self.head.pid).children(recursive=True)
+        (monitor,) = [p for p in family if any("v2/monitor.py" in word for word in p.cmdline())]
+        raylets = [p for p in monitor.children(recursive=True) if p.name() == "raylet"]
+        raylets[-1].kill()
+
     def wait_for_nodes(self, want: Any, seconds: float = 60) -> dict[str, int]:
         """Poll until `want(nodes)`; how the nodes were then."""
         deadline = time.monotonic() + seconds

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ class User:
         found = self.s3.list_objects_v2(Bucket="bucket", Prefix="runs/demo/").get("Contents", [])
         return [item["Key"].removeprefix("runs/demo/") for item in found]
 
+    def checkpoints(self) -> set[str]:
+        return {key.split("/")[0] for key in self.stored() if key.startswith("checkpoint_2")}
+
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
@@ -52,7 +56,7 @@ def train_command(encoder: Path) -> list[str]:
     """The shipped demo on a tiny encoder, with its run on S3."""
     changes = {
         "encoder.model": encoder,
-        "training.epochs": 8,
+        "training.epochs": 10,
         "training.checkpoint_every": 10,
         "training.precision": "fp32",
         "optim.learning_rate": 0.003,
@@ -62,45 +66,58 @@ def train_command(encoder: Path) -> list[str]:
     return ["train_jobs.train", "--config", "train_jobs/configs/demo.yaml", *sets]
 
 
-def stopped_at_its_first_checkpoint(user: User, command: list[str]) -> tuple[str, int]:
-    """What a job printed while it ran until it was stopped, and the exit code of its submission."""
-    environment = {**user.cluster.environment, "RAY_API_SERVER_ADDRESS": user.cluster.dashboard}
-    process = subprocess.Popen(
+def submitted(user: User, command: list[str]) -> subprocess.Popen[str]:
+    """A job whose logs stream here."""
+    return subprocess.Popen(
         [*RAY, *user.submit, "--", "python", "-m", *command],
         cwd=user.folder,
-        env=environment,
+        env={**user.cluster.environment, "RAY_API_SERVER_ADDRESS": user.cluster.dashboard},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def read_until(process: subprocess.Popen[str], want: Callable[[str], Any]) -> str:
+    """What the job prints until a line of it is wanted."""
     assert process.stdout is not None
     said = ""
     for line in process.stdout:
         said += line
-        if "epoch" in line and any(key.startswith("checkpoint_2") for key in user.stored()):
-            break
-    stop = user.cluster.ray("job", "stop", job_id(said), cwd=user.folder)
-    assert stop.returncode == 0, stop.stdout + stop.stderr
-    return said + process.communicate(timeout=60)[0], process.returncode
+        if want(line):
+            return said
+    raise AssertionError(said)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_brings_its_nodes_is_stopped_goes_on_ends_and_lets_them_go(
+def test_a_run_brings_nodes_survives_a_stop_and_a_lost_node_and_lets_them_go(
     user: User, tiny_encoders: dict[str, Path]
 ) -> None:
     assert user.cluster.nodes() == {}
     command = train_command(tiny_encoders["bert"])
-    said, status = stopped_at_its_first_checkpoint(user, command)
+    process = submitted(user, command)
+    said = read_until(process, lambda line: "epoch" in line and user.checkpoints())
     assert "2 worker(s) on cpu, from step 0" in said
-    assert "stopped" in said.lower()
-    assert status != 0
     assert user.cluster.nodes() == {"cpu": 2}
+    stop = user.cluster.ray("job", "stop", job_id(said), cwd=user.folder)
+    assert stop.returncode == 0, stop.stdout + stop.stderr
+    said = process.communicate(timeout=60)[0]
+    assert "stopped" in said.lower()
+    assert process.returncode != 0
     assert "artifact/manifest.json" not in user.stored()
 
-    done = user.job(*command, "--resume")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"resuming {RUN}" in done.stdout
-    assert "2 worker(s) on cpu, from step 0" not in done.stdout
+    process = submitted(user, [*command, "--resume"])
+    said = read_until(process, lambda line: "2 worker(s) on cpu, from step" in line)
+    assert f"resuming {RUN}" in said
+    assert "from step 0" not in said
+    before = user.checkpoints()
+    said += read_until(process, lambda line: "epoch" in line and user.checkpoints() != before)
+    user.cluster.lose_a_node()
+    said += process.communicate(timeout=150)[0]
+    assert process.returncode == 0, said
+    starts = [int(step) for step in re.findall(r"worker\(s\) on cpu, from step (\d+)", said)]
+    assert len(starts) == 2
+    assert starts[1] > starts[0] > 0
     assert "artifact/manifest.json" in user.stored()
     user.cluster.wait_for_nodes(lambda nodes: not nodes)
 
