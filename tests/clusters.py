@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import yaml
 
+from serve_app.launch import end
 from tests.servers import free_port
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -62,10 +63,9 @@ class AutoscalingCluster:
         with urllib.request.urlopen(request, timeout=30) as reply:
             rows = json.load(reply)["data"]["summary"]
         found: dict[str, int] = {}
-        for row in rows:
-            raylet = row["raylet"]
-            if raylet["state"] == "ALIVE" and not raylet["isHeadNode"]:
-                kind = raylet["labels"]["ray.io/node-group"]
+        for raylet in (row["raylet"] for row in rows):
+            if raylet.get("state") == "ALIVE" and raylet["nodeId"] != HEAD_ID:
+                kind = raylet.get("nodeTypeName", "")
                 found[kind] = found.get(kind, 0) + 1
         return found
 
@@ -140,7 +140,6 @@ def _autoscaling_config(gcs: str, node_types: Mapping[str, Mapping[str, Any]]) -
             "min_workers": 0,
             **kind,
             "resources": {**kind["resources"], "object_store_memory": MEMORY},
-            "labels": {"ray.io/node-group": name},
         }
         for name, kind in node_types.items()
     }
@@ -184,20 +183,9 @@ def _wait_until_up(cluster: AutoscalingCluster, log: Path) -> None:
 
 def _end(head: subprocess.Popen[bytes]) -> None:
     """Stop the head and all that it or its autoscaler started."""
-    family = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-    head.terminate()
-    for process in family:
-        try:
-            process.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    _, left = psutil.wait_procs(family, timeout=5)
-    for process in left:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    head.wait(20)
+    process = psutil.Process(head.pid)
+    end([*process.children(recursive=True), process])
+    head.wait(10)
 
 
 def job_id(output: str) -> str:
