@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.clusters import RAY, AutoscalingCluster, autoscaling_cluster, job_id
-from tests.commands import ROOT
+from tests.commands import ROOT, run
 from tests.s3_server import s3_server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -156,3 +156,14 @@ def test_without_the_cluster_s_token_nothing_is_submitted(user: User, token: str
     done = user.cluster.ray("job", "submit", "--", "true", cwd=user.folder, **home)
     assert done.returncode != 0
     assert "token" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("token", ["", "0" * 64])
+def test_a_command_of_ours_says_that_the_token_is_missing_or_wrong(user: User, token: str) -> None:
+    environment = {**user.cluster.environment, "HOME": str(user.folder), "RAY_AUTH_TOKEN": token}
+    config = ("--config", "train_jobs/configs/demo.yaml", "--set", f"output_dir={user.folder}")
+    done = run("train", *config, address=user.cluster.gcs, **environment)
+    assert done.returncode == 1
+    assert f"error: cannot reach the cluster at RAY_ADDRESS={user.cluster.gcs}" in done.stderr
+    assert "token" in done.stderr
+    assert "Traceback" not in done.stderr
