@@ -19,6 +19,7 @@ from botocore.exceptions import ClientError
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from aws import prepare
+from serve_app.launch import SERVE_ENVIRONMENT
 from tests.commands import ROOT
 
 moto = pytest.importorskip("moto", reason="moto is not installed")
@@ -185,6 +186,36 @@ def test_ray_itself_finds_the_file_valid_and_the_versions_are_the_project_s() ->
     kinds = config["available_node_types"]
     assert [kind.get("min_workers", 0) for kind in kinds.values()] == [0] * 3
     assert sorted(kinds) == ["cpu", "gpu", "head"]
+
+
+def test_serve_s_settings_and_the_token_are_there_when_ray_starts_on_every_node() -> None:
+    config = read()
+    for role in ("head", "worker"):
+        start = config[f"{role}_start_ray_commands"][1]
+        assert start.index('eval "$(python -m serve_app.launch)"') < start.index("ray start")
+    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert not [name for name in SERVE_ENVIRONMENT if name in str(config)]  # said in one place
+
+
+def test_every_key_is_explained() -> None:
+    def keys(part: Any) -> Iterator[str]:
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if not key.startswith("/"):
+                yield key
+            yield from keys(value)
+
+    page = (ROOT / "docs/deploy-aws.md").read_text(encoding="utf-8")
+    rows = page[page.index("## Every key") : page.index("## When a spot")]
+    parts = {"HttpTokens", "HttpPutResponseHopLimit", "DeviceName", "Ebs", "VolumeSize"}
+    parts |= {
+        "VolumeType",
+        "DeleteOnTermination",
+        "MarketType",
+        "Name",
+        "node_config",
+        "container_name",
+    }
+    assert [key for key in keys(read()) if key not in parts and key not in rows] == []
 
 
 def test_a_head_without_work_and_workers_with_what_their_machines_have(account: Account) -> None:

@@ -21,7 +21,7 @@ SPOT_REFUSED = (
 """EC2's error codes that mean: not on spot, not now."""
 
 
-class SpotFirst(AWSNodeProvider):  # type: ignore[misc]
+class SpotFirst(AWSNodeProvider):
     """Ray's AWS provider with a second try."""
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> Any:
