@@ -12,7 +12,7 @@ export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-fast lint types check format bench-snips bench-pair bench-weighting bench-serve bench-sweep docs clean
+.PHONY: help venv demo serve wheel test test-fast lint types check format bench-snips bench-pair bench-weighting bench-serve bench-sweep docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ demo: $(STAMP) ## Train on the corpus that comes with the project, then predict 
 
 serve: $(STAMP) ## Serve what the demo trained (ARTIFACT=DIR serves another, PORT=8000)
 	$(BIN)/python -m serve_app --artifact $(or $(ARTIFACT),$(DEMO)) --port $(PORT)
+
+wheel: $(STAMP) ## Write to dist/ what the nodes of cluster.yaml install
+	rm -rf dist
+	$(BIN)/python -m build --wheel
+	cp constraints.txt dist/
 
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest -q

@@ -12,6 +12,7 @@ from mtl_core.config import ConfigError
 from mtl_core.data.examples import DataError
 from mtl_core.encoder import EncoderError
 from mtl_core.loop import TrainingError
+from mtl_core.storage import advise, storage_errors
 from mtl_core.windows import TextError
 
 USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingError, TextError)
@@ -45,6 +46,8 @@ def run_command(main: Callable[[], None]) -> None:
         fail(str(error))
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    except storage_errors() as error:
+        fail(f"storage: {advise(error)}")
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)

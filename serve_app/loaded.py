@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mtl_core.artifact import ArtifactError, Manifest, read_head, read_manifest
-from mtl_core.data.cache import cache_root
 from mtl_core.heads import HEADS
 from mtl_core.predictor import EncodingStage
 from mtl_core.runtime import RuntimeName
+from mtl_core.storage import fetch as fetch
+from mtl_core.storage import version_of
 from serve_app.heads import StoredHead
 
 
@@ -31,29 +32,6 @@ class Loaded:
         return self.manifest.name
 
 
-def fetch(artifact: str) -> Path:
-    """The artifact as a local folder; one behind a URL is copied into the cache, a version once.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
-    if "://" not in artifact:
-        return Path(artifact).expanduser()
-    from fsspec.core import url_to_fs
-
-    try:
-        files, root = url_to_fs(artifact)
-        manifest = files.cat_file(f"{root}/manifest.json")
-        target = cache_root() / "artifacts" / version_of(manifest)
-        if not (target / "manifest.json").is_file():
-            for name in (*json.loads(manifest)["files"], "manifest.json"):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                files.get_file(f"{root}/{name}", str(target / name))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ArtifactError(f"{artifact}: cannot be fetched: {error}") from error
-    return target
-
-
 def current_version(artifact: str) -> str:
     """The version that stands at a path or URL now, without fetching more than its manifest."""
     try:
@@ -65,12 +43,6 @@ def current_version(artifact: str) -> str:
         return version_of(files.cat_file(f"{root}/manifest.json"))
     except (OSError, ValueError, ImportError) as error:
         raise ArtifactError(f"{artifact}: no artifact: {error}") from error
-
-
-def version_of(manifest: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(manifest).hexdigest()[:16]
 
 
 def load_artifact(

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import serve_app.__main__
+from aws import prepare
 from docs.make_reference import pages
 from mtl_core.config import load_experiment, parse_experiment
 from serve_app import optimize
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Any] = {
     "train_jobs.similarity": similarity,
     "train_jobs.tune": tune,
     "serve_app": serve_app.__main__,
+    "aws.prepare": prepare,
     "serve_app.optimize": optimize,
 }
 
@@ -43,7 +45,8 @@ def commands() -> list[str]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         found += re.findall(
-            r"^\s*(?:\$ )?(?:\w+=\S+ )?(python -m (?:train_jobs|serve_app)\S* .*)$",
+            r"^\s*(?:\$ )?(?:\w+=\S+ )?(?:ray job submit .* -- )?"
+            r"(python -m (?:train_jobs|serve_app|aws)\S* .*)$",
             text,
             re.MULTILINE,
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from mtl_core.config import ConfigError, ScaleConfig
 
@@ -41,7 +42,7 @@ def ray_cluster() -> Iterator[None]:
                 log_to_driver=False,
                 configure_logging=True,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error
     try:

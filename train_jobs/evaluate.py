@@ -19,6 +19,7 @@ from mtl_core.data.prepare import prepare_scored
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.metrics import per_label
 from mtl_core.runtime import RuntimeName, load_runtime, with_runtime
+from mtl_core.storage import fetch
 from train_jobs.console import label_table, score_table
 
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         description="Score an artifact.",
         epilog="example: python -m train_jobs.evaluate --artifact runs/demo/artifact --split test",
     )
-    parser.add_argument("--artifact", required=True, help="artifact folder")
+    parser.add_argument("--artifact", required=True, help="artifact folder or s3:// URL")
     parser.add_argument("--split", choices=["train", "validation", "test"], default="test")
     parser.add_argument(
         "--data",
@@ -67,10 +68,11 @@ def evaluate_artifact(
     """Labels and counts of an artifact on a split of its own data, or on other data.
 
     Raises:
-        ArtifactError: the artifact is damaged.
+        ArtifactError: the artifact is damaged, or cannot be fetched.
         ConfigError: `data` names an unknown task, or the runtime is not to be had.
         DataError: the split has no rows, or a label the artifact does not know.
     """
+    artifact = str(fetch(artifact))
     sources = _other_sources(load_config(artifact), data, split) if data else None
     labels, scored = prepare_scored(artifact, split, sources)
     model = load_model(artifact)

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +24,7 @@ from mtl_core.artifact import read_manifest
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError
 from mtl_core.predictor import Predictor
+from mtl_core.storage import download, exists, fetch, upload
 from train_jobs.cluster import ray_cluster
 from train_jobs.tables import ROWS_AT_ONCE, Row, TableWriter, check_suffix, count_rows, read_rows
 
@@ -41,37 +43,46 @@ def main(arguments: list[str] | None = None) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--artifact", required=True, help="artifact folder")
+    parser.add_argument("--artifact", required=True, help="artifact folder or s3:// URL")
     parser.add_argument("--text", nargs="+", action="extend", default=[], help="sentences")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
     parser.add_argument("--json", action="store_true", help="with --text: print JSON, a line each")
-    parser.add_argument("--input", help=".jsonl, .csv or .parquet file")
-    parser.add_argument("--output", help=".jsonl, .csv or .parquet file to write")
+    parser.add_argument("--input", help=".jsonl, .csv or .parquet file or s3:// URL")
+    parser.add_argument("--output", help="the same, to write")
     parser.add_argument("--column", default="text", help="the input's text column (%(default)s)")
     parser.add_argument("--workers", type=int, help="model processes; as many as fit when absent")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     options = parser.parse_args(arguments)
     if bool(options.text) == bool(options.input):
         raise ConfigError("give either --text or --input")
-    check_tasks(options.artifact, options.task)
+    artifact = fetch(options.artifact)
+    check_tasks(artifact, options.task)
     if options.text:
-        predictions = Predictor.load(options.artifact).predict(options.text, options.task)
+        predictions = Predictor.load(artifact).predict(options.text, options.task)
         show(options.text, predictions, options.json)
         return
     if not options.output:
         raise ConfigError("--input needs --output")
-    predict_file(
-        options.artifact,
-        Path(options.input),
-        Path(options.output),
-        options.column,
-        options.task,
-        options.workers,
-        options.overwrite,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        target = options.output
+        is_url = "://" in target
+        if is_url and exists(target) and not options.overwrite:
+            raise ConfigError(f"--output: {target} exists; remove it, or add --overwrite")
+        predict_file(
+            options.artifact,
+            download(options.input, Path(scratch)),
+            Path(scratch, "output", Path(target).name) if is_url else Path(target),
+            options.column,
+            options.task,
+            options.workers,
+            options.overwrite,
+        )
+        if is_url:
+            upload(Path(scratch, "output"), target.rpartition("/")[0])
+            print(f"copied to {target}")
 
 
-def check_tasks(artifact: str, tasks: Sequence[str] | None) -> None:
+def check_tasks(artifact: str | Path, tasks: Sequence[str] | None) -> None:
     known = list(read_manifest(artifact, check_files=False).tasks)
     for task in tasks or ():
         if task not in known:
@@ -108,7 +119,7 @@ class Predict:
         import torch
 
         torch.set_num_threads(threads)
-        self.predictor = Predictor.load(artifact, "cuda" if gpu else "cpu")
+        self.predictor = Predictor.load(fetch(artifact), "cuda" if gpu else "cpu")
         self.tasks = tasks
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
@@ -214,9 +225,10 @@ def _answers(
     cpus, gpus = int(have.get("CPU", 1)), int(have.get("GPU", 0))
     pool = workers or max(1, gpus or cpus - 1)
     threads = 1 if gpus else max(1, (cpus - 1) // pool)
+    where = artifact if "://" in artifact else str(Path(artifact).absolute())
     dataset = _texts(source, column).map_batches(
         Predict,
-        fn_constructor_args=(str(Path(artifact).absolute()), tasks, threads, gpus > 0),
+        fn_constructor_args=(where, tasks, threads, gpus > 0),
         batch_size=256,
         compute=ActorPoolStrategy(size=pool),
         num_cpus=0 if gpus else threads,
@@ -262,7 +274,13 @@ def _texts(source: Path, column: str) -> Dataset:
             )
             return [ReadTask(blocks, metadata)]
 
-    dataset: Dataset = ray.data.read_datasource(Texts())  # type: ignore[no-untyped-call]
+    # The file is on this machine, and a cluster's head may have no CPUs to give.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    dataset: Dataset = ray.data.read_datasource(
+        Texts(),  # type: ignore[no-untyped-call]
+        num_cpus=0,
+        label_selector=here,
+    )
     return dataset
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from mtl_core.artifact import atomic_folder, copy_tree
 from mtl_core.config import ConfigError, Experiment, dump_experiment, expand_path
+from mtl_core.storage import advise, storage_errors
 from train_jobs.locks import check_file, hold_file, hold_object
 
 MACHINE_FIELDS = ("scale", "output_dir")
@@ -62,9 +63,11 @@ class RunFolder:
         try:
             if self.is_local:
                 check_file(Path(self.path) / LOCK)
+            else:
+                self._check_bucket()
             there = self._is_of(experiment)
-        except OSError as error:
-            raise ConfigError(f"output_dir: cannot use {self.title}: {error}") from error
+        except storage_errors() as error:
+            raise ConfigError(f"output_dir: cannot use {self.title}: {advise(error)}") from error
         if must_exist and not there:
             raise ConfigError(f"--resume: {self.title} holds no run; start it without --resume")
         return there
@@ -79,7 +82,8 @@ class RunFolder:
         """
         with ExitStack() as held:
             try:
-                self.filesystem.makedirs(self.path, exist_ok=True)
+                if self.is_local:
+                    self.filesystem.makedirs(self.path, exist_ok=True)
                 lock = f"{self.path}/{LOCK}"
                 held.enter_context(
                     hold_file(Path(lock)) if self.is_local else hold_object(self.filesystem, lock)
@@ -88,9 +92,21 @@ class RunFolder:
                 if not self._holds_weights():
                     self.write_history([])
                 self.write("experiment.yaml", dump_experiment(experiment))
-            except OSError as error:
-                raise ConfigError(f"output_dir: cannot use {self.title}: {error}") from error
+            except storage_errors() as error:
+                raise ConfigError(
+                    f"output_dir: cannot use {self.title}: {advise(error)}"
+                ) from error
             yield
+
+    def _check_bucket(self) -> None:
+        """s3fs would make a bucket that a misspelt name asks for."""
+        if "s3" not in self.filesystem.protocol:
+            return
+        bucket = self.base.split("/")[0]
+        try:
+            self.filesystem.call_s3("head_bucket", Bucket=bucket)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no bucket {bucket!r}") from error
 
     def _is_of(self, experiment: Experiment) -> bool:
         """Whether the folder holds a run, after checking that it is this experiment's."""

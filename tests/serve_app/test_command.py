@@ -18,6 +18,7 @@ from mtl_core.config import ConfigError
 from serve_app.__main__ import main
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
+from serve_app.launch import SERVE_ENVIRONMENT, export
 from tests.servers import free_port
 
 pytestmark = pytest.mark.slow
@@ -194,3 +195,10 @@ def test_the_file_that_ships_fits_the_demo_s_tasks() -> None:
     heads = {application.name for application in config.applications} - {"encoder"}
     assert heads == {f"head-{task}" for task in demo["tasks"]}
     assert {scaling(application) for application in config.applications} == {(1, 4)}
+
+
+def test_a_shell_gets_every_setting_of_serve_as_it_is() -> None:
+    names = sorted(SERVE_ENVIRONMENT)
+    script = "\n".join([export(), *(f"printf '%s\\0' \"${name}\"" for name in names)])
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert dict(zip(names, done.stdout.split("\0"), strict=False)) == SERVE_ENVIRONMENT

@@ -1,0 +1,1 @@
+"""What an AWS account needs before `ray up cluster.yaml`."""

@@ -1,0 +1,99 @@
+"""Files behind URLs: artifacts as folders of this machine, and errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from pathlib import Path
+
+from mtl_core.artifact import ArtifactError
+from mtl_core.data.cache import cache_root
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What reading or writing a path or URL raises; S3's own errors are no OSErrors."""
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return (OSError,)
+    return (OSError, BotoCoreError, ClientError)
+
+
+def advise(error: Exception) -> str:
+    """What went wrong with storage, and what to do about it."""
+    advice = {
+        "NoCredentialsError": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the "
+        "machine a role",
+        "PermissionError": "give the key or the role the rights to this bucket "
+        "(aws/worker-policy.json lists them)",
+        "FileNotFoundError": "check the name; a bucket has to be there already",
+    }
+    names = [kind.__name__ for kind in type(error).__mro__]
+    if "ConnectionError" in names or "HTTPClientError" in names:
+        return f"{error}; check the network, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
+    found = [advice[name] for name in names if name in advice]
+    return "; ".join([str(error), *found[:1]])
+
+
+def fetch(artifact: str | Path) -> Path:
+    """The artifact as a local folder; one behind a URL is copied into the cache, a version once.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    if "://" not in str(artifact):
+        return Path(artifact).expanduser()
+    from fsspec.core import url_to_fs
+
+    try:
+        files, root = url_to_fs(artifact)
+        manifest = files.cat_file(f"{root}/manifest.json")
+        target = cache_root() / "artifacts" / version_of(manifest)
+        if not (target / "manifest.json").is_file():
+            names = (*json.loads(manifest)["files"], "manifest.json")
+            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
+            for name in names:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(f"{root}/{name}", str(partial / name))
+            if not target.exists():  # else another process fetched the same version first
+                partial.rename(target)
+    except storage_errors() as error:
+        raise ArtifactError(f"{artifact}: cannot be fetched: {advise(error)}") from error
+    except (ValueError, KeyError, ImportError) as error:
+        raise ArtifactError(f"{artifact}: cannot be fetched: {error}") from error
+    return target
+
+
+def download(path: str, folder: Path) -> Path:
+    """A file as one of this machine: itself, or a copy in `folder` of what is behind a URL."""
+    if "://" not in path:
+        return Path(path)
+    from fsspec.core import url_to_fs
+
+    files, source = url_to_fs(path)
+    target = folder / Path(source).name
+    files.get_file(source, str(target))
+    return target
+
+
+def upload(folder: Path, url: str) -> None:
+    """Put the files of a folder beside each other behind a URL."""
+    from fsspec.core import url_to_fs
+
+    files, target = url_to_fs(url)
+    for file in sorted(folder.iterdir()):
+        files.put_file(str(file), f"{target}/{file.name}")
+
+
+def exists(path: str) -> bool:
+    """Whether a file or URL is there."""
+    from fsspec.core import url_to_fs
+
+    files, target = url_to_fs(path)
+    return bool(files.exists(target))
+
+
+def version_of(manifest: bytes) -> str:
+    """A short name of what a manifest vouches for."""
+    return hashlib.sha256(manifest).hexdigest()[:16]

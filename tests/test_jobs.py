@@ -1,0 +1,169 @@
+"""`ray job submit` from a folder of one's own to a cluster with token authentication."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clusters import RAY, AutoscalingCluster, autoscaling_cluster, job_id
+from tests.commands import ROOT, run
+from tests.s3_server import s3_server
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+RUN = "s3://bucket/runs/demo"
+
+
+@dataclass
+class User:
+    """Somebody in a folder outside the repository, with a token and a bucket."""
+
+    cluster: AutoscalingCluster
+    folder: Path
+    s3: Any
+    submit: list[str]
+    """`ray job submit` with what leads it to the bucket."""
+
+    def job(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return self.cluster.ray(*self.submit, "--", "python", "-m", *command, cwd=self.folder)
+
+    def stored(self) -> list[str]:
+        found = self.s3.list_objects_v2(Bucket="bucket", Prefix="runs/demo/").get("Contents", [])
+        return [item["Key"].removeprefix("runs/demo/") for item in found]
+
+    def checkpoints(self) -> set[str]:
+        return {key.split("/")[0] for key in self.stored() if key.startswith("checkpoint_2")}
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
+    """Nodes of one CPU: two workers of a run need two of them."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    cpu = {"resources": {"CPU": 1}, "max_workers": 2}
+    with s3_server("bucket") as (client, environment), autoscaling_cluster({"cpu": cpu}) as cluster:
+        runtime = json.dumps({"env_vars": environment})
+        submit = ["job", "submit", "--working-dir", str(ROOT), "--runtime-env-json", runtime]
+        yield User(cluster, folder, client, submit)
+
+
+def train_command(encoder: Path) -> list[str]:
+    """The shipped demo on a tiny encoder, with its run on S3."""
+    changes = {
+        "encoder.model": encoder,
+        "training.epochs": 10,
+        "training.checkpoint_every": 10,
+        "training.precision": "fp32",
+        "optim.learning_rate": 0.003,
+        "output_dir": "s3://bucket/runs",
+    }
+    sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    return ["train_jobs.train", "--config", "train_jobs/configs/demo.yaml", *sets]
+
+
+def submitted(user: User, command: list[str]) -> subprocess.Popen[str]:
+    """A job whose logs stream here."""
+    return subprocess.Popen(
+        [*RAY, *user.submit, "--", "python", "-m", *command],
+        cwd=user.folder,
+        env={**user.cluster.environment, "RAY_API_SERVER_ADDRESS": user.cluster.dashboard},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_until(process: subprocess.Popen[str], want: Callable[[str], Any]) -> str:
+    """What the job prints until a line of it is wanted."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if want(line):
+            return said
+    raise AssertionError(said)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_brings_nodes_survives_a_stop_and_a_lost_node_and_lets_them_go(
+    user: User, tiny_encoders: dict[str, Path]
+) -> None:
+    assert user.cluster.nodes() == {}
+    command = train_command(tiny_encoders["bert"])
+    process = submitted(user, command)
+    said = read_until(process, lambda line: "epoch" in line and user.checkpoints())
+    assert "2 worker(s) on cpu, from step 0" in said
+    assert user.cluster.nodes() == {"cpu": 2}
+    stop = user.cluster.ray("job", "stop", job_id(said), cwd=user.folder)
+    assert stop.returncode == 0, stop.stdout + stop.stderr
+    said = process.communicate(timeout=60)[0]
+    assert "stopped" in said.lower()
+    assert process.returncode != 0
+    assert "artifact/manifest.json" not in user.stored()
+
+    process = submitted(user, [*command, "--resume"])
+    said = read_until(process, lambda line: "2 worker(s) on cpu, from step" in line)
+    assert f"resuming {RUN}" in said
+    assert "from step 0" not in said
+    before = user.checkpoints()
+    said += read_until(process, lambda line: "epoch" in line and user.checkpoints() != before)
+    user.cluster.lose_a_node()
+    said += process.communicate(timeout=150)[0]
+    assert process.returncode == 0, said
+    starts = [int(step) for step in re.findall(r"worker\(s\) on cpu, from step (\d+)", said)]
+    assert len(starts) == 2
+    assert starts[1] > starts[0] > 0
+    assert "artifact/manifest.json" in user.stored()
+    user.cluster.wait_for_nodes(lambda nodes: not nodes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_its_artifact_is_scored_and_predicts_from_the_bucket(user: User) -> None:
+    artifact = f"{RUN}/artifact"
+    scored = user.job("train_jobs.evaluate", "--artifact", artifact)
+    assert scored.returncode == 0, scored.stdout + scored.stderr
+    assert "sentiment" in scored.stdout
+
+    rows = "".join(json.dumps({"text": f"The food was cold {i}."}) + "\n" for i in range(300))
+    user.s3.put_object(Bucket="bucket", Key="in.jsonl", Body=rows.encode())
+    files = ("--input", "s3://bucket/in.jsonl", "--output", "s3://bucket/out/answers.jsonl")
+    done = user.job("train_jobs.predict", "--artifact", artifact, *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    body = user.s3.get_object(Bucket="bucket", Key="out/answers.jsonl")["Body"].read().decode()
+    answers = [json.loads(line) for line in body.splitlines()]
+    assert [answer["text"] for answer in answers] == [f"The food was cold {i}." for i in range(300)]
+    assert {"predicted_sentiment", "predicted_entities"} <= set(answers[0])
+
+
+def test_a_mistake_is_in_the_logs_and_in_the_exit_code(user: User) -> None:
+    gpu = ("--set", "scale.gpu=true")
+    done = user.job("train_jobs.train", "--config", "train_jobs/configs/demo.yaml", *gpu)
+    assert done.returncode != 0
+    assert "error: scale: no node that this cluster may start has room for 2 worker(s)" in (
+        done.stdout
+    )
+    assert user.cluster.nodes() == {}
+
+
+@pytest.mark.parametrize("token", ["", "0" * 64])
+def test_without_the_cluster_s_token_nothing_is_submitted(user: User, token: str) -> None:
+    home = {"HOME": str(user.folder), "RAY_AUTH_TOKEN": token}
+    done = user.cluster.ray("job", "submit", "--", "true", cwd=user.folder, **home)
+    assert done.returncode != 0
+    assert "token" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("token", ["", "0" * 64])
+def test_a_command_of_ours_says_that_the_token_is_missing_or_wrong(user: User, token: str) -> None:
+    environment = {**user.cluster.environment, "HOME": str(user.folder), "RAY_AUTH_TOKEN": token}
+    config = ("--config", "train_jobs/configs/demo.yaml", "--set", f"output_dir={user.folder}")
+    done = run("train", *config, address=user.cluster.gcs, **environment)
+    assert done.returncode == 1
+    assert f"error: cannot reach the cluster at RAY_ADDRESS={user.cluster.gcs}" in done.stderr
+    assert "token" in done.stderr
+    assert "Traceback" not in done.stderr

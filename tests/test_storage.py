@@ -1,0 +1,71 @@
+"""Object stores that cannot be used: said so, with what to do, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtl_core.artifact import ArtifactError
+from mtl_core.command import run_command
+from mtl_core.config import ConfigError
+from mtl_core.storage import download, fetch
+from tests.s3_server import ACCESS, s3_server
+from tests.small_runs import experiment
+from train_jobs.runs import RunFolder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server with one bucket, and this process's environment pointed at it."""
+    import s3fs
+
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with s3_server("bucket") as (client, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield client
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def refused(url: str) -> str:
+    """What a run in this folder is told."""
+    config = experiment("none", output_dir=url)
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(config).resumes(config)
+    return str(caught.value)
+
+
+def test_a_bucket_that_is_not_there_is_named_and_not_made(client: Any) -> None:
+    message = refused("s3://misspelt/runs")
+    assert "s3://misspelt/runs/small" in message
+    assert "there is no bucket 'misspelt'" in message
+    assert [bucket["Name"] for bucket in client.list_buckets()["Buckets"]] == ["bucket"]
+    with pytest.raises(ArtifactError, match="s3://misspelt/artifact: cannot be fetched"):
+        fetch("s3://misspelt/artifact")
+
+
+def test_missing_credentials_are_said_so(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ACCESS:
+        monkeypatch.delenv(name, raising=False)
+    advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+    assert advice in refused("s3://bucket/runs")
+    with pytest.raises(ArtifactError, match="Unable to locate credentials"):
+        fetch("s3://bucket/runs/small/artifact")
+
+
+@pytest.mark.slow
+def test_a_store_that_cannot_be_reached_is_said_so(
+    client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit):
+        run_command(lambda: print(download("s3://bucket/in.jsonl", Path())))
+    message = capsys.readouterr().err
+    assert message.startswith("error: storage: Could not connect")
+    assert "check the network, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL" in message

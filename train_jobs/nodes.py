@@ -1,0 +1,63 @@
+"""Why workers wait for nodes, as the cluster's autoscaler tells it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+
+HEAD = "node:__internal_head__"
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What workers wait for."""
+
+    reason: str
+    in_vain: bool = False
+    """No node that can be had would end it."""
+
+
+def why_workers_wait() -> Wait | None:
+    """None while nothing waits, while nodes are on their way, and where no autoscaler tells.
+
+    `ray status` prints the same for a person. An autoscaler calls infeasible what exceeds
+    max_workers just now, too; so only on a cluster without other nodes is it final.
+    """
+    from ray import _raylet
+    from ray.core.generated import autoscaler_pb2
+
+    raylet, messages = cast(Any, _raylet), cast(Any, autoscaler_pb2)
+    client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = messages.GetClusterStatusReply()
+    reply.ParseFromString(client.get_cluster_status(timeout_s=10))
+    state = reply.autoscaling_state
+    on_the_way = bool(state.pending_instance_requests or state.pending_instances)
+    if state.failed_instance_requests and not on_the_way:
+        failed = state.failed_instance_requests[-1]
+        return Wait(f"a node of type {failed.ray_node_type_name} cannot be had: {failed.reason}")
+    missing = _infeasible(state)
+    if not missing:
+        return None
+    nodes = reply.cluster_resource_state.node_states
+    others = [n for n in nodes if n.status != messages.DEAD and HEAD not in n.total_resources]
+    if on_the_way or others:
+        return Wait(f"no room for {missing} before other work ends")
+    return Wait(f"no node that this cluster may start has room for {missing}", in_vain=True)
+
+
+def _infeasible(state: Any) -> str:
+    """The workers that fit nowhere, in words."""
+    requests = [
+        request
+        for gang in state.infeasible_gang_resource_requests
+        for bundle in gang.bundle_selectors[:1]
+        for request in bundle.resource_requests
+    ] or [r for gang in state.infeasible_gang_resource_requests for r in gang.requests]
+    plain = [
+        " and ".join(f"{amount:g} {name}" for name, amount in sorted(r.resources_bundle.items()))
+        for r in requests
+    ]
+    return ", ".join(f"{count} worker(s) of {what}" for what, count in Counter(plain).items())
