@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,mtl_core train_jobs serve_app)))
 DEMO := runs/demo/artifact
 PORT ?= 8000
+COMPOSE := MTL_UID=$$(id -u) PORT=$(PORT) docker compose -f docker/docker-compose.yml
 
 export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-fast lint types check format bench-snips bench-pair bench-serve docs clean
+.PHONY: help venv demo serve up down test test-fast lint types check docker-check format bench-snips bench-pair bench-serve docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +36,14 @@ demo: $(STAMP) ## Train on the corpus that comes with the project, then predict 
 serve: $(STAMP) ## Serve what the demo trained (ARTIFACT=DIR serves another, PORT=8000)
 	$(BIN)/python -m serve_app --artifact $(or $(ARTIFACT),$(DEMO)) --port $(PORT)
 
+up: ## Serve what the demo trained from a Ray cluster in containers (docs/operations.md)
+	@mkdir -p runs && umask 077 && mkdir -p docker/secrets && cd docker/secrets && \
+		for name in ray_token api_keys; do test -s $$name || openssl rand -hex 32 > $$name; done
+	$(COMPOSE) up --build --detach
+
+down: ## Stop these containers
+	$(COMPOSE) down
+
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest -q
 
@@ -49,6 +58,9 @@ types: $(STAMP) ## Check types
 	$(BIN)/mypy $(PACKAGES)
 
 check: lint types test ## Everything a change must pass: lint, types, test
+
+docker-check: $(STAMP) ## Install and start in a fresh environment what the image does (minutes; TORCH_INDEX=URL)
+	DOCKER_CHECK=1 $(BIN)/python -m pytest -q tests/serve_app/test_containers.py
 
 format: $(STAMP) ## Sort imports, apply safe fixes, format
 	$(BIN)/ruff check --fix .
