@@ -198,19 +198,19 @@ def test_the_image_serves_from_a_fresh_environment(tmp_path: Path, artifact: Pat
     served.parent.mkdir(parents=True)
     served.symlink_to(artifact)
     port = free_port()
-    process = subprocess.Popen(
-        [*command("cpu"), "--port", str(port)],
-        cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(ROOT), "MTL_API_KEYS": "first"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert any("ready: " in line for line in process.stdout)
-        url = f"http://127.0.0.1:{port}"
-        assert call(f"{url}/v1/predict", {"inputs": "hello"}).status == 401
-        assert call(f"{url}/v1/predict", {"inputs": "hello"}, key="first").status == 200
-    finally:
-        process.terminate()
-        assert process.wait(90) == 0
+    environment |= {"PYTHONPATH": str(ROOT), "MTL_API_KEYS": "first"}
+    for name in ("METRICS", "STATS"):  # another server may run on this machine
+        environment[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(free_port())
+    start = [*command("cpu"), "--port", str(port)]
+    with subprocess.Popen(
+        start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert any("ready: " in line for line in process.stdout)
+            url = f"http://127.0.0.1:{port}/v1/predict"
+            assert call(url, {"inputs": "hello"}).status == 401
+            assert call(url, {"inputs": "hello"}, key="first").status == 200
+        finally:
+            process.terminate()
+            assert process.wait(90) == 0
