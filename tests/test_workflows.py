@@ -1,4 +1,4 @@
-"""The workflows run what exists, on the Pythons the project names, with no more rights than needed."""
+"""The workflows run what exists, on the Pythons the project names, with few rights."""
 
 from __future__ import annotations
 
