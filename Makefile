@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,mtl_core train_jobs serve_app)))
 DEMO := runs/demo/artifact
 PORT ?= 8000
+COMPOSE := MTL_UID=$$(id -u) PORT=$(PORT) docker compose -f docker/docker-compose.yml
 
 export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve wheel test test-fast lint types check format bench-snips bench-pair bench-weighting bench-serve bench-sweep docs clean
+.PHONY: help venv demo serve up down wheel test test-fast lint types check docker-check format bench-snips bench-pair bench-weighting bench-serve bench-sweep docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +41,14 @@ wheel: $(STAMP) ## Write to dist/ what the nodes of cluster.yaml install
 	$(BIN)/python -m build --wheel
 	cp constraints.txt dist/
 
+up: ## Serve what the demo trained from a Ray cluster in containers (docs/operations.md)
+	@mkdir -p runs && umask 077 && mkdir -p docker/secrets && cd docker/secrets && \
+		for name in ray_token api_keys; do test -s $$name || openssl rand -hex 32 > $$name; done
+	$(COMPOSE) up --build --detach
+
+down: ## Stop these containers
+	$(COMPOSE) down
+
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest -q
 
@@ -54,6 +63,9 @@ types: $(STAMP) ## Check types
 	$(BIN)/mypy $(PACKAGES)
 
 check: lint types test ## Everything a change must pass: lint, types, test
+
+docker-check: $(STAMP) ## Install and start in a fresh environment what the image does (minutes; TORCH_INDEX=URL)
+	DOCKER_CHECK=1 $(BIN)/python -m pytest -q tests/serve_app/test_containers.py
 
 format: $(STAMP) ## Sort imports, apply safe fixes, format
 	$(BIN)/ruff check --fix .

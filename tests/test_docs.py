@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.scripts.scripts import cli as ray_cli
+from ray.serve.scripts import cli as serve_cli
 
 import serve_app.__main__
 from aws import prepare
 from docs.make_reference import pages
 from mtl_core.config import load_experiment, parse_experiment
-from serve_app import optimize
+from serve_app import environment, optimize
+from serve_app.metrics import Metrics
 from train_jobs import evaluate, predict, similarity, train, tune
 from train_jobs.sweep import Sweep
 
@@ -28,6 +31,7 @@ COMMANDS: dict[str, Any] = {
     "train_jobs.tune": tune,
     "serve_app": serve_app.__main__,
     "aws.prepare": prepare,
+    "serve_app.environment": environment,
     "serve_app.optimize": optimize,
 }
 
@@ -86,6 +90,8 @@ def test_commands_in_the_pages_name_existing_options(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, _, module, *arguments = shlex.split(command, comments=True)
+    if module == "serve_app.environment":  # what follows is another program
+        arguments = []
     with pytest.raises(SystemExit):
         COMMANDS[module].main(["--help"])
     known = capsys.readouterr().out
@@ -106,6 +112,52 @@ def test_make_targets_in_the_pages_exist() -> None:
     }
     assert named
     assert named <= targets
+
+
+def operations() -> str:
+    return (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
+    kinds = Metrics("replica").collect()
+    exported = {m.name + ("_total" if m.type == "counter" else "") for m in kinds}
+    documented = set(re.findall(r"^\| `(mtl_\w+)` \|", operations(), re.MULTILINE))
+    assert documented == exported
+
+
+def test_alerts_ask_for_metrics_that_exist_and_the_page_explains_each() -> None:
+    rules = yaml.safe_load((ROOT / "docs/alerts.yml").read_text(encoding="utf-8"))
+    alerts = [rule for group in rules["groups"] for rule in group["rules"]]
+    exported = {m.name for m in Metrics("replica").collect()}
+    for alert in alerts:
+        assert alert.keys() <= {"alert", "expr", "for", "labels", "annotations"}
+        for name in re.findall(r"mtl_\w+", alert["expr"]):
+            assert re.sub(r"_(total|bucket)$", "", name) in exported
+    explained = re.findall(r"^\|((?: `[A-Z]\w+`,?)+) \|", operations(), re.MULTILINE)
+    assert sorted(re.findall(r"\w+", " ".join(explained))) == sorted(a["alert"] for a in alerts)
+
+
+def test_sizing_figures_are_measured_ones() -> None:
+    measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    sizing = operations().partition("## Sizing")[2].partition("\n## ")[0]
+    figures = re.findall(r"\b(\d+)(?:/s| sentences/s| in OpenVINO| in int8| %)", sizing)
+    assert len(figures) >= 5
+    assert all(re.search(rf"\b{figure}\b", measured) for figure in figures)
+
+
+def test_operations_run_what_exists() -> None:
+    lines = re.findall(r"^    ((?:\w+=\S+ )*[a-z][\w.-]* .*)$", operations(), re.MULTILINE)
+    services = yaml.safe_load((ROOT / "docker/docker-compose.yml").read_text())["services"]
+    stages = re.findall(r" AS (\w+)", (ROOT / "docker/Dockerfile").read_text())
+    for line in lines:
+        for path in re.findall(r"(?<!\S)docker/[\w.-]+[a-z]\b(?!/)", line):
+            assert (ROOT / path).exists() or path == "docker/secrets", line
+        for target in re.findall(r"--target (\w+)|multitask-ray:(\w+)", line):
+            assert set(target) - {""} <= set(stages), line
+        for name in re.findall(r"(?:exec|--scale|--profile) (\w+)", line):
+            assert name in services, line
+        for program, verb in re.findall(r"\b(ray|serve) (start|status|deploy)\b", line):
+            assert verb in {"ray": ray_cli, "serve": serve_cli}[program].commands, line
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -23,7 +23,7 @@ import pytest
 
 from mtl_core.artifact import Manifest, atomic_folder, read_manifest, write_manifest
 from mtl_core.predictor import Predictor
-from tests.servers import Answer, RealServer, call, heads, processes, real_server
+from tests.servers import Answer, RealServer, call, heads, metric, processes, real_server
 from tests.small_runs import (
     LABELS,
     MOODS,
@@ -218,7 +218,7 @@ def test_clients_that_disconnect_leave_no_work_behind(pair: RealServer) -> None:
         with socket.create_connection((host, int(port))) as connection:
             head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
-    wait_for(lambda: "mtl_unanswered_texts 0.0" in call(f"{pair.url}/metrics").body, 20)
+    wait_for(lambda: metric(pair.url, "mtl_unanswered_texts") == 0, 20)
     assert call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]}).status == 200
 
 
@@ -306,8 +306,8 @@ def test_a_damaged_version_is_refused_and_the_old_one_goes_on(
     weights.write_bytes(weights.read_bytes()[:-8])
     with load(pair.url) as running:
         install(new, served)
-        refused = 'mtl_artifact_loads_total{outcome="refused"} 1.0'
-        wait_for(lambda: refused in call(f"{pair.url}/metrics").body)
+        refused = 'mtl_artifact_loads_total{outcome="refused"}'
+        wait_for(lambda: metric(pair.url, refused) == 1)
         time.sleep(1)
     install(artifact, served)
     check(running, expected(predictor))

@@ -166,8 +166,8 @@ def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
     """The scheduler can only have stopped a trial if it heard of its first epoch."""
     path = write_sweep(
         tmp_path,
-        {**experiment, "optim": {"learning_rate": 1e-3}},
-        set={"scale.workers": 2, "training.epochs": 4},
+        experiment,
+        set={"scale.workers": 2, "training.epochs": 4, "data.0.limit": 400},
         space={"optim.learning_rate": {"grid": [1e-3, 1e-8]}},
         searcher={"algorithm": "grid"},
         scheduler={"kind": "asha", "reduction_factor": 2},

@@ -1,0 +1,31 @@
+"""python -m serve_app.environment COMMAND …: start Ray with the variables that Serve needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from serve_app.launch import set_environment
+
+USAGE = """usage: python -m serve_app.environment COMMAND [ARGUMENT …]
+
+Become COMMAND with serve_app.launch.SERVE_ENVIRONMENT set; what is set already stays.
+example:
+  python -m serve_app.environment ray start --head"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    command = sys.argv[1:] if arguments is None else arguments
+    if not command or command[0] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0 if command else 2)
+    set_environment(local=False)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(127) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The workflows run what exists, on the Pythons the project names, with few rights."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS: dict[str, dict[Any, Any]] = {
+    path.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / ".github/workflows").glob("*.yml"))
+}
+JOBS = [job for workflow in WORKFLOWS.values() for job in workflow["jobs"].values()]
+STEPS = [step for job in JOBS for step in job["steps"]]
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    runs = " ".join(step.get("run", "") for step in STEPS)
+    assert {"check", "demo", "up", "down"} <= set(re.findall(r"\bmake ([a-z-]+)", runs)) <= targets
+
+
+def test_pythons_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tested = WORKFLOWS["ci.yml"]["jobs"]["check"]["strategy"]["matrix"]["python"]
+    named = [c.rpartition(" :: ")[2] for c in project["classifiers"] if "Python :: 3." in c]
+    assert tested == named
+    assert all(version in SpecifierSet(project["requires-python"]) for version in tested)
+    others = {step.get("with", {}).get("python-version", "3.11") for step in STEPS}
+    assert others <= {"3.11", "${{ matrix.python }}"}
+
+
+def test_actions_are_pinned() -> None:
+    used = [step["uses"] for step in STEPS if "uses" in step]
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@(v\d+(\.\d+)*|[0-9a-f]{40})", action), action
+
+
+def test_only_the_push_of_a_tag_may_write() -> None:
+    for workflow in WORKFLOWS.values():
+        assert workflow["permissions"] == {"contents": "read"}
+    (writer,) = (job for job in JOBS if "permissions" in job)
+    assert writer["permissions"] == {"contents": "read", "packages": "write"}
+    assert writer["if"] == "startsWith(github.ref, 'refs/tags/v')"
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
+def test_what_a_workflow_names_is_there(name: str) -> None:
+    text = (ROOT / ".github/workflows" / name).read_text(encoding="utf-8")
+    for path in re.findall(r"docker/(?:Dockerfile|[\w-]+\.yml)", text):
+        assert (ROOT / path).is_file(), path
+    stages = re.findall(r"^FROM .* AS (\w+)$", (ROOT / "docker/Dockerfile").read_text(), re.M)
+    for job in WORKFLOWS[name]["jobs"].values():
+        assert set(job.get("strategy", {}).get("matrix", {}).get("target", ())) <= set(stages)
+        assert job["timeout-minutes"] <= 60
