@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import signal
 import threading
 import time
@@ -69,11 +68,6 @@ def set_environment(local: bool) -> None:
         chosen |= {**LOCAL_ENVIRONMENT, "RAY_SERVE_HAPROXY_BINARY_PATH": loopback_haproxy()}
     for name, value in chosen.items():
         os.environ.setdefault(name, value)
-
-
-def export() -> str:
-    """Shell commands that set what Serve reads, to `eval` before `ray start` on every node."""
-    return "\n".join(f"export {n}={shlex.quote(v)}" for n, v in SERVE_ENVIRONMENT.items())
 
 
 def start_ray(host: str, port: int, num_cpus: int | None = None) -> None:
@@ -259,7 +253,3 @@ def ask(url: str, text: str) -> None:
     body = {"inputs": text}
     print(f"POST {url}/v1/predict {json.dumps(body, ensure_ascii=False)}")
     print(json.dumps(request(f"{url}/v1/predict", body), indent=2, ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    print(export())

@@ -192,7 +192,7 @@ def test_serve_s_settings_and_the_token_are_there_when_ray_starts_on_every_node(
     config = read()
     for role in ("head", "worker"):
         start = config[f"{role}_start_ray_commands"][1]
-        assert start.index('eval "$(python -m serve_app.launch)"') < start.index("ray start")
+        assert "python -m serve_app.environment ray start" in " ".join(start.split())
     assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     assert not [name for name in SERVE_ENVIRONMENT if name in str(config)]  # said in one place
 
