@@ -3,7 +3,8 @@
 MTL_DATA=… python benchmarks/weighting.py [--batch-size 32] [--rounds 10] [--steps 6]
 
 Every strategy trains a model of its own on the same SNIPS batches, in turn: a round gives each the
-same number of steps, so that whatever else the machine does befalls all of them alike.
+same number of steps, another one first each time, so that whatever else the machine does befalls
+all of them alike.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ def main() -> None:
     runs = {name: steps(experiment, data, changes) for name, changes in VARIANTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(options.warm_up + options.rounds):
-        for name, run in runs.items():
-            taken = next(run) / options.steps
+        first = number % len(runs)
+        for name in [*runs][first:] + [*runs][:first]:
+            taken = next(runs[name]) / options.steps
             if number >= options.warm_up:
                 seconds[name].append(taken)
     print(table(seconds))
-    print(f"{options.rounds} rounds of {options.steps} steps, {options.batch_size} texts a step, ")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    steps_text = f"{options.rounds} rounds of {options.steps} steps of {options.batch_size} texts"
+    print(f"{steps_text}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
 
 def steps(experiment: Experiment, data: Data, changes: dict[str, Any]) -> Iterator[float]:
