@@ -10,14 +10,17 @@ from pathlib import Path
 from mtl_core.config import ConfigError
 
 KEYS_VARIABLE = "MTL_API_KEYS"
+GRACE_S = 10.0
+"""How long keys count after a look at their file found none: long enough for a file that is being
+written, short enough for an operator who empties or removes it to let nobody in."""
 
 
 class Keys:
-    """Keys from the environment and a file; the file is read again when it changes.
+    """Keys from the environment and a file, which is read again and again.
 
     Args:
         file: a key a line; blank lines and lines that begin with # do not count.
-        poll_seconds: how often to look whether the file has changed.
+        poll_seconds: how often to read it.
 
     Raises:
         ConfigError: the file cannot be read, or holds no key.
@@ -28,13 +31,8 @@ class Keys:
         self.fixed = [key.strip().encode() for key in listed if key.strip()]
         self.file = Path(file).expanduser() if file else None
         self.poll_seconds = poll_seconds
-        self.from_file: list[bytes] = []
-        self.stamp: tuple[int, int] | None = None
-        self.looked = 0.0
-        if self.file:
-            self._read(self.file)
-            if not self.from_file:
-                raise ConfigError(f"keys_file: {self.file} holds no key")
+        self.from_file = read_keys(self.file) if self.file else []
+        self.looked = self.found = time.monotonic()
 
     @property
     def required(self) -> bool:
@@ -55,24 +53,29 @@ class Keys:
             return
         self.looked = now
         try:
-            self._read(self.file)
+            self.from_file = read_keys(self.file)
+            self.found = now
         except ConfigError:
-            return  # rotated away for a moment: the keys that were read stay
+            # Counted from when keys were last seen: nobody may have asked since they went.
+            if now > self.found + GRACE_S:
+                self.from_file = []
 
-    def _read(self, file: Path) -> None:
-        try:
-            state = file.stat()
-            stamp = (state.st_mtime_ns, state.st_ino)
-            if stamp == self.stamp:
-                return
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"keys_file: cannot read {file}: {error}") from error
-        keys = [line.strip() for line in lines]
-        found = [key.encode() for key in keys if key and not key.startswith("#")]
-        if found:
-            self.from_file = found
-            self.stamp = stamp
+
+def read_keys(file: Path) -> list[bytes]:
+    """The keys of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"keys_file: cannot read {file}: {error}") from error
+    keys = [line.strip() for line in lines]
+    found = [key.encode() for key in keys if key and not key.startswith("#")]
+    if not found:
+        raise ConfigError(f"keys_file: {file} holds no key")
+    return found
 
 
 def bearer(header: str | None) -> str | None:

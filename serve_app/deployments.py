@@ -53,12 +53,14 @@ def remote_call(task: str) -> Callable[..., Any]:
 
 
 def exposed_host() -> str | None:
-    """The address that Serve's port is bound to, if others can reach it."""
+    """The address that Serve's port is bound to, unless only this machine reaches it."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
     host = client.http_config.host if client is not None else None
-    return None if host in LOOPBACK or host is None else host
+    if host in LOOPBACK:
+        return None
+    return host or "an unknown address"  # HAProxy takes none for every one
 
 
 def check_exposure(settings: Settings, keys: Keys) -> None:
@@ -126,10 +128,10 @@ class EncoderReplica:
 
     async def check_ready(self) -> None:
         """Raise ApiError unless every head answers."""
-        model = self.service.model
-        answer = await self.service.answer(["ready?"], tuple(model.heads))
-        for task, error in answer.failures.items():
-            raise unavailable(f"task {task!r}: {error}")
+        try:
+            await self.service.reach_heads(self.service.model)
+        except HeadUnavailable as error:
+            raise unavailable(str(error)) from None
 
     async def _watch(self) -> None:
         """Take up new versions of the artifact as they appear."""

@@ -25,7 +25,8 @@ class Settings(BaseModel):
     heads: Literal["deployments", "in_process"] = "deployments"
     """Where heads run; in_process is for one small machine and for measuring what a hop costs."""
     keys_file: str | None = None
-    """File with an API key a line, read again when it changes. MTL_API_KEYS holds keys too."""
+    """File with an API key a line, read again and again; emptied or removed, it lets nobody in
+    after 10 s. MTL_API_KEYS holds keys too."""
     log_requests: bool = True
     """Write a JSON line a request to the replica's log; texts are never in it."""
     insecure: bool = False

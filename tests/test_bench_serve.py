@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.serve import corpus
 from benchmarks.serve.checks import agreement, utilisation
 from benchmarks.serve.plan import OFFLINE, ROWS, Row, schedule
 from benchmarks.serve.report import compare, table
+from benchmarks.serve.scores import Scored, complaints
 from benchmarks.serve.servers import SERVERS, running
 from benchmarks.serve.wrk import LoadError, Sample, parse
 from mtl_core.encoder import load_tokenizer
+from mtl_core.evaluation import evaluate
 from mtl_core.predictor import Predictor
-from tests.small_runs import example, experiment, learned, write_artifact
+from tests.small_runs import (
+    begin,
+    data,
+    example,
+    examples,
+    experiment,
+    learned,
+    write_artifact,
+)
 
 WRK = """Running 6s test @ http://127.0.0.1:8000
   1 threads and 32 connections
@@ -146,6 +157,30 @@ def test_sentences_are_seeded_distinct_and_of_the_lengths_announced(minilm: str)
     lengths = [len(ids) for ids in tokenizer(corpus.mixed_lengths(texts, 500))["input_ids"]]
     assert min(lengths) < 15
     assert max(lengths) > 100
+
+
+def test_answers_are_counted_as_offline_evaluation_counts(
+    tiny_encoders: dict[str, Path],
+) -> None:
+    # A model that has learned nothing: labels at random, entities that begin inside words.
+    config = experiment(tiny_encoders["bert"])
+    encoded = data(config)
+    model = begin(config, encoded).model
+    split = encoded.splits["train"]
+    kinds = {task: settings.kind for task, settings in config.tasks.items()}
+    scored = Scored(examples(0, 40), split, kinds, encoded.labels)
+    answers = Predictor(model).predict([example.text for example in scored.examples])
+    served, offline = scored.count("offline", answers), evaluate(model, split)
+    assert split.num_truncated == 0
+    for task, counts in offline.counts.items():
+        assert np.array_equal(served.counts[task], counts)
+    assert served.counts["entities"][:-1, 1].sum() > 20
+    assert served.seqeval["entities"] == offline.scores()["entities"]["f1"]
+    assert complaints(scored, offline, served, 0.0) == []
+    label = answers[0]["topic"]["label"]
+    answers[0]["topic"]["label"] = next(n for n in encoded.labels["topic"] if n != label)
+    (complaint, *_) = complaints(scored, offline, scored.count("other", answers), 0.0)
+    assert complaint == "other: topic: the counts are not the offline ones"
 
 
 @pytest.mark.slow

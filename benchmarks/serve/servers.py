@@ -43,6 +43,10 @@ def _ours(artifact: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "serve_app", "--artifact", str(artifact), "--port", str(port)]
 
 
+def _fp32(artifact: Path, port: int) -> list[str]:
+    return [*_ours(artifact, port), "--set", "runtime=torch-fp32"]
+
+
 def _in_process(artifact: Path, port: int) -> list[str]:
     return [*_ours(artifact, port), "--set", "heads=in_process"]
 
@@ -65,6 +69,7 @@ def _infinity(_: Path, port: int) -> list[str]:
 
 SERVERS = {
     "ours": Server("serve_app", _ours, ready="/ready"),
+    "ours_fp32": Server("serve_app, torch fp32", _fp32, ready="/ready"),
     "ours_in_process": Server("serve_app, heads in the encoder", _in_process, ready="/ready"),
     "fastapi": Server("(a) FastAPI, torch fp32", _fastapi, settings={"PASSES": str(CORES)}),
     "fastapi_latency": Server("(a) set for latency", _fastapi, settings={"PASSES": "1"}),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hmac
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mtl_core.config import ConfigError
-from serve_app.auth import KEYS_VARIABLE, Keys, bearer
+from serve_app.auth import GRACE_S, KEYS_VARIABLE, Keys, bearer
+from serve_app.deployments import check_exposure
+from serve_app.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -75,17 +78,39 @@ def test_a_file_replaced_by_another_of_the_same_time_is_read(file: Path, tmp_pat
 
 
 @pytest.mark.parametrize("content", [None, "", "# only words\n"])
-def test_a_file_that_is_gone_or_empty_for_a_moment_locks_nobody_out_or_in(
-    file: Path, content: str | None
+def test_a_file_that_is_gone_or_empty_locks_nobody_out_for_a_moment_and_then_all(
+    file: Path, content: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = Keys(str(file), poll_seconds=0)
+    now = 1000.0
+    monkeypatch.setattr("serve_app.auth.time.monotonic", lambda: now)
+    monkeypatch.setenv(KEYS_VARIABLE, "fixed")
+    keys = Keys(str(file), poll_seconds=2)
     if content is None:
         file.unlink()
     else:
         file.write_text(content, encoding="utf-8")
-    assert keys.accept("first-key")
+    for later, taken in ((3.0, True), (GRACE_S, True), (GRACE_S + 2.1, False)):
+        now = 1000.0 + later
+        assert keys.accept("first-key") == taken
+        assert keys.accept("fixed")
+        assert not keys.accept(None)
+        assert not keys.accept("wrong")
+    now += 3
+    file.write_text("new-key\n", encoding="utf-8")
+    assert keys.accept("new-key")
+    assert not keys.accept("first-key")
+
+
+def test_a_file_emptied_while_nobody_asked_lets_nobody_in(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("serve_app.auth.time.monotonic", lambda: now)
+    keys = Keys(str(file))
+    file.write_text("", encoding="utf-8")
+    now += 3600
+    assert not keys.accept("first-key")
     assert not keys.accept(None)
-    assert not keys.accept("wrong")
 
 
 def test_every_key_is_compared_in_constant_time(
@@ -139,3 +164,29 @@ def test_a_key_of_any_bytes_is_refused_without_an_error(file: Path) -> None:
 )
 def test_a_key_comes_as_a_bearer_token(header: str | None, key: str | None) -> None:
     assert bearer(header) == key
+
+
+@pytest.mark.parametrize(
+    ("host", "refused"),
+    [("127.0.0.1", False), ("::1", False), ("0.0.0.0", True), ("192.0.2.1", True), (None, True)],
+)
+def test_without_a_key_a_replica_starts_only_where_serve_is_known_to_be_local(
+    host: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = SimpleNamespace(http_config=SimpleNamespace(host=host))
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
+    settings = Settings(artifact="somewhere")
+    if refused:
+        with pytest.raises(ConfigError, match="no API key is set"):
+            check_exposure(settings, Keys())
+    else:
+        check_exposure(settings, Keys())
+    check_exposure(settings.model_copy(update={"insecure": True}), Keys())
+
+
+def test_without_a_key_and_without_knowing_serve_a_replica_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: None)
+    with pytest.raises(ConfigError, match="an unknown address"):
+        check_exposure(Settings(artifact="somewhere"), Keys())
