@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,15 +19,18 @@ def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, 
     Welch, "The generalization of Student's problem when several different population variances are
     involved", Biometrika 1947. Infinite with one seed, for one run has no spread.
     """
-    from scipy import stats
+    from scipy.stats import t
 
-    gap = sum(second) / len(second) - sum(first) / len(first)
+    gap = statistics.mean(second) - statistics.mean(first)
     if min(len(first), len(second)) < 2:
         return gap, float("-inf"), float("inf")
-    if max(first) == min(first) and max(second) == min(second):
+    parts = [(statistics.variance(runs) / len(runs), len(runs) - 1) for runs in (first, second)]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
         return gap, gap, gap
-    interval = stats.ttest_ind(second, first, equal_var=False).confidence_interval(CONFIDENCE)
-    return gap, float(interval.low), float(interval.high)
+    freedom = variance**2 / sum(part**2 / number for part, number in parts)
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+    return gap, gap - reach, gap + reach
 
 
 def verdict(first: Sequence[float], second: Sequence[float]) -> str:

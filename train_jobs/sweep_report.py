@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import Checkpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -201,14 +203,22 @@ def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) ->
 def _publish(plan: Plan, folder: SweepFolder, experiment: Experiment, trials: Rows) -> None:
     """Build the artifact from the weights of the best setting's first seed."""
     first = next((t for t in trials if t["config"]["seed"] == plan.base.seed), None)
-    if first is None or first["status"] != "finished" or first["checkpoint"] is None:
+    if first is None or first["status"] != "finished":
         return
     place = {"name": folder.name, "output_dir": plan.sweep.output_dir}
     run = RunFolder(experiment.model_copy(update=place))
     run.write_history(_history(trials, BEST))
-    with first["checkpoint"].as_directory() as weights:
+    with _weights(first, folder).as_directory() as weights:
         seconds = float(first["metrics"].get("time_total_s", 0.0))
         build_artifact(Path(weights), experiment, prepare(experiment), run, seconds)
+
+
+def _weights(trial: Mapping[str, Any], folder: SweepFolder) -> Any:
+    """Tune's checkpoint of a trial in one process, or the one that its workers wrote."""
+    if trial["checkpoint"] is not None:
+        return trial["checkpoint"]
+    filesystem = None if folder.is_local else PyFileSystem(FSSpecHandler(folder.filesystem))
+    return Checkpoint(trial["metrics"]["checkpoint_path"], filesystem=filesystem)
 
 
 def _history(trials: Rows, case: str) -> Rows:

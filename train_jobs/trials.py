@@ -188,7 +188,9 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
         told = ray.get(log.drain.remote())
         if result.metrics and result.metrics.get("finished"):
             history = [{"event": event, **row} for event, row in told]
-            tune.report({**scorer(result.metrics), "history": history})
+            assert result.checkpoint is not None
+            where = {"checkpoint_path": result.checkpoint.path}
+            tune.report({**scorer(result.metrics), **where, "history": history})
         failure = next((row["message"] for event, row in told if event == "failed"), None)
     if failure is not None:
         raise TrialFailed(failure)

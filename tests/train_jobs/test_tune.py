@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -163,22 +164,19 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
 def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
     tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
-    """The scheduler can only have stopped a trial if it heard of its first epoch."""
     path = write_sweep(
         tmp_path,
         experiment,
-        set={"scale.workers": 2, "training.epochs": 4, "data.0.limit": 400},
-        space={"optim.learning_rate": {"grid": [1e-3, 1e-8]}},
-        searcher={"algorithm": "grid"},
-        scheduler={"kind": "asha", "reduction_factor": 2},
+        set={"scale.workers": 2, "training.epochs": 3},
+        budget={"trials": 2},
         seeds=1,
     )
     done = run("tune", "--config", str(path), address=ray_address)
     assert done.returncode == 0, done.stderr
-    trials = trials_of(tmp_path).set_index("optim.learning_rate")
-    assert trials.loc[1e-3, "status"] == "finished"
-    assert trials.loc[1e-8, "status"] == "stopped"
-    assert trials.loc[1e-8, "epochs"] < 4
+    assert (trials_of(tmp_path)["status"] == "finished").all()
+    (state,) = (tmp_path / "sweeps/sweep/search").glob("experiment_state-*.json")
+    reports = re.findall(r"training_iteration\W+(\d+)", state.read_text(encoding="utf-8"))
+    assert max(map(int, reports)) >= 3 + 1  # every epoch, and the scores
     assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
 
 

@@ -1,0 +1,106 @@
+"""What a sweep says of its trials, against sums done by hand and by other means."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from train_jobs import sweep_plots
+from train_jobs.comparison import compare, difference, statement, verdict
+
+T_975 = {2: 4.302653, 4: 2.776445}
+"""Quantiles of Student's t, as tables print them, by degrees of freedom."""
+
+
+def test_the_interval_is_the_textbook_s() -> None:
+    """With equal variances and 3 runs each, Welch's degrees of freedom are 4."""
+    gap, low, high = difference([0.70, 0.71, 0.72], [0.80, 0.81, 0.82])
+    reach = T_975[4] * math.sqrt(2 * 0.01**2 / 3)
+    assert gap == pytest.approx(0.10)
+    assert (low, high) == pytest.approx((0.10 - reach, 0.10 + reach), rel=1e-5)
+
+
+def test_a_constant_side_leaves_the_other_s_degrees_of_freedom() -> None:
+    _, low, high = difference([0.5, 0.5, 0.5], [0.70, 0.71, 0.72])
+    reach = T_975[2] * math.sqrt(0.01**2 / 3)
+    assert (low, high) == pytest.approx((0.21 - reach, 0.21 + reach), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("second", "wanted"),
+    [
+        ([0.80, 0.81, 0.82], "helps"),
+        ([0.60, 0.61, 0.62], "hurts"),
+        ([0.70, 0.72, 0.74], "makes no difference"),
+        ([0.99], "makes no difference"),
+    ],
+)
+def test_a_verdict_needs_more_than_the_spread(second: list[float], wanted: str) -> None:
+    assert verdict([0.70, 0.71, 0.72], second) == wanted
+
+
+def test_runs_without_any_spread_are_taken_at_their_word() -> None:
+    assert verdict([0.5, 0.5], [0.6, 0.6]) == "helps"
+    assert verdict([0.5, 0.5], [0.5, 0.5]) == "makes no difference"
+
+
+def test_a_statement_names_task_points_and_seeds() -> None:
+    scores = {"alone": [0.7, 0.71, 0.72], "shared": [0.8, 0.81, 0.82], "best": [0.71, 0.7, 0.73]}
+    told = statement("intent", scores)
+    assert told.startswith("intent: sharing helps (+10.00 points, 95 % interval +7.73 to +12.27")
+    assert "with the best setting makes no difference that the spread can show" in told
+    assert "3 seeds" in told
+    assert statement("intent", {"shared": [0.5]}) == ""
+    assert "one seed only" in statement("intent", {"alone": [0.5], "shared": [0.6]})
+    assert [(row["from"], row["to"]) for row in compare(scores)] == [
+        ("alone", "shared"),
+        ("alone", "best"),
+        ("shared", "best"),
+    ]
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12),
+    st.booleans(),
+)
+def test_the_front_is_what_no_point_dominates(
+    points: list[tuple[float, float]], smaller: bool
+) -> None:
+    sign = -1 if smaller else 1
+
+    def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        return a != b and sign * a[0] >= sign * b[0] and a[1] >= b[1]
+
+    wanted = {p for p in points if not any(dominates(q, p) for q in points)}
+    assert set(sweep_plots.pareto_front(points, smaller)) == wanted
+
+
+def test_pictures_stand_strange_trials(tmp_path: Path) -> None:
+    """A score that is missing, one value only, sections as settings, names in other scripts."""
+    trials = [
+        {
+            "status": status,
+            "seconds": 1.0,
+            "settings": {"optim.learning_rate": 1e-4, "freeze": {"layers": n}, "任务 $x$": n},
+            "objective": score,
+        }
+        for n, (status, score) in enumerate(
+            [("finished", 0.5), ("failed", float("nan")), ("stopped", 0.2)]
+        )
+    ]
+    sweep_plots.parallel_coordinates(trials, "mean", {"optim.learning_rate"}, tmp_path / "a.png")
+    points = [{**trial, "x": 1.0, "y": trial["objective"]} for trial in trials]
+    sweep_plots.trade_off(points, ("任务", "b_$1"), tmp_path / "b.png")
+    sweep_plots.trade_off([], ("a", "b"), tmp_path / "c.png")
+    sweep_plots.importance_bars({"optim.learning_rate": 1.0}, tmp_path / "d.png")
+    sweep_plots.compared_scores({"t": {"alone": [0.5], "shared": [0.5]}}, tmp_path / "e.png")
+    for name in "abcde":
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert np.asarray(picture).std() > 0
