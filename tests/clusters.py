@@ -56,18 +56,13 @@ class AutoscalingCluster:
             check=False,
         )
 
-    def nodes(self) -> dict[str, int]:
-        """Node type → nodes alive now, the head left out."""
+    def nodes(self) -> int:
+        """Nodes alive now, the head left out."""
         token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        request = urllib.request.Request(f"{self.dashboard}/nodes?view=summary", headers=token)
+        request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes", headers=token)
         with urllib.request.urlopen(request, timeout=30) as reply:
-            rows = json.load(reply)["data"]["summary"]
-        found: dict[str, int] = {}
-        for raylet in (row["raylet"] for row in rows):
-            if raylet.get("state") == "ALIVE" and raylet["nodeId"] != HEAD_ID:
-                kind = raylet.get("nodeTypeName", "")
-                found[kind] = found.get(kind, 0) + 1
-        return found
+            rows = json.load(reply)["data"]["result"]["result"]
+        return sum(row["state"] == "ALIVE" and row["node_id"] != HEAD_ID for row in rows)
 
     def lose_a_node(self) -> None:
         """Kill a worker node at once, as a machine that is switched off goes."""
@@ -76,13 +71,11 @@ class AutoscalingCluster:
         raylets = [p for p in monitor.children(recursive=True) if p.name() == "raylet"]
         raylets[-1].kill()
 
-    def wait_for_nodes(self, want: Any, seconds: float = 60) -> dict[str, int]:
-        """Poll until `want(nodes)`; how the nodes were then."""
+    def wait_for_nodes(self, count: int, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
-        while not want(found := self.nodes()):
+        while (found := self.nodes()) != count:
             assert time.monotonic() < deadline, found
             time.sleep(0.5)
-        return found
 
 
 @contextmanager
@@ -174,7 +167,7 @@ def _wait_until_up(cluster: AutoscalingCluster, log: Path) -> None:
         try:
             cluster.nodes()
             return
-        except (OSError, KeyError, ValueError):
+        except (OSError, KeyError, TypeError, ValueError):
             said = log.read_text(errors="replace")
             assert cluster.head.poll() is None, said
             assert time.monotonic() < deadline, said
