@@ -9,11 +9,10 @@ import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -25,6 +24,9 @@ from mtl_core.config import ConfigError
 from mtl_core.predictor import Predictor
 from train_jobs.cluster import ray_cluster
 from train_jobs.tables import ROWS_AT_ONCE, Row, TableWriter, check_suffix, count_rows, read_rows
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 EPILOG = """examples:
   python -m train_jobs.predict --artifact runs/demo/artifact --text "Maria loved Lisbon."
@@ -139,7 +141,6 @@ def predict_file(
     """
     side = target.with_name(target.name + ".bad.jsonl")
     check_files(source, target, column, overwrite)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     written = bad = 0
     with (
         ray_cluster(),
@@ -207,6 +208,9 @@ def _answers(
     artifact: str, source: Path, column: str, tasks: Sequence[str] | None, workers: int | None
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Row number and prediction of each good row, in order."""
+    from ray.data import ActorPoolStrategy, DataContext  # a second that sentences need not wait
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after its import, which sets it too
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
