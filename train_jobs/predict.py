@@ -10,11 +10,10 @@ import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -27,6 +26,9 @@ from mtl_core.predictor import Predictor
 from mtl_core.storage import download, exists, fetch, upload
 from train_jobs.cluster import ray_cluster
 from train_jobs.tables import ROWS_AT_ONCE, Row, TableWriter, check_suffix, count_rows, read_rows
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 EPILOG = """examples:
   python -m train_jobs.predict --artifact runs/demo/artifact --text "Maria loved Lisbon."
@@ -150,7 +152,6 @@ def predict_file(
     """
     side = target.with_name(target.name + ".bad.jsonl")
     check_files(source, target, column, overwrite)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     written = bad = 0
     with (
         ray_cluster(),
@@ -218,6 +219,9 @@ def _answers(
     artifact: str, source: Path, column: str, tasks: Sequence[str] | None, workers: int | None
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Row number and prediction of each good row, in order."""
+    from ray.data import ActorPoolStrategy, DataContext  # a second that sentences need not wait
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after its import, which sets it too
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -11,8 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mtl_core.config import ConfigError
+from mtl_core.data.examples import DataError
 from mtl_core.predictor import Predictor
 from tests.commands import run
+from train_jobs import evaluate, predict
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -68,19 +71,8 @@ def test_a_file_keeps_columns_and_order_and_equals_the_predictor(
         got = [(e["start"], e["end"], e["entity_group"]) for e in row["predicted_entities"]]
         assert got == [(e["start"], e["end"], e["entity_group"]) for e in answer["entities"]]
     assert not list(tmp_path.glob("*.bad.jsonl"))
-    again = run(
-        "predict",
-        "--artifact",
-        str(artifact),
-        "--input",
-        str(source),
-        "--output",
-        str(target),
-        address=ray_address,
-    )
-    assert again.returncode == 1
-    assert "exists" in again.stderr
-    assert "--overwrite" in again.stderr
+    with pytest.raises(ConfigError, match="exists; remove it, or add --overwrite"):
+        predict.main(["--artifact", str(artifact), "--input", str(source), "--output", str(target)])
 
 
 def test_bad_rows_are_named_in_a_side_file_and_the_others_answered(
@@ -192,7 +184,5 @@ def test_evaluation_repeats_the_scores_of_the_manifest_and_takes_other_files(
     assert done.returncode == 0, done.stderr
     assert "entities" not in done.stdout
     other.write_text('{"text": "The food was cold.", "sentiment": "angry"}\n')
-    done = run("evaluate", "--artifact", str(artifact), "--data", f"sentiment={other}")
-    assert done.returncode == 1
-    assert "'angry'" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(DataError, match="'angry'"):
+        evaluate.main(["--artifact", str(artifact), "--data", f"sentiment={other}"])
