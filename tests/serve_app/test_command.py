@@ -132,6 +132,15 @@ def test_a_host_that_is_not_of_this_machine_is_named(artifact: Path) -> None:
     assert "192.0.2.199" in refused(*arguments, "--port", str(free_port()))
 
 
+def test_a_cluster_needs_a_port_by_number(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ("--artifact", artifact, "--port", "0")
+    assert "--port: 0" in refused(*base, "--write-config", tmp_path / "config.yaml")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert "--port: 0" in refused(*base)
+
+
 def test_no_artifact_is_said_so(tmp_path: Path) -> None:
     assert "nowhere" in refused("--artifact", tmp_path / "nowhere")
 
