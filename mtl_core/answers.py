@@ -19,11 +19,6 @@ from mtl_core.windows import Offsets
 Float = NDArray[np.float32]
 
 
-class Label(TypedDict):
-    label: str
-    score: float
-
-
 class Classification(TypedDict):
     """The best label, and the probability of every one."""
 
@@ -181,7 +176,7 @@ def run_head(head: Head, features: Features, all_tags: bool = False) -> Output:
     device = head.output.weight.device
     rows = torch.from_numpy(np.ascontiguousarray(source)).to(device, torch.float32)
     logits: Float = head(rows).cpu().numpy()
-    scores: Float = head.scores(logits)  # type: ignore[operator]
+    scores = head.scores(logits)
     if not isinstance(head, TokenClassificationHead):
         if isinstance(head, MultilabelHead):
             return SentenceOutput(head.labels, scores, None, head.config.threshold)

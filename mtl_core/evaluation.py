@@ -119,14 +119,16 @@ def _count(
         else:
             metrics.count_classes(counts, gold, logits.argmax(axis=-1))
         return
+    labelled = rows[split.present[task][rows]]
+    targets, starts = split.targets[task], split.starts
+    reals = [targets[starts[row] : starts[row + 1]] != IGNORE for row in labelled]
+    lengths = np.array([real.sum() for real in reals], dtype=np.int64)
+    decoded = head.decode_texts(logits, lengths)
     first = 0
-    for row in rows[split.present[task][rows]]:
-        tokens = slice(split.starts[row], split.starts[row + 1])
-        real = split.targets[task][tokens] != IGNORE
-        last = first + int(real.sum())
+    for row, real, length in zip(labelled, reals, lengths, strict=True):
         tags = np.zeros(len(real), dtype=np.int64)
-        tags[real] = head.decode(logits[first:last])
-        first = last
+        tags[real] = decoded[first : first + length]
+        first += length
         words = slice(split.word_starts[row], split.word_starts[row + 1])
         predicted = metrics.word_tags(tags, split.word_tokens[words], len(head.labels))
         gold = split.word_tags[task][words].astype(np.int64)

@@ -58,6 +58,10 @@ class Head(nn.Module):
         """Sum of the losses of N items: () for logits (N, num_outputs)."""
         raise NotImplementedError
 
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, num_outputs) logits → probabilities of the same shape."""
+        return softmax(logits)
+
     def set_label_counts(self, counts: NDArray[np.int64]) -> None:
         """Turn `class_weights` into factors, given how often each output occurs in train."""
         weights = self.config.class_weights
@@ -105,11 +109,6 @@ class ClassificationHead(Head):
             logits, targets, weight=self.label_weights, reduction="sum", label_smoothing=smoothing
         )
 
-    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C) logits → probabilities."""
-        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return shifted / shifted.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
-
 
 class MultilabelHead(Head):
     """Any number of labels a text, each on its own."""
@@ -154,10 +153,6 @@ class TokenClassificationHead(Head):
             logits, targets, weight=self.label_weights, reduction="sum", label_smoothing=smoothing
         )
 
-    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, T) logits → probabilities of tags."""
-        return ClassificationHead.scores(self, logits)  # type: ignore[arg-type]
-
     def decode(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """(L, T) logits of one text's sub-words → (L,) tag ids that form a legal BIO2 sequence."""
         if self.config.decoding == "viterbi":
@@ -192,6 +187,13 @@ HEADS: dict[TaskKind, type[Head]] = {
     "multilabel": MultilabelHead,
     "token_classification": TokenClassificationHead,
 }
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, C) logits → probabilities that sum to 1 over C."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: NDArray[np.float32] = powers / powers.sum(axis=-1, keepdims=True)
+    return probabilities
 
 
 def tag_names(entity_types: Sequence[str]) -> tuple[str, ...]:

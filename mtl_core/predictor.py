@@ -21,9 +21,7 @@ from mtl_core.artifact import load_encoder, load_model, read_manifest
 from mtl_core.heads import Head
 from mtl_core.model import MultiTaskModel
 from mtl_core.runtime import Runtime, RuntimeName, TorchRuntime, load_runtime
-from mtl_core.windows import TextError, Tokenized, Windows
-
-__all__ = ["EncodingStage", "Predictor", "TextError"]
+from mtl_core.windows import Tokenized, Windows
 
 Float = NDArray[np.float32]
 BATCH_TOKENS = 4096
@@ -223,11 +221,12 @@ class Predictor:
         rows: list[dict[str, Prediction]] = [{} for _ in items]
         for task, head in heads.items():
             output = run_head(head, features)
+            answers: Iterator[Prediction]
             if isinstance(output, TokenOutput):
                 offsets = [item.placed[0] for item in items]
                 answers = output.entities([item.text for item in items], offsets)
             else:
-                answers = output.predictions()  # type: ignore[assignment]
+                answers = output.predictions()
             for row, answer in zip(rows, answers, strict=True):
                 row[task] = answer
         return rows

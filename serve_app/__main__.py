@@ -56,13 +56,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--write-config", metavar="FILE", help="write a file for `serve deploy`")
     options = parser.parse_args(arguments)
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if not options.port and (on_cluster or options.write_config):
+        raise ConfigError("--port: 0 is for this machine alone; a cluster needs a port's number")
     config = serve_config(options)
     if options.write_config:
         write_config(config, options.write_config)
-        return
-    options.port = launch.check_port(options.host, options.port)
-    config["http_options"]["port"] = options.port
-    if os.environ.get("RAY_ADDRESS"):
+    elif on_cluster:
         serve_on_cluster(config, options)
     else:
         serve_until_stopped(config, options)
@@ -123,8 +123,8 @@ def head_config(task: str, replicas: int) -> dict[str, Any]:
     }
 
 
-def write_config(config: dict[str, Any], path: str) -> None:
-    """Write what `serve deploy` reads; replicas come and go with the requests."""
+def autoscale(config: dict[str, Any]) -> None:
+    """Let replicas come and go with the requests, as on a cluster they may."""
     for application in config["applications"]:
         (deployment,) = application["deployments"]
         least = deployment.pop("num_replicas")
@@ -134,6 +134,11 @@ def write_config(config: dict[str, Any], path: str) -> None:
             "target_ongoing_requests": 32 if application["route_prefix"] else 8,
             "downscale_delay_s": 60,
         }
+
+
+def write_config(config: dict[str, Any], path: str) -> None:
+    """Write what `serve deploy` reads."""
+    autoscale(config)
     with open(path, "w", encoding="utf-8") as file:
         yaml.safe_dump(config, file, sort_keys=False, allow_unicode=True)
     print(f"wrote {path}; run: serve deploy {path}")
@@ -141,6 +146,8 @@ def write_config(config: dict[str, Any], path: str) -> None:
 
 def serve_until_stopped(config: dict[str, Any], options: argparse.Namespace) -> None:
     """Start everything on this machine, answer until Ctrl-C, stop everything."""
+    options.port = launch.check_port(options.host, options.port)
+    config["http_options"]["port"] = options.port
     launch.set_environment(local=True)
     # Ray hands an encoder replica one CPU; here they may share all that the machine has.
     encoder = config["applications"][0]
@@ -166,6 +173,7 @@ def serve_until_stopped(config: dict[str, Any], options: argparse.Namespace) -> 
 
 def serve_on_cluster(config: dict[str, Any], options: argparse.Namespace) -> None:
     """Bring a cluster to this config, as `serve deploy` does, and leave it running."""
+    autoscale(config)
     launch.set_environment(local=False)
     launch.start_ray(options.host, options.port)
     launch.deploy_on_cluster(config)

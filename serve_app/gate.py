@@ -146,18 +146,18 @@ class Gate:
 
     def endpoint(self, operation: Operation) -> Callable[[Request], Awaitable[Response]]:
         """A handler with what all share: keys, errors, log and metrics."""
-        route, open_to_all = operation.path, operation.open
+        route = operation.path
 
         async def answer(request: Request) -> Response:
             started = time.perf_counter()
             reply: Reply | None = None
             try:
-                if not open_to_all:
+                if not operation.open:
                     self.check_key(request)
                 reply = await operation.handler(request)
                 response = reply.response(started)
             except Exception as error:
-                known = self.failure(error, request)
+                known = self.failure(error, request, operation)
                 openai = operation.error is OpenAIErrorReply
                 body = known.openai_body() if openai else known.body()
                 response = Response(
@@ -174,13 +174,14 @@ class Gate:
             if not self.keys.accept(key):
                 raise unauthorized(key is not None)
 
-    def failure(self, error: Exception, request: Request) -> ApiError:
+    def failure(self, error: Exception, request: Request, operation: Operation) -> ApiError:
         """An error as the client sees it."""
         if isinstance(error, Overloaded):
             self.service.metrics.rejected.inc()
             return overloaded(str(error), self.settings.retry_after_s)
         if isinstance(error, TooLong):
-            return too_large(str(error))
+            cut = operation.truncate
+            return too_large(f"{error}; shorten it, or send {cut} to use its beginning")
         if isinstance(error, TextError):
             return invalid(str(error))
         if isinstance(error, ApiError):

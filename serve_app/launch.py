@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import urllib.request
@@ -45,6 +46,8 @@ SERVE_ENVIRONMENT = {
     # What can be sent again must fit HAProxy's buffer.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # A client that stops reading its answer is let go; the time an answer takes does not count.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
     # A HAProxy that died is replaced after three checks: in seconds, not half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
@@ -52,7 +55,8 @@ SERVE_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Must be set where Ray itself is started: here for a local Ray, at `ray start` on a cluster."""
+"""Must be set where Ray itself is started: here for a local Ray, at `ray start` on a cluster.
+`python -m serve_app.environment` starts it so."""
 LOCAL_ENVIRONMENT = {
     # With one node no load balancer elsewhere has to notice that a replica is going.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
@@ -78,13 +82,15 @@ def start_ray(host: str, port: int, num_cpus: int | None = None) -> None:
         num_cpus: CPUs that a local Ray may hand out, whatever the machine has.
 
     Raises:
-        ConfigError: Ray or the port cannot be had.
+        ConfigError: Ray cannot be had, or Serve runs there already on another address.
     """
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     address = os.environ.get("RAY_ADDRESS")
+    if address and "://" not in address:
+        knock(address)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address:
@@ -96,6 +102,44 @@ def start_ray(host: str, port: int, num_cpus: int | None = None) -> None:
         raise ConfigError(f"cannot reach {where}: {error}") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options=HTTPOptions(host=host, port=port))
+    check_address(host, port)
+
+
+def knock(address: str) -> None:
+    """See that something listens where Ray will look; Ray itself would try for many minutes.
+
+    Raises:
+        ConfigError: nothing does.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    where = None
+    try:
+        # Ray takes 127.0.0.1 for this machine's own address, unless it was told to stay local.
+        where = canonicalize_bootstrap_address(address)
+        host, _, port = (where or "").rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        meant = f", which Ray takes for {where}" if where and where != address else ""
+        raise ConfigError(f"RAY_ADDRESS={address}{meant}: no Ray listens there: {error}") from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Where Serve ran before, it stays on the address it has.
+
+    Raises:
+        ConfigError: that is another one.
+    """
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None
+    http = client.http_config
+    if (http.host, http.port) != (host, port):
+        raise ConfigError(
+            f"Serve runs on this cluster already, on {http.host}:{http.port}: give "
+            f"--host {http.host} --port {http.port}, or end it first with `serve shutdown`"
+        )
 
 
 def deploy(config: Mapping[str, Any]) -> None:
@@ -116,7 +160,22 @@ def deploy(config: Mapping[str, Any]) -> None:
     try:
         serve.run_many(targets)
     except (RuntimeError, RayServeException) as error:
-        raise ConfigError(f"the deployments did not come up: {error}") from error
+        reason = failure([app["name"] for app in config["applications"]]) or error
+        raise ConfigError(f"the deployments did not come up: {reason}") from error
+
+
+def failure(names: Sequence[str]) -> str | None:
+    """Why one of these applications did not come up, in its replica's own words if it has any."""
+    from ray import serve
+
+    found = serve.status().applications
+    for name in names:
+        state = found.get(name)
+        if state is not None and state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            # A traceback, of which Ray's users need the last line.
+            said = [d.message.strip().splitlines()[-1:] for d in state.deployments.values()]
+            return f"{name}: {'; '.join(line for lines in said for line in lines) or state.message}"
+    return None
 
 
 def deploy_on_cluster(config: Mapping[str, Any], timeout_s: float = 600.0) -> None:
@@ -137,9 +196,8 @@ def deploy_on_cluster(config: Mapping[str, Any], timeout_s: float = 600.0) -> No
     while True:
         found = serve.status().applications
         states = {name: found[name] for name in names if name in found}
-        for name, state in states.items():
-            if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise ConfigError(f"{name} did not come up: {state.message}")
+        if reason := failure(names):
+            raise ConfigError(f"the deployments did not come up: {reason}")
         if len(states) == len(names) and all(s.status == "RUNNING" for s in states.values()):
             return
         if time.monotonic() > deadline:
@@ -158,13 +216,34 @@ def stop() -> None:
             # What the encoder still answers needs the heads, so they go after it.
             with suppress(RayServeException, TimeoutError):
                 serve.delete("encoder")
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            stop_serve()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         family = psutil.Process().children(recursive=True)
         ray.shutdown()
         end(family)
+
+
+def stop_serve(patience_s: float = 30.0) -> None:
+    """`serve.shutdown`, but without a call that waits for the end of the very actor it calls.
+
+    Ray takes the end of that call for a failure and prints it.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.shutdown_cached_handles()  # type: ignore[no-untyped-call]
+    deadline = time.monotonic() + patience_s
+    with suppress(ValueError, ray.exceptions.RayError):  # it is gone
+        ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=patience_s)
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(0.1)
 
 
 def end(processes: Sequence[psutil.Process], patience_s: float = 3.0) -> None:
@@ -200,8 +279,6 @@ def check_port(host: str, port: int) -> int:
     Raises:
         ConfigError: something listens there already.
     """
-    import socket
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -42,6 +42,8 @@ class Operation:
     query: Sequence[str] = ()
     error: type[BaseModel] = ErrorReply
     """The shape of its errors."""
+    truncate: str = "truncate: true"
+    """What to send for a text longer than the model reads."""
 
     @property
     def summary(self) -> str:

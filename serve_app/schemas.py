@@ -103,6 +103,11 @@ class PredictReply(BaseModel):
     errors: dict[str, ErrorReply] | None = Field(
         default=None, description="Tasks that could not be answered, while others were."
     )
+    truncated: list[int] | None = Field(
+        default=None,
+        description="Inputs, counted from 0, whose labels and vectors are of their beginning; "
+        "entities are of the whole text.",
+    )
     model: str
     usage: UsageReply
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mtl_core.answers import Features, Output, Prediction, SentenceOutput, TokenOutput
 from mtl_core.predictor import EncodingStage, unit
 from mtl_core.windows import Tokenized
-from serve_app.batcher import Batch, Batcher, Job, Overloaded, fail
+from serve_app.batcher import Batch, Batcher, Job, fail
 from serve_app.heads import HeadCall, HeadUnavailable
 from serve_app.loaded import Loaded
 from serve_app.metrics import Metrics
@@ -56,6 +56,8 @@ class Answer:
     model: Loaded
     parts: Sequence[Part]
     timings: Timings
+    beginnings: Sequence[int]
+    """Texts of which only the beginning counts for labels and vectors."""
 
     @property
     def num_tokens(self) -> int:
@@ -115,6 +117,7 @@ class Service:
         tasks: Sequence[str],
         all_tags: bool = False,
         whole: bool = False,
+        vectors: bool = False,
     ) -> Answer:
         """Answer texts for tasks; none for their vectors alone.
 
@@ -123,6 +126,7 @@ class Service:
             tasks: known tasks.
             all_tags: give token heads' probabilities of every tag.
             whole: refuse texts beyond the model's window where only their beginning would count.
+            vectors: their vectors are wanted beside the tasks.
 
         Raises:
             TextError: a text is blank or no valid Unicode.
@@ -139,9 +143,14 @@ class Service:
             items = split(texts)
         timings = Timings(tokenize=time.perf_counter() - started)
         want_states = any(model.heads[task].level == "token" for task in tasks)
-        cut = not tasks or any(model.heads[task].level == "sentence" for task in tasks)
-        if whole and cut:
-            check_length(items, model.stage.windows.max_length)
+        pooled = vectors or not tasks
+        cut = pooled or any(model.heads[task].level == "sentence" for task in tasks)
+        beginnings = [number for number, item in enumerate(items) if cut and len(item.windows) > 1]
+        if whole and beginnings:
+            raise TooLong(
+                f"input {beginnings[0] + 1} has more than the {model.stage.windows.max_length} "
+                "tokens that the model reads at once"
+            )
         parts: list[Part] = await self.batcher.submit(
             items, tuple(tasks), want_states, all_tags, model
         )
@@ -149,10 +158,10 @@ class Service:
         timings.encoder = sum(part.encoder for part in parts)
         timings.heads = max(part.heads for part in parts)
         self._count(timings, len(texts))
-        return Answer(model, parts, timings)
+        return Answer(model, parts, timings, beginnings)
 
     async def warm_up(self, model: Loaded, text: str = "A sentence to warm up with.") -> None:
-        """Run a model through shapes and heads before it answers anybody."""
+        """Run a model's encoder through shapes before it answers anybody; heads: `reach_heads`."""
         split = model.stage.windows.split
         for count in (1, 4, 16):
             items = split([" ".join([text] * repeat) for repeat in range(1, count + 1)])
@@ -219,8 +228,10 @@ class Service:
                 output = outputs[task]
                 begin = firsts[task]
                 firsts[task] = begin + count
-                failed = isinstance(output, HeadUnavailable)
-                mine[task] = output if failed else output.part(begin, begin + count)  # type: ignore[union-attr]
+                if isinstance(output, HeadUnavailable):
+                    mine[task] = output
+                else:
+                    mine[task] = output.part(begin, begin + count)
             if not job.future.done():
                 pooled = batch.features.pooled[first : first + count]
                 waited = batch.started - job.queued
@@ -258,16 +269,6 @@ class TooLong(ValueError):
     """A text is longer than the model reads."""
 
 
-def check_length(items: Sequence[Tokenized], limit: int) -> None:
-    """Raise TooLong for a text of more than one window."""
-    for number, item in enumerate(items):
-        if len(item.windows) > 1:
-            raise TooLong(
-                f"input {number + 1} has more than the {limit} tokens that the model reads at "
-                "once; shorten it, or set truncate: true to use its beginning"
-            )
-
-
 def needed(features: Features, rows: Sequence[int], level: str) -> Features:
     """Only what a head of this level reads of these texts."""
     nothing = np.zeros(0, dtype=np.int64)
@@ -275,6 +276,3 @@ def needed(features: Features, rows: Sequence[int], level: str) -> Features:
         return Features(features.pooled[list(rows)], np.zeros((0, 0), np.float32), nothing)
     chosen = features.select(rows)
     return Features(np.zeros((0, 0), np.float32), chosen.states, chosen.lengths)
-
-
-__all__ = ["Answer", "Overloaded", "Part", "Service", "Timings", "TooLong"]

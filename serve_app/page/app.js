@@ -81,8 +81,8 @@ async function run() {
   $("status").textContent = "Running …";
   try {
     await describeModel(mine.signal);
-    const requests = [call("v1/predict", { inputs, return_scores: true }, mine.signal)];
-    if (inputs.length > 1) requests.push(call("v1/similarity", { inputs }, mine.signal));
+    const requests = [call("v1/predict", { inputs, return_scores: true, truncate: true }, mine.signal)];
+    if (inputs.length > 1) requests.push(call("v1/similarity", { inputs, truncate: true }, mine.signal));
     const [predicted, compared] = await Promise.all(requests);
     if (mine === running) show(inputs, predicted, compared);
   } catch (error) {
@@ -140,10 +140,10 @@ function el(name, attributes = {}, ...children) {
 }
 
 function show(inputs, predicted, compared) {
-  const { results, usage } = predicted.body;
+  const { results, truncated = [], usage } = predicted.body;
   const calls = { predict: predicted.times, ...(compared && { similarity: compared.times }) };
   const many = inputs.length > 1;
-  const articles = results.map((answers, i) => article(inputs[i], answers, many && i + 1));
+  const articles = results.map((answers, i) => article(inputs[i], answers, many && i + 1, truncated.includes(i)));
   $("results").replaceChildren(
     el("h2", {}, many ? "Answers" : "Answer"),
     el("div", { class: "answers" }, ...articles),
@@ -167,12 +167,13 @@ function summary(answers) {
   return said.join("; ");
 }
 
-function article(text, answers, number) {
+function article(text, answers, number, isCut) {
   const parts = Object.entries(answers);
   const marked = parts.filter(([, answer]) => Array.isArray(answer));
   const labelled = parts.filter(([, answer]) => !Array.isArray(answer));
   const node = el("article", { "aria-label": number ? `Sentence ${number}` : "Sentence" });
   if (number) node.append(el("h3", {}, `Sentence ${number}`));
+  if (isCut) node.append(el("p", { class: "quiet" }, cutNotice()));
   if (!marked.length) node.append(el("p", { class: "sentence", dir: "auto" }, text));
   const heading = number ? "h4" : "h3";
   for (const [task, entities] of marked) {
@@ -184,6 +185,11 @@ function article(text, answers, number) {
     node.append(el("div", { class: "tasks" }, ...bars));
   }
   return node;
+}
+
+function cutNotice() {
+  const limit = info?.max_input_length ? `the ${info.max_input_length} sub-words` : "what";
+  return `Longer than ${limit} the model reads at once: labels and similarity are those of its beginning.`;
 }
 
 function highlighted(text, entities) {
@@ -287,7 +293,7 @@ function tableCard(kind, caption, ...parts) {
 }
 
 function details(inputs, answer) {
-  const quoted = JSON.stringify({ inputs }).replaceAll("'", "'\\''");
+  const quoted = JSON.stringify({ inputs, ...(answer.truncated && { truncate: true }) }).replaceAll("'", "'\\''");
   const url = new URL("v1/predict", document.baseURI);
   const curl = `curl ${url} -H 'Content-Type: application/json' -d '${quoted}'`;
   const code = el("pre", { tabindex: "0" }, `${curl}\n\n${JSON.stringify(answer, null, 2)}`);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import socket
 import subprocess
@@ -18,7 +20,7 @@ from mtl_core.config import ConfigError
 from serve_app.__main__ import main
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
-from serve_app.launch import SERVE_ENVIRONMENT, export
+from serve_app.launch import SERVE_ENVIRONMENT
 from tests.servers import free_port
 
 pytestmark = pytest.mark.slow
@@ -133,6 +135,15 @@ def test_a_host_that_is_not_of_this_machine_is_named(artifact: Path) -> None:
     assert "192.0.2.199" in refused(*arguments, "--port", str(free_port()))
 
 
+def test_a_cluster_needs_a_port_by_number(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ("--artifact", artifact, "--port", "0")
+    assert "--port: 0" in refused(*base, "--write-config", tmp_path / "config.yaml")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert "--port: 0" in refused(*base)
+
+
 def test_no_artifact_is_said_so(tmp_path: Path) -> None:
     assert "nowhere" in refused("--artifact", tmp_path / "nowhere")
 
@@ -197,8 +208,14 @@ def test_the_file_that_ships_fits_the_demo_s_tasks() -> None:
     assert {scaling(application) for application in config.applications} == {(1, 4)}
 
 
-def test_a_shell_gets_every_setting_of_serve_as_it_is() -> None:
-    names = sorted(SERVE_ENVIRONMENT)
-    script = "\n".join([export(), *(f"printf '%s\\0' \"${name}\"" for name in names)])
-    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
-    assert dict(zip(names, done.stdout.split("\0"), strict=False)) == SERVE_ENVIRONMENT
+def test_ray_is_started_with_every_setting_of_serve() -> None:
+    show = "import json, os; print(json.dumps(dict(os.environ)))"
+    command = [sys.executable, "-m", "serve_app.environment", sys.executable, "-c", show]
+    given = {k: v for k, v in os.environ.items() if k not in SERVE_ENVIRONMENT}
+    given["RAY_SERVE_HAPROXY_NBTHREAD"] = "3"
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
+    found = json.loads(done.stdout)
+    assert {name: found[name] for name in SERVE_ENVIRONMENT} == {
+        **SERVE_ENVIRONMENT,
+        "RAY_SERVE_HAPROXY_NBTHREAD": "3",
+    }

@@ -206,7 +206,10 @@ def test_a_head_that_hangs_costs_its_own_task(pair: RealServer, predictor: Predi
         with load(pair.url, tasks=("mood", "entities")) as running:
             time.sleep(1)
         assert not running.failures()
-        assert call(f"{pair.url}/ready").status == 503
+        not_ready = call(f"{pair.url}/ready")
+        assert not_ready.status == 503
+        assert "'topic'" in not_ready.body["error"]
+        assert not_ready.headers["retry-after"] == "1"
     again = call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]})
     assert outline(again.body["results"][0]) == expected(predictor)[TEXTS[0]]
 
@@ -415,6 +418,7 @@ def test_ctrl_c_answers_what_is_under_way_and_leaves_nothing_behind(
     assert reply.status == 200
     assert outline(reply.body["results"][0]) == expected(predictor)[TEXTS[0]]
     assert pair.process.wait(30) == 0
+    assert pair.log.read_text(encoding="utf-8").endswith("stopping …\n")
     print(f"stopped after {time.monotonic() - started:.1f} s")
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive

@@ -241,5 +241,7 @@ def test_what_cannot_be_had_is_refused(local_url: str) -> None:
         assert answer.status == 422
         assert next(iter(parameters)) in answer.body["error"]
     long = " ".join(TEXTS[:12])
-    assert call(url, {"inputs": long}).status == 413
+    refused = call(url, {"inputs": long})
+    assert refused.status == 413
+    assert "send parameters.truncation: true" in refused.body["error"]
     assert call(url, {"inputs": long, "parameters": {"truncation": True}}).status == 200

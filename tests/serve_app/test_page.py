@@ -161,6 +161,23 @@ def test_several_lines_are_answered_and_compared(browser: Browser, predictor: Pr
     assert browser.texts(".heat th[scope=col]") == ["1", "2", "3"]
 
 
+def test_a_long_text_is_answered_and_said_to_be_cut(browser: Browser, predictor: Predictor) -> None:
+    long = " and ".join([SENTENCE] * 20)
+    ask(browser, SENTENCE, long)
+    first, second = browser.texts("article")
+    notice = "Longer than the 48 sub-words the model reads at once: labels and similarity are those"
+    assert notice not in first
+    assert notice in second
+    offline: Any = predictor.predict([long])[0]
+    topics = browser.texts("article:last-of-type .bars[aria-label=topic] .chosen .name")
+    assert topics[0].split(" ")[0] == offline["topic"]["label"]
+    assert len(marks(browser)) >= 20
+    assert '"truncate":true' in browser.text("details")
+    ask(browser, SENTENCE)
+    assert "Longer" not in browser.text("#results")
+    assert "truncate" not in browser.text("details")
+
+
 def test_one_line_is_not_compared(browser: Browser) -> None:
     ask(browser, *LINES)
     ask(browser, SENTENCE)

@@ -138,8 +138,14 @@ def test_labels_of_a_long_text_are_given_only_on_request(
         assert "input 2" in refused.body["error"]
         assert "truncate: true" in refused.body["error"]
         assert "Maria" not in refused.body["error"]
+    vectors = {"tasks": ["entities"], "return_embeddings": True}
+    assert predict(local_url, [SENTENCE, LONG], **vectors).status == 413
     taken = predict(local_url, [SENTENCE, LONG], truncate=True)
     assert taken.body["results"] == predictor.predict([SENTENCE, LONG])
+    assert taken.body["truncated"] == [1]
+    for options in ({"inputs": SENTENCE}, {"inputs": LONG, "tasks": ["entities"]}):
+        whole = call(f"{local_url}/v1/predict", {**options, "truncate": True})
+        assert "truncated" not in whole.body
 
 
 def test_similarities_are_the_offline_cosines(local_url: str, predictor: Predictor) -> None:

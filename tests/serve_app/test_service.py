@@ -65,9 +65,12 @@ class Replica:
         return self.replica(*arguments)
 
 
-def remote(replica: Any, timeout_s: float = 5.0) -> tuple[RemoteHead, Metrics]:
+def remote(model: Loaded, replica: Any, timeout_s: float = 5.0) -> tuple[Service, Metrics]:
+    """Local heads, but for one behind a handle."""
     metrics = Metrics("test")
-    return RemoteHead(replica, "mood", timeout_s, metrics), metrics
+    return Service(
+        model, head_calls(RemoteHead(replica, "mood", timeout_s, metrics)), metrics
+    ), metrics
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
@@ -76,6 +79,12 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 async def ask(service: Service, *tasks: str) -> Any:
     return await asyncio.wait_for(service.answer([TEXT], tasks or TASKS), 10)
+
+
+async def refused_at_once(service: Service) -> None:
+    started = time.perf_counter()
+    assert (await ask(service, "mood")).failures
+    assert time.perf_counter() - started < 0.1
 
 
 def test_answers_are_those_of_the_offline_predictor(model: Loaded, predictor: Predictor) -> None:
@@ -124,8 +133,7 @@ def test_a_head_in_this_process_that_cannot_be_built_is_unavailable(model: Loade
 
 def test_other_tasks_do_not_wait_for_a_head_that_hangs(model: Loaded) -> None:
     async def scenario() -> None:
-        call_mood, metrics = remote(Replica(60.0, 60.0), timeout_s=0.5)
-        service = Service(model, head_calls(call_mood), Metrics("test"))
+        service, metrics = remote(model, Replica(60.0, 60.0), timeout_s=0.5)
         hanging = asyncio.create_task(ask(service, "mood"))
         await asyncio.sleep(0.05)
         started = time.perf_counter()
@@ -144,19 +152,14 @@ def test_after_a_timeout_the_head_is_left_alone_and_then_tried_by_one_request(
 
     async def scenario() -> None:
         replica = Replica(60.0, 60.0)
-        call_mood, _ = remote(replica, timeout_s=0.2)
-        service = Service(model, head_calls(call_mood), Metrics("test"))
+        service, _ = remote(model, replica, timeout_s=0.2)
         assert (await ask(service, "mood")).failures
-        started = time.perf_counter()
-        assert (await ask(service, "mood")).failures
-        assert time.perf_counter() - started < 0.1
+        await refused_at_once(service)
         assert replica.calls == 1
         await asyncio.sleep(0.3)
         probe = asyncio.create_task(ask(service, "mood"))
         await asyncio.sleep(0.05)
-        started = time.perf_counter()
-        assert (await ask(service, "mood")).failures  # another one finds out; this need not wait
-        assert time.perf_counter() - started < 0.1
+        await refused_at_once(service)  # another one finds out; this need not wait
         assert (await probe).failures
         await asyncio.sleep(0.4)
         assert not (await ask(service, "mood")).failures
@@ -176,8 +179,7 @@ def test_after_a_timeout_the_head_is_left_alone_and_then_tried_by_one_request(
 )
 def test_a_call_whose_replica_dies_is_sent_again(model: Loaded, death: BaseException) -> None:
     async def scenario() -> None:
-        call_mood, metrics = remote(Replica(death, death))
-        service = Service(model, head_calls(call_mood), Metrics("test"))
+        service, metrics = remote(model, Replica(death, death))
         answer = await ask(service)
         assert not answer.failures
         assert value(metrics, "mtl_head_retries_total", task="mood") == 2
@@ -188,8 +190,7 @@ def test_a_call_whose_replica_dies_is_sent_again(model: Loaded, death: BaseExcep
 def test_a_replica_that_refuses_is_not_asked_again(model: Loaded) -> None:
     async def scenario() -> None:
         replica = Replica(ValueError("what was sent must not be quoted"))
-        call_mood, metrics = remote(replica)
-        service = Service(model, head_calls(call_mood), Metrics("test"))
+        service, metrics = remote(model, replica)
         failure = (await ask(service)).failures["mood"]
         assert "ValueError" in str(failure)
         assert "quoted" not in str(failure)
@@ -205,8 +206,7 @@ def test_a_head_whose_replicas_stay_dead_is_given_up(
     monkeypatch.setattr(heads, "RETRY_FOR_S", 0.3)
 
     async def scenario() -> None:
-        call_mood, metrics = remote(Replica(*[ActorDiedError() for _ in range(99)]))
-        service = Service(model, head_calls(call_mood), Metrics("test"))
+        service, metrics = remote(model, Replica(*[ActorDiedError() for _ in range(99)]))
         assert "died" in str((await ask(service)).failures["mood"])
         assert value(metrics, "mtl_head_failures_total", task="mood", reason="died") == 1
 
@@ -219,8 +219,7 @@ def test_while_a_dead_replica_is_replaced_requests_wait_longer(
     monkeypatch.setattr(heads, "RETRY_FOR_S", 2.0)
 
     async def scenario() -> None:
-        call_mood, _ = remote(Replica(ActorDiedError(), 0.5), timeout_s=0.1)
-        service = Service(model, head_calls(call_mood), Metrics("test"))
+        service, _ = remote(model, Replica(ActorDiedError(), 0.5), timeout_s=0.1)
         assert not (await ask(service, "mood")).failures
 
     asyncio.run(scenario())
@@ -229,8 +228,7 @@ def test_while_a_dead_replica_is_replaced_requests_wait_longer(
 def test_a_replica_is_sent_a_version_once(model: Loaded) -> None:
     async def scenario() -> None:
         replica = Replica()
-        call_mood, _ = remote(replica)
-        service = Service(model, head_calls(call_mood), Metrics("test"))
+        service, _ = remote(model, replica)
         await ask(service)
         assert replica.calls == 2  # it does not know the version; now with the weights
         await ask(service)

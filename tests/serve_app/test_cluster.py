@@ -1,0 +1,203 @@
+"""Serve on a Ray that runs already: `serve deploy`, and the command with RAY_ADDRESS."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mtl_core.predictor import Predictor
+from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
+from tests.servers import Answer, call, free_port
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
+TEXT = "Maria Lopez had the food at the table in Berlin wonderful"
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Cluster:
+    """A head node, and what reaches it."""
+
+    process: subprocess.Popen[str]
+    env: dict[str, str]
+    dashboard: str
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            list(map(str, command)),
+            env=self.env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def serve_app(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "serve_app", *arguments)
+
+    def serve_deploy(self, file: Path) -> None:
+        """As a user at the head node types it."""
+        serve = Path(sys.executable).with_name("serve")
+        done = self.run(serve, "deploy", "--address", self.dashboard, file)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has, none of them twice."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def ray_start(ports: Sequence[int], folder: Path) -> list[str]:
+    """A head node on loopback that keeps to ports of its own and ends with its process."""
+    names = "port dashboard-port dashboard-agent-listen-port dashboard-agent-grpc-port"
+    names += " ray-client-server-port metrics-export-port node-manager-port object-manager-port"
+    chosen = [f"--{name}={port}" for name, port in zip(names.split(), ports, strict=True)]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *chosen]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=4"]
+    return [*command, f"--temp-dir={folder}", "--disable-usage-stats"]
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """`ray start` with a token, in the environment that docs/serving.md tells to set."""
+    folder = tmp_path_factory.mktemp("ray")
+    ports = free_ports(8)
+    log = folder / "ray.log"
+    env = {**os.environ, **SERVE_ENVIRONMENT, **LOCAL_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-for-this-test-alone-0123456789"}
+    env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    env.pop("RAY_ADDRESS", None)
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            ray_start(ports, folder), env=env, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
+    env["RAY_ADDRESS"] = f"127.0.0.1:{ports[0]}"
+    running = Cluster(process, env, f"http://127.0.0.1:{ports[1]}")
+    try:
+        while "Ray runtime started" not in (said := log.read_text(encoding="utf-8")):
+            assert process.poll() is None, said
+            time.sleep(0.2)
+        yield running
+    finally:
+        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        _, left = psutil.wait_procs(family[1:], timeout=5)  # type: ignore[arg-type]
+        for survivor in left:
+            survivor.kill()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.2)
+    return found
+
+
+def ready(url: str) -> bool:
+    try:
+        return call(f"{url}/ready").status == 200
+    except OSError:
+        return False
+
+
+def predict(url: str, *texts: str) -> Answer:
+    return call(f"{url}/v1/predict", {"inputs": list(texts)})
+
+
+def test_serve_deploy_and_the_command_bring_a_cluster_to_what_they_are_told(
+    cluster: Cluster, artifact: Path, predictor: Predictor, tmp_path: Path
+) -> None:
+    port, file = free_port(), tmp_path / "serve_config.yaml"
+    url = f"http://127.0.0.1:{port}"
+    asked = ["--artifact", artifact, "--port", str(port), "--set", "runtime=torch-fp32"]
+    written = cluster.serve_app(*asked, "--write-config", file)
+    assert written.returncode == 0, written.stderr
+
+    cluster.serve_deploy(file)
+    wait_for(lambda: ready(url))
+    (row,) = predict(url, TEXT).body["results"]
+    expected: Any = predictor.predict([TEXT])[0]
+    assert row["topic"]["label"] == expected["topic"]["label"]
+    places = [(entity["start"], entity["end"]) for entity in row["entities"]]
+    assert places == [(entity["start"], entity["end"]) for entity in expected["entities"]]
+
+    cluster.serve_app(*asked, "--set", "max_inputs=3", "--write-config", file)
+    cluster.serve_deploy(file)
+    wait_for(lambda: predict(url, *[TEXT] * 4).status == 413)
+
+    changed = cluster.serve_app(*asked, "--set", "max_inputs=2", "--ask", TEXT)
+    assert changed.returncode == 0, changed.stderr
+    assert json.loads(changed.stdout.partition("\n")[2].rpartition("}")[0] + "}")["results"]
+    assert predict(url, *[TEXT] * 3).status == 413
+    assert predict(url, *[TEXT] * 2).status == 200
+
+    elsewhere = cluster.serve_app(*asked[:2], "--port", str(free_port()))
+    assert elsewhere.returncode == 1
+    assert f"Serve runs on this cluster already, on 127.0.0.1:{port}" in elsewhere.stderr
+
+
+UNGUARDED = """
+import sys
+from serve_app import launch
+from serve_app.deployments import ENCODER
+
+artifact, port = sys.argv[1], int(sys.argv[2])
+app = {"name": ENCODER, "route_prefix": "/", "deployments": [{"name": ENCODER}]}
+app["args"] = {"artifact": artifact, "heads": "in_process"}
+launch.set_environment(local=True)
+try:
+    launch.start_ray("0.0.0.0", port, 4)
+    launch.deploy({"applications": [app]})
+finally:
+    launch.stop()
+"""
+
+
+def test_a_replica_refuses_to_start_where_others_could_ask_without_a_key(artifact: Path) -> None:
+    port = free_port()
+    env = {name: value for name, value in os.environ.items() if name != "MTL_API_KEYS"}
+    done = subprocess.run(
+        [sys.executable, "-c", UNGUARDED, str(artifact), str(port)],
+        env={**env, "RAY_AUTH_MODE": "disabled"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Serve's port is bound to 0.0.0.0, where others reach it, and no API key" in done.stderr
+    with socket.socket() as probe:
+        probe.bind(("0.0.0.0", port))
+
+
+def test_a_ray_that_is_not_there_is_named_at_once(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtl_core.config import ConfigError
+    from serve_app.launch import start_ray
+
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigError, match="no Ray listens there"):
+        start_ray("127.0.0.1", free_port())
