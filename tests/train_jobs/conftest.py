@@ -40,10 +40,10 @@ def experiment(tiny_encoders: dict[str, Path]) -> dict[str, Any]:
             "sentiment": {"kind": "classification"},
             "entities": {"kind": "token_classification"},
         },
-        "data": [{"demo": True, "limit": 400}],
+        "data": [{"demo": True, "limit": 300}],
         "encoder": {"model": str(tiny_encoders["bert"]), "max_length": 48},
         "optim": {"learning_rate": 1e-3},
-        "training": {"epochs": 3, "batch_size": 8, "checkpoint_every": 20, "precision": "fp32"},
+        "training": {"epochs": 2, "batch_size": 4, "checkpoint_every": 10, "precision": "fp32"},
         "weighting": {"strategy": "dwa", "gradient_cosines": 10},
         "scale": {"workers": 2},
     }

@@ -56,7 +56,7 @@ def test_a_run_on_s3_goes_on_after_its_driver_was_killed_and_ends_as_one_on_a_di
     client, environment = server
     config = write_config(tmp_path, experiment, output_dir="s3://bucket/team/runs")
     process = start("train", "--config", str(config), **environment)
-    wait_for(lambda: any(row.get("step", 0) >= 60 for row in told(client)), process)
+    wait_for(lambda: any(row.get("step", 0) >= 80 for row in told(client)), process)
     process.kill()
     process.communicate()
     assert any(name.startswith("checkpoint_2") for name in names(client))
