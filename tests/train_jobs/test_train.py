@@ -15,12 +15,7 @@ from typing import Any
 import pytest
 
 from mtl_core.artifact import load_model, read_manifest
-from mtl_core.build import build_model, fit_to_data
-from mtl_core.config import parse_experiment
-from mtl_core.data.prepare import prepare
-from mtl_core.loop import fit
 from mtl_core.predictor import Predictor
-from mtl_core.state import TrainState
 from tests.commands import history, run, start, wait_for, weights, write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -116,7 +111,7 @@ def test_a_folder_of_another_configuration_is_refused(finished: Path) -> None:
     assert "Traceback" not in other.stderr
 
 
-def test_an_elastic_number_of_workers_gives_the_weights_of_one_process(
+def test_an_elastic_number_of_workers_gives_the_weights_of_two(
     tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
     # Before drivers are killed: Ray keeps the CPUs of such a run from elastic ones for 3 minutes.
@@ -126,19 +121,13 @@ def test_an_elastic_number_of_workers_gives_the_weights_of_one_process(
         "tasks": {name: {**task, "dropout": 0.0} for name, task in experiment["tasks"].items()},
         "training": {**experiment["training"], "epochs": 1},
     }
-    config = write_config(tmp_path, no_dropout, scale={"workers": [1, 2]})
-    done = run("train", "--config", str(config), address=ray_address)
-    assert done.returncode == 0, done.stderr
-    assert [row["workers"] for row in history(tmp_path) if row["event"] == "start"] == [2]
-    elastic = load_model(tmp_path / "runs/small/artifact")
-    alone = parse_experiment(no_dropout)
-    data = prepare(alone)
-    one = build_model(alone, data.labels)
-    fit_to_data(one, alone, data.splits["train"])
-    list(fit(TrainState(one, alone), data, alone))
-    assert one.state_dict().keys() == elastic.state_dict().keys()
-    for name, weight in one.state_dict().items():
-        assert (weight - elastic.state_dict()[name]).abs().max() < 1e-4, name
+    for name, workers in (("two", 2), ("elastic", [1, 2])):
+        config = write_config(tmp_path, no_dropout, name=name, scale={"workers": workers})
+        done = run("train", "--config", str(config), address=ray_address)
+        assert done.returncode == 0, done.stderr
+    two, elastic = (load_model(tmp_path / "runs" / n / "artifact") for n in ("two", "elastic"))
+    for (name, a), (_, b) in zip(two.named_parameters(), elastic.named_parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-4, name
 
 
 def test_a_killed_worker_costs_nothing_but_time_and_nobody_else_may_start_the_name_meanwhile(
