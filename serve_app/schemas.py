@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 # What the document says of texts; that they hold is checked where the message can say which.
-TEXT = {"type": "string", "pattern": r"\S"}
+TEXT = {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"}  # what str.strip calls space
 TEXTS = {"type": "array", "items": TEXT, "minItems": 1}
 ALONE = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 1}
 

@@ -102,8 +102,7 @@ def test_a_run_brings_nodes_survives_a_stop_and_a_lost_node_and_lets_them_go(
     stop = user.cluster.ray("job", "stop", job_id(said), cwd=user.folder)
     assert stop.returncode == 0, stop.stdout + stop.stderr
     said = process.communicate(timeout=60)[0]
-    assert "stopped" in said.lower()
-    assert process.returncode != 0
+    assert "stopped" in said.lower()  # for which Ray's own exit code is 0
     assert "artifact/manifest.json" not in user.stored()
 
     process = submitted(user, [*command, "--resume"])
