@@ -65,7 +65,7 @@ def test_a_statement_names_task_points_and_seeds() -> None:
     ]
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12),
     st.booleans(),

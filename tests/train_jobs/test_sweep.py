@@ -132,7 +132,7 @@ def test_a_draw_sets_every_field_it_names(tmp_path: Path) -> None:
     assert plan.base.freeze.layers == 0
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.001, 0.999), min_size=2, max_size=5))
 def test_weights_on_the_simplex_are_positive_and_sum_to_one(draws: list[float]) -> None:
     fields = [f"tasks.{number}.loss_weight" for number in range(len(draws))]
