@@ -221,6 +221,8 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
 
 
 def _check_objective(sweep: Sweep, base: Experiment) -> None:
+    if "gain" in sweep.objectives and len(base.tasks) == 1:
+        raise SpaceError(["objective"], "gain compares with each task alone; this is one task only")
     for objective in sweep.objectives:
         if objective in ("mean", "gain"):
             continue

@@ -38,7 +38,6 @@ class SweepFolder:
         self.name = sweep.name
         url = str(self.filesystem.unstrip_protocol(self.path))
         self.title = self.path if self.is_local else url
-        self.storage_path = self.path_for_trials = self.title
 
     def check(self, plan: Plan) -> bool:
         """Whether this sweep was begun here.

@@ -33,7 +33,7 @@ EPILOG = """examples:
   python -m train_jobs.tune --config my_sweep.yaml --set budget.trials=8 --set name=try
 
 Running the same name again resumes the sweep; finished trials are not repeated. Ctrl-C stops it and
-reports what there is. Every key of the file is explained in docs/tuning.md."""
+reports what there is. docs/tuning.md shows how, docs/sweep.md explains every key."""
 PHASES = ("baselines", "search", "best")
 
 
@@ -86,7 +86,7 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     with folder.claim(plan), ray_cluster():
         plan = _with_resources(plan)
-        job = Job(plan, folder.path_for_trials, data.labels, data.keys)
+        job = Job(plan, folder.title, data.labels, data.keys)
         results: dict[str, list[dict[str, Any]]] = {}
         seconds: dict[str, float] = {}
         best: dict[str, Any] | None = None
@@ -157,7 +157,7 @@ def run_phase(
     phase: str, job: Job, space: Mapping[str, Any], folder: SweepFolder
 ) -> tuple[list[dict[str, Any]], bool]:
     """Run a phase's trials, or what is left of them; their results, and whether all ran."""
-    path = f"{folder.storage_path}/{phase}"
+    path = f"{folder.title}/{phase}"
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), _resources(job.plan))
     sweep = job.plan.sweep
     table = SweepTable(phase, job.plan, sweep.objectives if phase == "search" else ("mean",))
@@ -172,7 +172,7 @@ def run_phase(
             tune_config=_tune_config(phase, job.plan),
             run_config=tune.RunConfig(
                 name=phase,
-                storage_path=folder.storage_path,
+                storage_path=folder.title,
                 failure_config=tune.FailureConfig(max_failures=1),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                 callbacks=[table],

@@ -25,7 +25,8 @@ SWEEPS = sorted(Path("tune_configs").glob("*.yaml"))
 
 
 def plan_of(folder: Path, **changes: Any) -> Plan:
-    (folder / "base.yaml").write_text(yaml.safe_dump(BASE), encoding="utf-8")
+    base = changes.pop("base", None) if isinstance(changes.get("base"), dict) else None
+    (folder / "base.yaml").write_text(yaml.safe_dump(base or BASE), encoding="utf-8")
     sweep = {
         "base": "base.yaml",
         "space": {"optim.learning_rate": {"loguniform": [1e-5, 1e-3]}},
@@ -112,6 +113,14 @@ def test_a_mistake_is_refused_with_its_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(tmp_path, **changes)
+
+
+def test_gain_is_refused_for_a_single_task(tmp_path: Path) -> None:
+    """Its runs alone would be the base's own."""
+    one = {"tasks": {"sentiment": BASE["tasks"]["sentiment"]}}
+    one["data"] = [{"demo": True, "columns": {"text": "text", "sentiment": "sentiment"}}]
+    with pytest.raises(ConfigError, match=r"sweep.yaml:5: objective: .*one task only"):
+        plan_of(tmp_path, base=one, objective="gain", baselines=True)
 
 
 def test_a_draw_sets_every_field_it_names(tmp_path: Path) -> None:
