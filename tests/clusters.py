@@ -65,11 +65,13 @@ class AutoscalingCluster:
         return sum(row["state"] == "ALIVE" and row["node_id"] != HEAD_ID for row in rows)
 
     def lose_a_node(self) -> None:
-        """Kill a worker node at once, as a machine that is switched off goes."""
+        """Kill a node that trains, at once, as a machine that is switched off goes."""
         family = psutil.Process(self.head.pid).children(recursive=True)
-        (monitor,) = [p for p in family if any("v2/monitor.py" in word for word in p.cmdline())]
-        raylets = [p for p in monitor.children(recursive=True) if p.name() == "raylet"]
-        raylets[-1].kill()
+        workers = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
+        raylet = workers[-1].parent()
+        assert raylet is not None
+        assert raylet.name() == "raylet"
+        raylet.kill()
 
     def wait_for_nodes(self, count: int, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.clusters import RAY, AutoscalingCluster, autoscaling_cluster, job_id
-from tests.commands import ROOT, run
+from tests.commands import ROOT, run, wait_for
 from tests.s3_server import s3_server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -56,7 +56,7 @@ def train_command(encoder: Path) -> list[str]:
     """The shipped demo on a tiny encoder, with its run on S3."""
     changes = {
         "encoder.model": encoder,
-        "training.epochs": 24,
+        "training.epochs": 30,
         "training.checkpoint_every": 20,
         "training.precision": "fp32",
         "optim.learning_rate": 0.003,
@@ -105,18 +105,18 @@ def test_a_run_brings_nodes_and_survives_a_stop_and_a_lost_node(
     assert "stopped" in said.lower()  # for which Ray's own exit code is 0
     assert "artifact/manifest.json" not in user.stored()
 
+    before = user.checkpoints()
     process = submitted(user, [*command, "--resume"])
     said = read_until(process, lambda line: "2 worker(s) on cpu, from step" in line)
     assert f"resuming {RUN}" in said
     assert "from step 0" not in said
-    before = user.checkpoints()
-    said += read_until(process, lambda line: "epoch" in line and user.checkpoints() != before)
+    wait_for(lambda: not user.checkpoints() <= before, process)  # one of this second start's own
     user.cluster.lose_a_node()
     said += process.communicate(timeout=150)[0]
     assert process.returncode == 0, said
     starts = [int(step) for step in re.findall(r"worker\(s\) on cpu, from step (\d+)", said)]
-    assert len(starts) == 2
-    assert starts[1] > starts[0] > 0
+    assert len(starts) == 2, said
+    assert starts[1] >= starts[0] > 0
     assert "artifact/manifest.json" in user.stored()
 
 

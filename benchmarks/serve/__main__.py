@@ -21,7 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serve import corpus, environments, servers
+from benchmarks.environments import environment
+from benchmarks.serve import artifacts, corpus, servers
 from benchmarks.serve.checks import agreement, utilisation
 from benchmarks.serve.plan import LOADS, OFFLINE, ROWS, schedule
 from benchmarks.serve.report import compare, table
@@ -82,7 +83,9 @@ class Benchmark:
         """Run offline.py, in the environment that has the engine."""
         python = sys.executable
         if engine in ("openvino", "onnx"):
-            python = str(environments.environment("sentence_transformers") / "bin/python")
+            python = str(
+                environment(Path(__file__).with_name("sentence_transformers.txt")) / "bin/python"
+            )
         model = self.artifact if engine == "ours" else self.artifact / "encoder"
         texts = self.folder / "texts.json"
         command = [python, "-P", str(OFFLINE_SCRIPT), engine, str(model), str(texts)]
@@ -140,9 +143,9 @@ def main() -> None:
         require_wrk()
     except LoadError as error:
         parser.error(str(error))
-    artifact = (options.artifact or environments.demo_artifact()).resolve()
+    artifact = (options.artifact or artifacts.demo_artifact()).resolve()
     if options.int8:
-        artifact = environments.int8_artifact(artifact)
+        artifact = artifacts.int8_artifact(artifact)
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
         bench = Benchmark(artifact, Path(folder), options.seconds, options.texts)
         run_rounds(bench, options.only, options.rounds)

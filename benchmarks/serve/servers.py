@@ -16,7 +16,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serve.environments import environment
+from benchmarks.environments import environment
 from mtl_core.encoder import resolve_model
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -61,7 +61,12 @@ def _ray_serve(_: Path, port: int) -> list[str]:
 
 
 def _infinity(_: Path, port: int) -> list[str]:
-    command = [str(environment("infinity") / "bin/infinity_emb"), "v2", "--engine", "torch"]
+    command = [
+        str(environment(Path(__file__).with_name("infinity.txt")) / "bin/infinity_emb"),
+        "v2",
+        "--engine",
+        "torch",
+    ]
     command += ["--model-id", resolve_model(MODEL), "--device", "cpu", "--no-bettertransformer"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1"]
     return [*command, "--log-level", "warning"]

@@ -1,35 +1,18 @@
-"""What a comparison needs and this project does not: environments of peers, and an artifact."""
+"""What the servers serve: artifacts, made once."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 from mtl_core.data.cache import cache_root
 from mtl_core.runtime import INT8_FOLDER
 
-HERE = Path(__file__).parent
 CONFIG = "train_jobs/configs/demo.yaml"
 MAX_LENGTH = 256
 """What MiniLM is published with; the demo's 64 would cut the longer of the offline sentences."""
-
-
-def environment(name: str) -> Path:
-    """A virtual environment with what `<name>.txt` beside this file asks for; made once."""
-    wanted = HERE / f"{name}.txt"
-    folder = cache_root() / "bench" / name
-    installed = folder / "installed.txt"
-    if installed.is_file() and installed.read_text() == wanted.read_text():
-        return folder
-    print(f"installing {wanted.name} into {folder}", file=sys.stderr)
-    venv.create(folder, with_pip=True)
-    install = [folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", wanted]
-    subprocess.run(install, check=True, stdout=sys.stderr)
-    shutil.copy(wanted, installed)
-    return folder
 
 
 def demo_artifact() -> Path:

@@ -1,0 +1,284 @@
+"""Training beside what users would pick instead; README.md beside this file says how it measures.
+
+MTL_DATA=… python -m benchmarks.train [--only joint frozen] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.environments import environment
+from mtl_core.config import Experiment, load_experiment
+from mtl_core.data.prepare import Data, prepare
+from mtl_core.encoder import resolve_model
+
+HERE = Path(__file__).parent
+RESULT = Path("build/bench-train.json")
+CONFIGS = {
+    "snips": "train_jobs/configs/snips.yaml",
+    "pair": "train_jobs/configs/banking77_wnut17.yaml",
+}
+ALL_LEARN = ("freeze.embeddings=false",)
+LOWER_FOUR = ("freeze.layers=4",)
+FROZEN = ("freeze.encoder=true",)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of a comparison: a process that trains a slice when it is told to."""
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    steps: int = 20
+    """Optimiser steps a slice."""
+    passes: int = 1
+    """How often a text goes through the encoder in an epoch."""
+    threads: int = 2
+
+
+def ours(*changes: str, **options: Any) -> Contender:
+    words = [word for change in changes for word in ("--set", change)]
+    return Contender("ours", tuple(words), **options)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is trained by whom; the first contender is ours, and `asked` of it stands by the others.
+
+    A factor is the peer's time for an epoch over ours.
+    """
+
+    title: str
+    data: str
+    contenders: Mapping[str, Contender]
+    asked: Mapping[str, float] = field(default_factory=dict)
+
+
+COMPARISONS = {
+    "joint": Comparison(
+        "joint SNIPS, all parameters",
+        "snips",
+        {
+            "ours": ours(*ALL_LEARN),
+            "ours, fp32": ours(*ALL_LEARN, "training.precision=fp32"),
+            "Trainer, fp32": Contender("hf_trainer"),
+            "Trainer, bf16": Contender("hf_trainer", ("--bf16",)),
+            "Trainer, bf16, by length": Contender("hf_trainer", ("--bf16", "--by-length")),
+            "plain loop": Contender("plain_loop", steps=6, passes=2),
+        },
+        {"Trainer, fp32": 3.0, "Trainer, bf16, by length": 1.5, "plain loop": 8.0},
+    ),
+    "pair": Comparison(
+        "BANKING77 with WNUT-17, all parameters",
+        "pair",
+        {"ours": ours(*ALL_LEARN), "Trainer, fp32": Contender("hf_trainer")},
+        {"Trainer, fp32": 2.0},
+    ),
+    "frozen": Comparison(
+        "joint SNIPS, encoder frozen, epochs after the first",
+        "snips",
+        {
+            "ours": ours(*FROZEN, steps=400),
+            "Trainer, fp32": Contender("hf_trainer", ("--frozen", "encoder")),
+        },
+        {"Trainer, fp32": 30.0},
+    ),
+    "lower-four": Comparison(
+        "joint SNIPS, lower four of six layers and embeddings frozen, epochs after the first",
+        "snips",
+        {
+            "ours": ours(*LOWER_FOUR),
+            "Trainer, fp32": Contender("hf_trainer", ("--frozen", "4")),
+        },
+        {"Trainer, fp32": 3.0},
+    ),
+    "sentence": Comparison(
+        "SNIPS intents alone, all parameters",
+        "snips",
+        {
+            "ours": ours(
+                *ALL_LEARN,
+                "tasks={intent: {kind: classification}}",
+                "data.0.columns={text: text, intent: label}",
+            ),
+            "sentence-transformers, fp32": Contender("sentence_trainer"),
+            "sentence-transformers, bf16": Contender("sentence_trainer", ("--bf16",)),
+        },
+    ),
+    "ddp": Comparison(
+        "joint SNIPS, all parameters: two workers of a thread against one of two",
+        "snips",
+        {
+            "two workers": ours(*ALL_LEARN, threads=1),
+            "one worker": ours(*ALL_LEARN),
+        },
+        {"one worker": 0.85},
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    options = parser.parse_args()
+    results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    for name in options.only:
+        comparison = COMPARISONS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = measure(comparison, options.rounds, options.batch_size, Path(folder))
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print("\n".join(table(comparison, results[name])), end="\n\n", flush=True)
+
+
+def measure(comparison: Comparison, rounds: int, batch_size: int, folder: Path) -> dict[str, Any]:
+    """Per contender what each round's slice took; the order turns from round to round."""
+    changes = [f"training.batch_size={batch_size}", f"output_dir={folder}"]
+    experiment = load_experiment(CONFIGS[comparison.data], changes)
+    data = prepare(experiment)
+    rows = folder / "rows.npz"
+    write_rows(rows, data)
+    tokens = int(data.splits["train"].lengths.sum())
+    slices: dict[str, list[dict[str, float]]] = {name: [] for name in comparison.contenders}
+    with ExitStack() as stack:
+        running = {
+            name: stack.enter_context(
+                started(command(contender, experiment, data, rows, changes), contender)
+            )
+            for name, contender in comparison.contenders.items()
+        }
+        names = list(running)
+        for number in range(rounds + 1):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                found = one_slice(running[name])
+                print(f"round {number} {name}: {found}", file=sys.stderr, flush=True)
+                if number:  # the first warms up, and fills our cache of frozen states
+                    slices[name].append(found)
+    return {"tokens": tokens, "slices": slices}
+
+
+def write_rows(path: Path, data: Data) -> None:
+    """The training texts for contenders that know nothing of this project."""
+    split = data.splits["train"]
+    intent, tags = (task for task in sorted(split.targets, key=lambda name: name != "intent"))
+    np.savez(
+        path,
+        input_ids=split.input_ids,
+        starts=split.starts,
+        intent=split.targets[intent],
+        tags=split.targets[tags],
+    )
+
+
+def command(
+    contender: Contender, experiment: Experiment, data: Data, rows: Path, changes: Sequence[str]
+) -> list[str]:
+    steps = ["--steps", str(contender.steps)]
+    if contender.script == "ours":
+        config = [
+            "--config",
+            next(c for k, c in CONFIGS.items() if Path(c).stem == experiment.name),
+        ]
+        words = [word for change in changes for word in ("--set", change)]
+        workers = ["--workers", "2"] if contender.threads == 1 else []
+        own = [sys.executable, "-m", "benchmarks.train.ours", *config]
+        return [*own, *words, *contender.arguments, *steps, *workers]
+    python = environment(HERE / "trainers.txt") / "bin/python"
+    encoder = ["--rows", str(rows), "--encoder", resolve_model(experiment.encoder.model)]
+    labels = data.labels
+    sizes = ["--intents", str(len(labels["intent"]))]
+    (tagged,) = (name for name in labels if name != "intent")
+    sizes += ["--tags", str(1 + 2 * len(labels[tagged]))]
+    if contender.script == "sentence_trainer":
+        sizes = []
+    return [
+        str(python),
+        str(HERE / f"{contender.script}.py"),
+        *encoder,
+        *sizes,
+        *contender.arguments,
+        *steps,
+    ]
+
+
+@contextmanager
+def started(words: Sequence[str], contender: Contender) -> Iterator[subprocess.Popen[str]]:
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(contender.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    process = subprocess.Popen(
+        words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def one_slice(process: subprocess.Popen[str]) -> dict[str, float]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith('{"seconds"'):
+            found: dict[str, float] = json.loads(line)
+            return found
+    raise SystemExit(f"a contender ended with status {process.wait()}: {process.args}")
+
+
+def table(comparison: Comparison, result: Mapping[str, Any]) -> list[str]:
+    """Markdown: real tokens a second, an epoch's seconds, the factor of each round, memory."""
+    lines = [
+        f"| {comparison.title} | real tokens/s | an epoch | × ours | asked | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    epochs = {
+        name: [
+            one["seconds"] / one["tokens"] * result["tokens"] * contender.passes
+            for one in result["slices"][name]
+        ]
+        for name, contender in comparison.contenders.items()
+    }
+    first = next(iter(epochs.values()))
+    for name, seconds in epochs.items():
+        slices = result["slices"][name]
+        rate = median(one["tokens"] / one["seconds"] for one in slices)
+        ratios = [theirs / mine for theirs, mine in zip(seconds, first, strict=True)]
+        factor = f"{median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
+        asked = comparison.asked.get(name)
+        cells = [
+            name,
+            f"{rate:,.0f}",
+            f"{median(seconds):.1f} s",
+            "" if seconds is first else factor,
+            f"{asked:g} ×" if asked else "",
+            f"{max(one['peak_mb'] for one in slices):,.0f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

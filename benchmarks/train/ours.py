@@ -1,0 +1,93 @@
+"""This project's training, as each of its workers runs it: mtl_core.loop.fit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.train.pace import Pace
+from mtl_core import loop
+from mtl_core.build import build_model, fit_to_data
+from mtl_core.config import load_experiment
+from mtl_core.data.batching import Schedule
+from mtl_core.data.prepare import prepare
+from mtl_core.loop import fit
+from mtl_core.state import TrainState
+from mtl_core.world import World
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    train = partial(worker, config=options.config, changes=options.set, steps=options.steps)
+    if options.workers == 1:
+        train(0)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    context = torch.multiprocessing.get_context("spawn")
+    group = {"size": options.workers, "address": address}
+    others = [
+        context.Process(target=partial(train, **group), args=(rank,), daemon=True)
+        for rank in range(1, options.workers)
+    ]
+    for process in others:
+        process.start()
+    train(0, **group)
+
+
+def worker(
+    rank: int,
+    config: str,
+    changes: Sequence[str],
+    steps: int,
+    size: int = 1,
+    address: str | None = None,
+) -> None:
+    """Train without end; the first rank keeps the pace, and the others wait for it in each step."""
+    disable_progress_bar()
+    if address is not None:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    experiment = load_experiment(config, ["training.epochs=1000", *changes])
+    data = prepare(experiment)
+    train = data.splits["train"]
+    model = build_model(experiment, data.labels)
+    fit_to_data(model, experiment, train)
+    loop.LOG_EVERY = steps
+    run = fit(TrainState(model, experiment), data, experiment, World(rank, size, rank))
+    limits = (experiment.training.batch_size, experiment.training.batch_tokens)
+    schedule = Schedule(train, experiment.mixing, *limits, experiment.seed)
+
+    def tokens_of(epoch: int) -> list[int]:
+        return [int(train.lengths[rows].sum()) for rows in schedule.batches(epoch)]
+
+    epoch, done, tokens = 0, 0, tokens_of(0)
+    pace = Pace(steps) if rank == 0 else None
+    for event in run:
+        if pace is None:
+            continue
+        if event.kind != "step":
+            pace.skip()
+            continue
+        now = event.row["step_in_epoch"]
+        if now <= done:
+            epoch, done, tokens = epoch + 1, 0, tokens_of(epoch + 1)
+        pace.step(sum(tokens[done:now]), now - done)
+        done = now
+
+
+if __name__ == "__main__":
+    main()
