@@ -13,7 +13,7 @@ export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve up down wheel test test-fast lint types check docker-check format bench-snips bench-pair bench-weighting bench-serve bench-sweep docs clean
+.PHONY: help venv demo serve up down wheel test test-fast lint types check docker-check format bench-snips bench-pair bench-train bench-weighting bench-serve bench-sweep docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-snips: $(STAMP) ## Measure joint intents and slots on SNIPS
 
 bench-pair: $(STAMP) ## Measure one encoder on two data sets that share no labels
 	$(BIN)/python benchmarks/disjoint_pair.py
+
+bench-train: $(STAMP) ## Measure training beside its peers (about 10 minutes)
+	$(BIN)/python -m benchmarks.train
 
 bench-weighting: $(STAMP) ## Measure what a training step costs under each weighting strategy
 	$(BIN)/python benchmarks/weighting.py

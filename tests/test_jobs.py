@@ -89,6 +89,17 @@ def read_until(process: subprocess.Popen[str], want: Callable[[str], Any]) -> st
     raise AssertionError(said)
 
 
+def test_a_run_whose_workers_no_node_can_hold_is_refused(user: User) -> None:
+    gpu = ("--set", "scale.gpu=true")
+    done = user.job("train_jobs.train", "--config", "train_jobs/configs/demo.yaml", *gpu)
+    assert done.returncode != 0
+    assert "error: scale: no node that this cluster may start has room for 2 worker(s)" in (
+        done.stdout
+    )
+    assert "Traceback" not in done.stdout
+    assert user.cluster.nodes() == 0
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_brings_nodes_and_survives_a_stop_and_a_lost_node(
     user: User, tiny_encoders: dict[str, Path]

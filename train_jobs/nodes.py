@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from mtl_core.config import ConfigError, ScaleConfig
+from train_jobs.cluster import worker_resources
+
+VAIN_SECONDS = 10.0
+"""How long the autoscaler has to repeat that no node can come before a run gives up."""
 
 HEAD = "node:__internal_head__"
 
@@ -18,6 +28,40 @@ class Wait:
     reason: str
     in_vain: bool = False
     """No node that can be had would end it."""
+
+
+def wait_for_nodes(scale: ScaleConfig, tell: Callable[[str], None]) -> None:
+    """Return once there is room for the workers; a cluster that grows is made to.
+
+    Ray Train would wait for the same room, but cannot be told to give up. Room that is taken
+    between this and its own request it waits for again.
+
+    Raises:
+        ConfigError: no node that would end the wait can be had.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return
+    workers, _, each = worker_resources(scale)
+    least = workers if isinstance(workers, int) else workers[0]
+    group = placement_group([dict(each)] * least)
+    told, vain_since = "", None
+    try:
+        while not group.wait(1):
+            wait = why_workers_wait()
+            if wait and wait.reason != told:
+                told = wait.reason
+                tell(f"waiting: {told}")
+            if not wait or not wait.in_vain:
+                vain_since = None
+                continue
+            vain_since = vain_since or time.monotonic()
+            if time.monotonic() - vain_since > VAIN_SECONDS:
+                raise ConfigError(
+                    f"scale: {told}; change scale.workers, scale.cpus_per_worker or scale.gpu, or "
+                    "add such a node type, or a higher max_workers, to cluster.yaml"
+                )
+    finally:
+        remove_placement_group(group)
 
 
 def why_workers_wait() -> Wait | None:

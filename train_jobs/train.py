@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from mtl_core.data.prepare import Data, prepare
 from mtl_core.loop import TrainingError
 from train_jobs.cluster import ray_cluster, worker_resources
 from train_jobs.console import Progress, label_table, score_table
-from train_jobs.nodes import why_workers_wait
+from train_jobs.nodes import wait_for_nodes
 from train_jobs.report import build_artifact, history_until, read_report
 from train_jobs.runs import RunFolder
 from train_jobs.tensorboard import TensorBoard
@@ -45,13 +44,6 @@ EPILOG = """examples:
 
 Running the same name again resumes it from its last checkpoint; a finished run is shown, not
 repeated. Every key of the file is explained in docs/usage.md."""
-
-VAIN_SECONDS = 10.0
-"""How long the autoscaler has to repeat that no node can come before a run gives up."""
-NO_ROOM = (
-    "change scale.workers, scale.cpus_per_worker or scale.gpu, or add such a node type, or a "
-    "higher max_workers, to cluster.yaml"
-)
 
 
 @ray.remote(num_cpus=0)
@@ -114,6 +106,7 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
     data = prepare(experiment)
     describe_data(data)
     with folder.claim(experiment), ray_cluster():
+        wait_for_nodes(experiment.scale, print)
         log = ProgressLog.remote()  # type: ignore[attr-defined]
         trainer = build_trainer(experiment, folder, data, log)
         follower = _Follower(experiment, folder, log)
@@ -122,9 +115,7 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
                 result = trainer.fit()
             except TrainingFailedError as error:
                 raise TrainingError(explain(error, folder)) from error
-            except (SystemExit, KeyboardInterrupt) as stop:  # Ray Train turns Ctrl-C into the first
-                if follower.failure is not None:
-                    raise TrainingError(follower.failure) from stop
+            except SystemExit as stop:  # what Ray Train turns Ctrl-C into
                 raise KeyboardInterrupt from stop
         if follower.failure is not None:
             raise TrainingError(follower.failure)
@@ -181,9 +172,6 @@ class _Follower:
         self.history = folder.history()
         self.board = TensorBoard(folder)
         self.failure: str | None = None
-        self.waiting = ""
-        self.vain_since: float | None = None
-        self.started = False
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -211,24 +199,6 @@ class _Follower:
                 self._take(event, row)
             if rows:
                 self._store(rows)
-            elif not self.started and os.environ.get("RAY_ADDRESS"):
-                with contextlib.suppress(Exception):  # what cannot be asked now is asked again
-                    self._look_for_nodes()
-
-    def _look_for_nodes(self) -> None:
-        """Say what workers wait for, and end a run whose nodes will never come."""
-        wait = why_workers_wait()
-        if wait and wait.reason != self.waiting:
-            self.waiting = wait.reason
-            self.progress.note(f"waiting: {wait.reason}")
-        if not wait or not wait.in_vain:
-            self.vain_since = None
-            return
-        self.vain_since = self.vain_since or time.monotonic()
-        if time.monotonic() - self.vain_since > VAIN_SECONDS:
-            self.failure = f"scale: {wait.reason}; {NO_ROOM}"
-            self.started = True
-            os.kill(os.getpid(), signal.SIGINT)
 
     def _store(self, rows: list[tuple[str, dict[str, Any]]]) -> None:
         """A full disk must not end a run that may still have room for its checkpoints."""
@@ -244,7 +214,6 @@ class _Follower:
     def _take(self, event: str, row: dict[str, Any]) -> None:
         self.progress.show(event, row)
         if event == "start":
-            self.started = True
             # What came after the checkpoint that workers go on from will come again.
             self.history = history_until(self.history, row["step"])
         if event == "failed":

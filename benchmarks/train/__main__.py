@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environments import environment
-from mtl_core.config import Experiment, load_experiment
+from benchmarks.train.slices import in_turn
+from mtl_core.config import load_experiment
 from mtl_core.data.prepare import Data, prepare
 from mtl_core.encoder import resolve_model
+from mtl_core.heads import tag_names
 
 HERE = Path(__file__).parent
 RESULT = Path("build/bench-train.json")
@@ -46,12 +45,12 @@ class Contender:
     """Optimiser steps a slice."""
     passes: int = 1
     """How often a text goes through the encoder in an epoch."""
-    threads: int = 2
 
 
-def ours(*changes: str, **options: Any) -> Contender:
+def ours(*changes: str, workers: int = 1, steps: int = 20) -> Contender:
+    """This project's loop with some fields changed; each worker has its share of the CPUs."""
     words = [word for change in changes for word in ("--set", change)]
-    return Contender("ours", tuple(words), **options)
+    return Contender("ours", (*words, "--workers", str(workers)), steps)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ COMPARISONS = {
         "joint SNIPS, all parameters: two workers of a thread against one of two",
         "snips",
         {
-            "two workers": ours(*ALL_LEARN, threads=1),
+            "two workers": ours(*ALL_LEARN, workers=2),
             "one worker": ours(*ALL_LEARN),
         },
         {"one worker": 0.85},
@@ -150,29 +149,17 @@ def main() -> None:
 
 def measure(comparison: Comparison, rounds: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """Per contender what each round's slice took; the order turns from round to round."""
-    changes = [f"training.batch_size={batch_size}", f"output_dir={folder}"]
-    experiment = load_experiment(CONFIGS[comparison.data], changes)
-    data = prepare(experiment)
+    config = CONFIGS[comparison.data]
+    data = prepare(load_experiment(config))
+    changes = [f"training.batch_size={batch_size}"]
     rows = folder / "rows.npz"
     write_rows(rows, data)
+    commands = {
+        name: command(contender, config, data, rows, changes)
+        for name, contender in comparison.contenders.items()
+    }
     tokens = int(data.splits["train"].lengths.sum())
-    slices: dict[str, list[dict[str, float]]] = {name: [] for name in comparison.contenders}
-    with ExitStack() as stack:
-        running = {
-            name: stack.enter_context(
-                started(command(contender, experiment, data, rows, changes), contender)
-            )
-            for name, contender in comparison.contenders.items()
-        }
-        names = list(running)
-        for number in range(rounds + 1):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                found = one_slice(running[name])
-                print(f"round {number} {name}: {found}", file=sys.stderr, flush=True)
-                if number:  # the first warms up, and fills our cache of frozen states
-                    slices[name].append(found)
-    return {"tokens": tokens, "slices": slices}
+    return {"tokens": tokens, "slices": in_turn(commands, rounds)}
 
 
 def write_rows(path: Path, data: Data) -> None:
@@ -189,63 +176,37 @@ def write_rows(path: Path, data: Data) -> None:
 
 
 def command(
-    contender: Contender, experiment: Experiment, data: Data, rows: Path, changes: Sequence[str]
+    contender: Contender,
+    config: str,
+    data: Data,
+    rows: Path,
+    changes: Sequence[str],
+    python: str | None = None,
 ) -> list[str]:
+    """The command line of a contender; peers have an environment of their own if none is given."""
     steps = ["--steps", str(contender.steps)]
     if contender.script == "ours":
-        config = [
-            "--config",
-            next(c for k, c in CONFIGS.items() if Path(c).stem == experiment.name),
-        ]
-        words = [word for change in changes for word in ("--set", change)]
-        workers = ["--workers", "2"] if contender.threads == 1 else []
-        own = [sys.executable, "-m", "benchmarks.train.ours", *config]
-        return [*own, *words, *contender.arguments, *steps, *workers]
-    python = environment(HERE / "trainers.txt") / "bin/python"
-    encoder = ["--rows", str(rows), "--encoder", resolve_model(experiment.encoder.model)]
-    labels = data.labels
-    sizes = ["--intents", str(len(labels["intent"]))]
-    (tagged,) = (name for name in labels if name != "intent")
-    sizes += ["--tags", str(1 + 2 * len(labels[tagged]))]
-    if contender.script == "sentence_trainer":
-        sizes = []
+        settings = [word for change in changes for word in ("--set", change)]
+        module = [sys.executable, "-m", "benchmarks.train.ours", "--config", config]
+        return [*module, *settings, *contender.arguments, *steps]
+    python = python or str(environment(HERE / "trainers.txt") / "bin/python")
+    encoder = resolve_model(load_experiment(config).encoder.model)
+    sizes = []
+    if contender.script != "sentence_trainer":
+        (tagged,) = (name for name in data.labels if name != "intent")
+        sizes = ["--intents", str(len(data.labels["intent"]))]
+        sizes += ["--tags", str(len(tag_names(data.labels[tagged])))]
+    script = [python, str(HERE / f"{contender.script}.py")]
     return [
-        str(python),
-        str(HERE / f"{contender.script}.py"),
-        *encoder,
+        *script,
+        "--rows",
+        str(rows),
+        "--encoder",
+        encoder,
         *sizes,
         *contender.arguments,
         *steps,
     ]
-
-
-@contextmanager
-def started(words: Sequence[str], contender: Contender) -> Iterator[subprocess.Popen[str]]:
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(contender.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    process = subprocess.Popen(
-        words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def one_slice(process: subprocess.Popen[str]) -> dict[str, float]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith('{"seconds"'):
-            found: dict[str, float] = json.loads(line)
-            return found
-    raise SystemExit(f"a contender ended with status {process.wait()}: {process.args}")
 
 
 def table(comparison: Comparison, result: Mapping[str, Any]) -> list[str]:

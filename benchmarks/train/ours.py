@@ -29,8 +29,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="of a worker; its share of the CPUs if absent")
     options = parser.parse_args()
-    train = partial(worker, config=options.config, changes=options.set, steps=options.steps)
+    threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers)
+    words = {"config": options.config, "changes": options.set, "steps": options.steps}
+    train = partial(worker, threads=threads, **words)
     if options.workers == 1:
         train(0)
         return
@@ -53,13 +56,14 @@ def worker(
     config: str,
     changes: Sequence[str],
     steps: int,
+    threads: int,
     size: int = 1,
     address: str | None = None,
 ) -> None:
     """Train without end; the first rank keeps the pace, and the others wait for it in each step."""
     disable_progress_bar()
+    torch.set_num_threads(threads)
     if address is not None:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
     experiment = load_experiment(config, ["training.epochs=1000", *changes])
     data = prepare(experiment)

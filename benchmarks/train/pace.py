@@ -21,6 +21,7 @@ class Pace:
         self.steps = steps
         """Optimiser steps a slice."""
         self.done, self.tokens, self.seconds = 0, 0, 0.0
+        print(json.dumps({"ready": True}), flush=True)
         self._wait()
 
     def step(self, tokens: int, count: int = 1) -> None:

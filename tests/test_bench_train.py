@@ -1,0 +1,79 @@
+"""The training benchmark measures what it says, and we are faster than the usual loop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+
+from benchmarks.scaling import Machine
+from benchmarks.train.__main__ import COMPARISONS, CONFIGS, HERE, command, table, write_rows
+from benchmarks.train.slices import in_turn
+from mtl_core.config import load_experiment
+from mtl_core.data.batching import Schedule
+from mtl_core.data.prepare import prepare
+
+
+def slices(seconds: list[float], tokens: int) -> list[dict[str, float]]:
+    return [{"seconds": s, "tokens": tokens, "peak_mb": 900} for s in seconds]
+
+
+def test_a_factor_is_an_epoch_s_time_over_ours_in_the_same_round() -> None:
+    comparison = COMPARISONS["joint"]
+    found = {name: slices([2.0, 4.0, 8.0], 1000) for name in comparison.contenders}
+    found["Trainer, fp32"] = slices([12.0, 24.0, 24.0], 2000)
+    rows = {
+        line.split(" | ")[0].lstrip("| "): line
+        for line in table(comparison, {"tokens": 10_000, "slices": found})
+    }
+    assert "| 20.0 s |" not in rows["ours"]
+    assert "| ours | 250 | 40.0 s |" in rows["ours"]
+    assert "| 3.00 × (1.50 to 3.00) | 3 × |" in rows["Trainer, fp32"]
+    assert "| 80.0 s | 2.00 × (2.00 to 2.00) | 8 × |" in rows["plain loop"], "two passes an epoch"
+
+
+@pytest.mark.slow
+def test_a_joint_epoch_takes_a_small_part_of_the_usual_loop_s(
+    mtl_data: Path, tmp_path: Path
+) -> None:
+    """A ratio of two processes in turn: 16 times the tokens a second when it was written."""
+    contenders = COMPARISONS["joint"].contenders
+    config = CONFIGS["snips"]
+    data = prepare(load_experiment(config))
+    rows = tmp_path / "rows.npz"
+    write_rows(rows, data)
+    ours = command(contenders["ours"], config, data, rows, ["training.batch_size=32"])
+    loop = command(contenders["plain loop"], config, data, rows, [], python=sys.executable)
+    found = in_turn({"ours": ours, "loop": [*loop[:-1], "2"]}, rounds=3)
+    rates = {
+        name: median(one["tokens"] / one["seconds"] for one in measured)
+        for name, measured in found.items()
+    }
+    assert rates["ours"] > 5 * rates["loop"]
+    schedule = Schedule(data.splits["train"], load_experiment(config).mixing, 32, None, 42)
+    lengths = data.splits["train"].lengths
+    first = [int(lengths[batch].sum()) for batch in schedule.batches(0)]
+    assert [one["tokens"] for one in found["ours"]] == [
+        sum(first[20 * n : 20 * n + 20]) for n in (1, 2, 3)
+    ], "not the tokens of the batches that were trained"
+
+
+def test_workers_exchange_their_gradients_around_a_ring() -> None:
+    machine = Machine(overhead=0.01, speed=1e5, bandwidth=1e9, latency=1e-4)
+    assert machine.step(1, 1000, 40_000_000) == pytest.approx(0.01 + 0.01)
+    two = machine.step(2, 1000, 40_000_000) - 0.02
+    assert two == pytest.approx(0.04 + 2e-4)  # half of it there, half back
+    many = machine.step(1000, 1000, 40_000_000) - 0.02
+    assert many == pytest.approx(0.08 * 0.999 + 1998e-4)
+    crowded = Machine(overhead=0.01, speed=1e5, bandwidth=np.inf, latency=0, cores=2)
+    assert crowded.step(4, 1000, 40_000_000) == pytest.approx(2 * 0.02)
+
+
+def test_the_peers_named_in_the_table_exist() -> None:
+    for comparison in COMPARISONS.values():
+        assert set(comparison.asked) <= set(comparison.contenders)
+        for contender in comparison.contenders.values():
+            assert (HERE / f"{contender.script}.py").is_file()
