@@ -13,7 +13,7 @@ export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve up down wheel test test-fast lint types check docker-check format bench-snips bench-pair bench-train bench-weighting bench-serve bench-sweep docs clean
+.PHONY: help venv demo serve up down wheel test test-fast lint types notebook check docker-check format bench-snips bench-pair bench-train bench-weighting bench-serve bench-sweep docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ lint: $(STAMP) ## Check style and formatting
 
 types: $(STAMP) ## Check types
 	$(BIN)/mypy $(PACKAGES)
+
+notebook: $(STAMP) ## Run the quickstart notebook from top to bottom (SAVE=1 keeps its outputs)
+	$(BIN)/python -m notebooks.execute $(if $(SAVE),--save)
 
 check: lint types test ## Everything a change must pass: lint, types, test
 
