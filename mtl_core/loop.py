@@ -223,9 +223,13 @@ class _Run:
         """Dropout as a function of (seed, step, rank), so that a resumed run repeats it."""
         place = [self.experiment.seed, self.state.step, self.world.rank]
         seeds = np.random.SeedSequence(place)
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
-        on_cpu = self.world.device.type == "cpu"
-        return QuickDropout(seeds) if on_cpu else contextlib.nullcontext()
+        seed = int(seeds.generate_state(1)[0])
+        # torch.manual_seed keeps a stack trace for devices not yet in use: a millisecond a call.
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cpu":
+            return QuickDropout(seeds)
+        torch.cuda.manual_seed(seed)
+        return contextlib.nullcontext()
 
     def _micro_batch(self, rows: Rows) -> tuple[Batch, int]:
         """This rank's share of a batch; a rank left without rows gets one without its labels."""
@@ -247,7 +251,9 @@ class _Run:
     def _clip(self) -> float:
         """Clip the gradient's norm; returns the norm before."""
         limit = self.experiment.optim.max_grad_norm
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        assert self.state.optimizer is not None
+        groups = self.state.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf))
 
     def _not_finite(self, losses: Mapping[str, Tensor]) -> TrainingError:
