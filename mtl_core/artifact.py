@@ -13,11 +13,7 @@ Weights are safetensors only and nothing is unpickled. A folder appears whole or
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +22,13 @@ from safetensors.torch import load, save_file
 
 from mtl_core.config import ConfigError, EncoderConfig, Experiment, TaskConfig, load_experiment
 from mtl_core.encoder import SentenceEncoder, declared_pooling, file_sha256
+from mtl_core.errors import ArtifactError as ArtifactError
+from mtl_core.folders import atomic_folder as atomic_folder
+from mtl_core.folders import copy_tree as copy_tree
 from mtl_core.heads import HEADS, Head
 from mtl_core.model import MultiTaskModel
 
 SCHEMA_VERSION = 1
-
-
-class ArtifactError(ValueError):
-    """The folder is no sound artifact; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +48,6 @@ class Manifest:
     """weight and configuration file → sha256."""
     training: dict[str, Any] = field(default_factory=dict)
     """steps, epochs, seconds, best epoch."""
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that takes `folder`'s place when the block ends without an error.
-
-    An older folder of that name stays until the new one is whole.
-    """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        retired = partial.with_suffix(".old")
-        if folder.exists():
-            folder.rename(retired)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if retired.exists():
-                retired.rename(folder)
-            raise
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_weights(model: MultiTaskModel, folder: Path) -> None:
@@ -256,19 +227,6 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def copy_tree(source: str | Path, target: Path) -> None:
-    """Copy a folder's content into an existing one; hard links where the disk allows."""
-
-    def link(src: str, dst: str) -> str:
-        try:
-            os.link(src, dst)
-        except OSError:
-            shutil.copy2(src, dst)
-        return dst
-
-    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
 
 def model_card(manifest: Manifest, pictures: Sequence[str] = ()) -> str:

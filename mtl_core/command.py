@@ -7,16 +7,19 @@ import os
 import sys
 from collections.abc import Callable
 
-from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
 from mtl_core.data.examples import DataError
-from mtl_core.encoder import EncoderError
-from mtl_core.loop import TrainingError
+from mtl_core.errors import ArtifactError, EncoderError, TextError, TrainingError
 from mtl_core.storage import advise, storage_errors
-from mtl_core.windows import TextError
 
 USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingError, TextError)
 INTERRUPTED = 130
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+"""What the libraries read when they are imported, which is after a command has begun."""
 
 
 def start_in_utf8() -> None:
@@ -32,15 +35,12 @@ def start_in_utf8() -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; a user's mistake gives its message and exit code 1, Ctrl-C gives 130."""
     start_in_utf8()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     try:
-        import transformers
-
-        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         main()
     except USER_ERRORS as error:
         fail(str(error))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_core.config import EncoderConfig
+from mtl_core.errors import EncoderError as EncoderError
 
 Pooling = Literal["mean", "cls", "max"]
 MODULES = "sentence_transformers.models"
@@ -36,10 +37,6 @@ DROPOUT_FIELDS = (
     "dropout",
     "attention_dropout",
 )
-
-
-class EncoderError(ValueError):
-    """The encoder cannot be had; the message says where it was looked for and what to do."""
 
 
 def resolve_model(name: str, revision: str | None = None) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mtl_core.config import TaskConfig, TaskKind
+from mtl_core.data.tags import tag_names as tag_names
 
 Level = Literal["sentence", "token"]
 
@@ -194,11 +195,6 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: NDArray[np.float32] = powers / powers.sum(axis=-1, keepdims=True)
     return probabilities
-
-
-def tag_names(entity_types: Sequence[str]) -> tuple[str, ...]:
-    """O, B-x…, I-x…: the order of a token head's outputs."""
-    return ("O", *(f"B-{t}" for t in entity_types), *(f"I-{t}" for t in entity_types))
 
 
 def _entity(tag: str) -> str:

@@ -25,6 +25,7 @@ from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, Schedule, collate, shard
 from mtl_core.data.prepare import Data
 from mtl_core.dropout import QuickDropout
+from mtl_core.errors import TrainingError as TrainingError
 from mtl_core.evaluation import evaluate
 from mtl_core.model import Batch, MultiTaskModel
 from mtl_core.state import TrainState
@@ -33,10 +34,6 @@ from mtl_core.world import World
 
 LOG_EVERY = 10
 """Optimiser steps between two progress events."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stopped and what to try."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import json
 import uuid
 from pathlib import Path
 
-from mtl_core.artifact import ArtifactError
 from mtl_core.data.cache import cache_root
+from mtl_core.errors import ArtifactError
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

@@ -16,13 +16,10 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from mtl_core.data.encoding import token_offsets
+from mtl_core.errors import TextError as TextError
 
 Offsets = list[tuple[int, int]]
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-
-class TextError(ValueError):
-    """A text that cannot be predicted for."""
 
 
 @dataclass(frozen=True)

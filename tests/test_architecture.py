@@ -154,6 +154,22 @@ def test_checking_an_experiment_file_does_not_load_torch(tmp_path: Path) -> None
     assert not modules & set(HEAVY)
 
 
+@pytest.mark.parametrize(
+    ("name", "unloaded"),
+    [
+        ("train_jobs.train", HEAVY),  # so that --help and a mistake in the file cost no seconds
+        ("train_jobs.runs", HEAVY),
+        ("train_jobs.progress", ("torch", "transformers", "pandas", "datasets")),
+        ("mtl_core.data.cache", HEAVY),
+    ],
+)
+def test_what_starts_first_does_not_load(
+    name: str, unloaded: tuple[str, ...], tmp_path: Path
+) -> None:
+    _, modules = import_fresh(tmp_path, name)
+    assert not modules & set(unloaded)
+
+
 def test_importing_mtl_core_never_loads_ray(tmp_path: Path) -> None:
     names = [module_name(path) for path in FILES if path.relative_to(ROOT).parts[0] == "mtl_core"]
     _, modules = import_fresh(tmp_path, *names)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -20,28 +21,34 @@ LOCAL_SETTINGS = {
     # every two seconds, so that a checkpoint a second would halve the speed of a run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
+OWN_SETTINGS = {
+    # A process each that nothing here needs: nobody takes away the only node.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+"""For the Ray that a command starts for itself."""
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
-    """Connect to RAY_ADDRESS (set inside `ray job submit`), or start Ray here for the duration."""
+def ray_cluster(python: str | None = None) -> Iterator[None]:
+    """Connect to RAY_ADDRESS (set inside `ray job submit`), or start Ray here for the duration.
+
+    With `python`, a command of `forked_workers`, workers of the Ray that starts here are forks.
+    """
     if ray.is_initialized():
         yield
         return
-    for name, value in LOCAL_SETTINGS.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
+    for name, value in {**LOCAL_SETTINGS, **({} if address else OWN_SETTINGS)}.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        options = {"address": "local", "include_dashboard": False}
+        if python:
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they are no forks
+            options["runtime_env"] = {"py_executable": python}
     try:
-        if address:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                configure_logging=True,
-            )
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mtl_core.metrics import PRIMARY
+
+if TYPE_CHECKING:
+    from mtl_core.data.prepare import Data
 
 SCORE_COLUMNS = {
     "accuracy": ("accuracy", "exact_match", "token_accuracy"),
@@ -119,6 +122,16 @@ class Progress:
             table.add_row(task, values.get("loss", ""), values.get("score", ""))
         # A bar alone does not end its line, and the table's head would stand behind it.
         return Group(Text(words), Padding(bar, 0), table)
+
+
+def describe_data(data: Data) -> None:
+    """Say what will be learned from what."""
+    for name, split in data.splits.items():
+        rows = ", ".join(f"{task} {int(p.sum())}" for task, p in split.present.items())
+        cut = f"; {split.num_truncated} cut at the length limit" if split.num_truncated else ""
+        print(f"{name}: {len(split)} texts ({rows}), {len(split.input_ids)} tokens{cut}")
+    for source, count in data.skipped.items():
+        print(f"{source}: {count} unreadable row(s) skipped")
 
 
 def score_table(title: str, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from mtl_core import plots
 from mtl_core.artifact import (
@@ -24,8 +27,8 @@ from mtl_core.artifact import (
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.prepare import Data
 from mtl_core.metrics import per_label
-from train_jobs.runs import RunFolder
-from train_jobs.worker import RESULT
+from train_jobs.console import label_table, score_table
+from train_jobs.runs import RESULT, RunFolder
 
 MOST_LABELS_IN_MATRIX = 80
 History = Sequence[dict[str, Any]]
@@ -118,6 +121,31 @@ def read_report(artifact: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for split in list(report)[-1:]:
         for task, values in report[split].items():
             yield f"{task}: by label ({split})", values["labels"]
+
+
+def show_result(folder: RunFolder) -> None:
+    """Print the artifact's scores and where to go from here."""
+    console = Console(highlight=False)
+    with folder.artifact_to_show() as artifact:
+        manifest = read_manifest(artifact, check_files=False)
+        reports = list(read_report(artifact))
+    if not manifest.training.get("trained", True):
+        console.print(
+            "Nothing was trained: every part is frozen. These are the scores as it stood."
+        )
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for task, info in manifest.tasks.items():
+        for split, values in info["metrics"].items():
+            scores.setdefault(split, {})[task] = values
+    console.print(score_table(f"{manifest.name}: scores", scores))
+    for title, rows in reports:
+        if len(rows) <= 12:
+            console.print(label_table(title, rows))
+    where = f"{folder.title}/artifact"
+    if folder.is_local and not os.path.relpath(where).startswith(".."):
+        where = os.path.relpath(where)
+    print(f"artifact: {where}  (plots in plots/, all numbers in report.json)")
+    print(f'next:     python -m train_jobs.predict --artifact {shlex.quote(where)} --text "…"')
 
 
 def draw(

@@ -19,14 +19,16 @@ from typing import Any
 
 import yaml
 
-from mtl_core.artifact import atomic_folder, copy_tree
 from mtl_core.config import ConfigError, Experiment, dump_experiment, expand_path
+from mtl_core.folders import atomic_folder, copy_tree
 from mtl_core.storage import advise, storage_errors
 from train_jobs.locks import check_file, hold_file, hold_object
 
 MACHINE_FIELDS = ("scale", "output_dir")
 """Parts of an experiment that a resumed run may change: they do not change what it computes."""
 LOCK = "run.lock"
+RESULT = "result.json"
+"""What the workers add to the last checkpoint: scores and counts of the run."""
 
 
 class RunFolder:

@@ -18,9 +18,10 @@ from mtl_core.config import Experiment
 from mtl_core.data.prepare import Data, prepare, reopen
 from mtl_core.metrics import PRIMARY
 from mtl_core.world import World
+from train_jobs.driver import build_trainer
+from train_jobs.progress import ProgressLog
 from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan
-from train_jobs.train import ProgressLog, build_trainer
 from train_jobs.worker import WorkerSession
 
 BASE, BEST, ALONE = "base", "best", "alone/"

@@ -20,12 +20,13 @@ from mtl_core.command import INTERRUPTED, run_command
 from mtl_core.config import ConfigError
 from mtl_core.data.prepare import prepare
 from train_jobs.cluster import ray_cluster, worker_resources
+from train_jobs.console import describe_data
+from train_jobs.forks import forked_workers
 from train_jobs.space import expand
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_report import show_report, write_report
 from train_jobs.sweep_table import SweepTable
-from train_jobs.train import describe_data
 from train_jobs.trials import ALONE, BASE, BEST, Job, objective_key, run_trial
 
 EPILOG = """examples:
@@ -84,7 +85,7 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # A trial that ended is on disk a second later, whatever happens to this process.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    with folder.claim(plan), ray_cluster():
+    with folder.claim(plan), forked_workers() as python, ray_cluster(python):
         plan = _with_resources(plan)
         job = Job(plan, folder.title, data.labels, data.keys)
         results: dict[str, list[dict[str, Any]]] = {}

@@ -24,8 +24,7 @@ from mtl_core.loop import TrainingError, fit
 from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
 from mtl_core.world import World
-
-RESULT = "result.json"
+from train_jobs.runs import RESULT
 
 
 class WorkerSession:
@@ -66,6 +65,8 @@ def train_worker(config: dict[str, Any]) -> None:
     Keys: experiment (mapping), labels, keys (of encoded splits), log (handle of a ProgressLog), or
     session in the place of log.
     """
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # Ray's, or the user's
+        torch.set_num_threads(int(threads))  # torch may have been loaded before it was set
     experiment = parse_experiment(config["experiment"])
     session = config.get("session") or WorkerSession(config["log"])
     world = session.world

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mtl_core.config import TaskConfig
 from mtl_core.data.examples import Corpus, DataError, Example, Span
-from mtl_core.heads import tag_names
+from mtl_core.data.tags import tag_names
 
 IGNORE = -100
 TEXTS_AT_ONCE = 1024

@@ -10,6 +10,11 @@ from mtl_core.data.examples import DataError, Span
 Scheme = Literal["BIO2", "IOB1", "BIOES", "BILOU"]
 
 
+def tag_names(entity_types: Sequence[str]) -> tuple[str, ...]:
+    """O, B-x…, I-x…: the order of a token head's outputs."""
+    return ("O", *(f"B-{t}" for t in entity_types), *(f"I-{t}" for t in entity_types))
+
+
 def split_tag(tag: str) -> tuple[str, str]:
     """`B-person` → ("B", "person"); `O` → ("O", "").
 

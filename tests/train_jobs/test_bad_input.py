@@ -14,6 +14,7 @@ from mtl_core.config import parse_experiment
 from mtl_core.data.prepare import prepare
 from tests.commands import write_config
 from train_jobs import evaluate, predict, similarity, train
+from train_jobs.console import describe_data
 
 
 def attempt(capsys: pytest.CaptureFixture[str], main: Any, *arguments: str) -> str:
@@ -100,7 +101,7 @@ def test_skipped_rows_are_counted(
     raw["data"][0]["on_bad_row"] = "skip"
     data = prepare(parse_experiment(raw))
     assert sum(data.skipped.values()) == 1
-    train.describe_data(data)
+    describe_data(data)
     assert "1 unreadable row(s) skipped" in capsys.readouterr().out
 
 

@@ -84,21 +84,21 @@ def test_a_run_leaves_artifact_history_events_and_plots(finished: Path) -> None:
     assert "ETA" in output or "epoch 2/2" in output
 
 
-def test_a_finished_run_is_shown_and_not_repeated(finished: Path, ray_address: str) -> None:
+def test_a_finished_run_is_shown_and_not_repeated(finished: Path) -> None:
     before = weights(finished)
-    again = run("train", "--config", str(finished / "experiment.yaml"), address=ray_address)
+    again = run("train", "--config", str(finished / "experiment.yaml"))
     assert again.returncode == 0
     assert "is finished" in again.stdout
     assert weights(finished) == before
 
 
 def test_a_driver_that_died_before_the_artifact_stood_builds_it_without_training_again(
-    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    finished: Path, tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     config = write_config(tmp_path, experiment, scale={"workers": 1})
     shutil.copytree(finished / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs/small/artifact")
-    done = run("train", "--config", str(config), address=ray_address)
+    done = run("train", "--config", str(config))
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path) == weights(finished)
     assert [row["event"] for row in history(tmp_path)].count("start") == 1
@@ -113,9 +113,8 @@ def test_a_folder_of_another_configuration_is_refused(finished: Path) -> None:
 
 
 def test_an_elastic_number_of_workers_gives_the_weights_of_two(
-    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
-    # Before drivers are killed: Ray keeps the CPUs of such a run from elastic ones for 3 minutes.
     no_dropout = {
         **experiment,
         "encoder": {**experiment["encoder"], "dropout": 0.0},
@@ -124,7 +123,7 @@ def test_an_elastic_number_of_workers_gives_the_weights_of_two(
     }
     for name, workers in (("two", 2), ("elastic", [1, 2])):
         config = write_config(tmp_path, no_dropout, name=name, scale={"workers": workers})
-        done = run("train", "--config", str(config), address=ray_address)
+        done = run("train", "--config", str(config))
         assert done.returncode == 0, done.stderr
     two, elastic = (load_model(tmp_path / "runs" / n / "artifact") for n in ("two", "elastic"))
     for (name, a), (_, b) in zip(two.named_parameters(), elastic.named_parameters(), strict=True):
@@ -132,12 +131,12 @@ def test_an_elastic_number_of_workers_gives_the_weights_of_two(
 
 
 def test_a_killed_worker_costs_nothing_but_time_and_nobody_else_may_start_the_name_meanwhile(
-    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    finished: Path, tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     config = write_config(tmp_path, experiment)
-    process = start("train", "--config", str(config), address=ray_address)
+    process = start("train", "--config", str(config))
     row = freeze_inside_an_epoch(tmp_path, process)
-    second = run("train", "--config", str(config), address=ray_address)
+    second = run("train", "--config", str(config))
     assert second.returncode == 1
     assert f"is in use by process {process.pid} on host" in second.stderr
     assert "Traceback" not in second.stderr
@@ -176,11 +175,11 @@ def test_after_ctrl_c_and_after_the_driver_was_killed_the_same_command_goes_on(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_step(
-    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     wild = {**experiment, "optim": {"learning_rate": 1e30, "max_grad_norm": None, "warmup": 0.5}}
     config = write_config(tmp_path, wild)
-    done = run("train", "--config", str(config), address=ray_address)
+    done = run("train", "--config", str(config))
     assert done.returncode == 1
     assert "is not finite at step" in done.stderr
     assert "Traceback" not in done.stderr
@@ -189,14 +188,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_step(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_keeps_the_checkpoint_before(
-    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     disk = tmp_path / "runs"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
     try:
         config = write_config(tmp_path, experiment, scale={"workers": 1, "max_failures": 0})
-        process = start("train", "--config", str(config), address=ray_address)
+        process = start("train", "--config", str(config))
         wait_for(lambda: announced(tmp_path, 30), process)
         fill(disk / "ballast")
         output = process.communicate(timeout=120)[0]
@@ -204,7 +203,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
         assert "disk is full" in output or "No space left" in output
         assert "Traceback" not in output
         (disk / "ballast").unlink()
-        resumed = run("train", "--config", str(config), address=ray_address)
+        resumed = run("train", "--config", str(config))
         assert resumed.returncode == 0, resumed.stderr
         assert [r["step"] for r in history(tmp_path) if r["event"] == "start"][-1] > 0
     finally:
@@ -212,7 +211,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 
 
 def test_a_task_is_added_to_an_artifact_without_touching_what_it_had(
-    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    finished: Path, tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     old = finished / "runs/small/artifact"
     rows = [{"text": f"{word} number {i}", "kind": word} for i in range(30) for word in ("a", "b")]
@@ -227,7 +226,7 @@ def test_a_task_is_added_to_an_artifact_without_touching_what_it_had(
         "freeze": {"encoder": True},
         "scale": {"workers": 1},
     }
-    done = run("train", "--config", str(write_config(tmp_path, added)), address=ray_address)
+    done = run("train", "--config", str(write_config(tmp_path, added)))
     assert done.returncode == 0, done.stderr
     new = tmp_path / "runs/added/artifact"
     before, after = read_manifest(old), read_manifest(new)
@@ -239,14 +238,14 @@ def test_a_task_is_added_to_an_artifact_without_touching_what_it_had(
 
 
 def test_with_everything_frozen_the_run_evaluates_and_says_so(
-    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     frozen = {
         **experiment,
         "freeze": {"encoder": True, "heads": ["sentiment", "entities"]},
         "scale": {"workers": 1},
     }
-    done = run("train", "--config", str(write_config(tmp_path, frozen)), address=ray_address)
+    done = run("train", "--config", str(write_config(tmp_path, frozen)))
     assert done.returncode == 0, done.stderr
     assert "Nothing was trained" in done.stdout
     assert read_manifest(tmp_path / "runs/small/artifact").training["trained"] is False

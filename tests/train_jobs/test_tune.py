@@ -57,13 +57,11 @@ def write_sweep(folder: Path, experiment: dict[str, Any], **changes: Any) -> Pat
 
 
 @pytest.fixture(scope="module")
-def swept(
-    tmp_path_factory: pytest.TempPathFactory, ray_address: str, experiment: dict[str, Any]
-) -> Path:
+def swept(tmp_path_factory: pytest.TempPathFactory, experiment: dict[str, Any]) -> Path:
     """The folder of a finished sweep with baselines."""
     folder = tmp_path_factory.mktemp("sweep")
     path = write_sweep(folder, experiment, baselines=True, objective="gain")
-    done = run("tune", "--config", str(path), address=ray_address)
+    done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
     (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
     return folder
@@ -99,10 +97,10 @@ def test_gain_is_relative_to_the_tasks_alone(swept: Path) -> None:
         assert trial["objective gain"] == pytest.approx(sum(gains) / 2, rel=1e-6)
 
 
-def test_best_yaml_trains_to_the_reported_scores(swept: Path, ray_address: str) -> None:
+def test_best_yaml_trains_to_the_reported_scores(swept: Path) -> None:
     folder = swept / "sweeps/sweep"
     settings = ("--set", f"output_dir={swept}/runs")
-    done = run("train", "--config", str(folder / "best.yaml"), *settings, address=ray_address)
+    done = run("train", "--config", str(folder / "best.yaml"), *settings)
     assert done.returncode == 0, done.stderr
     again = read_manifest(swept / "runs/sweep-best/artifact").tasks
     kept = read_manifest(folder / "artifact").tasks
@@ -123,25 +121,23 @@ def test_the_page_holds_everything_and_needs_nothing(swept: Path) -> None:
         assert trial in page
 
 
-def test_a_finished_sweep_is_shown_and_not_repeated(swept: Path, ray_address: str) -> None:
+def test_a_finished_sweep_is_shown_and_not_repeated(swept: Path) -> None:
     before = trials_of(swept)
-    done = run("tune", "--config", str(swept / "sweep.yaml"), address=ray_address)
+    done = run("tune", "--config", str(swept / "sweep.yaml"))
     assert done.returncode == 0, done.stderr
     assert "is finished" in done.stdout
     assert "sentiment: sharing" in done.stdout
     pd.testing.assert_frame_equal(trials_of(swept), before)
 
 
-def test_a_folder_of_another_sweep_is_refused(swept: Path, ray_address: str) -> None:
-    done = run(
-        "tune", "--config", str(swept / "sweep.yaml"), "--set", "seeds=3", address=ray_address
-    )
+def test_a_folder_of_another_sweep_is_refused(swept: Path) -> None:
+    done = run("tune", "--config", str(swept / "sweep.yaml"), "--set", "seeds=3")
     assert done.returncode == 1
     assert "sweep.seeds was 2, now 3" in done.stderr
 
 
 def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
-    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     """A rate that overflows fp32 gives a loss that is not finite."""
     path = write_sweep(
@@ -151,7 +147,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
         searcher={"algorithm": "grid"},
         seeds=1,
     )
-    done = run("tune", "--config", str(path), address=ray_address)
+    done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
     trials = trials_of(tmp_path)
     failed = trials[trials["status"] == "failed"]
@@ -181,10 +177,10 @@ def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
 
 
 def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
-    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     path = write_sweep(tmp_path, experiment, **SLOW)
-    sweep = start("tune", "--config", str(path), address=ray_address)
+    sweep = start("tune", "--config", str(path))
     read_until(sweep, "trial 1 finished")
     sweep.send_signal(signal.SIGINT)
     output, _ = sweep.communicate(timeout=120)
@@ -194,7 +190,7 @@ def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
     before = ended[ended["status"] == "finished"].set_index("trial")
     assert 1 <= len(before) < 4
 
-    done = run("tune", "--config", str(path), address=ray_address)
+    done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
     assert "trial 4 finished" not in done.stdout  # numbered anew: three were left
     trials = trials_of(tmp_path).set_index("trial")

@@ -1,0 +1,114 @@
+"""The driver's part on Ray: start the workers, follow them, build what comes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+)
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from mtl_core.config import Experiment
+from mtl_core.data.prepare import Data
+from mtl_core.errors import TrainingError
+from train_jobs.cluster import worker_resources
+from train_jobs.follower import Follower
+from train_jobs.nodes import wait_for_nodes
+from train_jobs.progress import ProgressLog
+from train_jobs.report import build_artifact
+from train_jobs.runs import RunFolder
+from train_jobs.worker import WorkerSession, train_worker
+
+
+def train(experiment: Experiment, data: Data, folder: RunFolder, started: float) -> None:
+    """Run an experiment to its end and leave the artifact in its folder.
+
+    `started` is the monotonic time when the command began.
+
+    Raises:
+        ConfigError: the workers that are asked for can never be had.
+        TrainingError: training cannot go on.
+    """
+    wait_for_nodes(experiment.scale, print)
+    log = ProgressLog.remote()  # type: ignore[attr-defined]
+    trainer = build_trainer(experiment, folder, data, log)
+    follower = Follower(experiment, folder, log)
+    with follower:
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise TrainingError(explain(error, folder)) from error
+        except SystemExit as stop:  # what Ray Train turns Ctrl-C into
+            raise KeyboardInterrupt from stop
+    if follower.failure is not None:
+        raise TrainingError(follower.failure)
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as weights:
+        build_artifact(Path(weights), experiment, data, folder, time.monotonic() - started)
+
+
+def build_trainer(
+    experiment: Experiment,
+    folder: RunFolder,
+    data: Data,
+    log: Any,
+    callbacks: Sequence[UserCallback] = (),
+    session: WorkerSession | None = None,
+) -> TorchTrainer:
+    """The one builder of training runs: a single run and a trial of a sweep both come from here.
+
+    With a `session` the one worker runs in this process, and tells the session.
+    """
+    workers, use_gpu, resources = worker_resources(experiment.scale)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "experiment": experiment.model_dump(mode="json"),
+            "labels": data.labels,
+            "keys": data.keys,
+            "log": log,
+            "session": session,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=0 if session else workers,  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(  # type: ignore[arg-type]
+            name=experiment.name,
+            storage_path=folder.storage_path,
+            failure_config=FailureConfig(max_failures=experiment.scale.max_failures),
+            # Each checkpoint carries the best weights so far, so the latest is all that is needed.
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def explain(error: TrainingFailedError, folder: RunFolder) -> str:
+    """Why the workers failed, in the words of the first of them."""
+    failures = getattr(error, "worker_failures", {})
+    rank, cause = next(iter(failures.items()), (None, error))
+    where = f"worker {rank}: " if rank is not None else ""
+    text = str(cause).strip()
+    if "No space left on device" in text or "Errno 28" in text:
+        return (
+            f"the disk is full while a checkpoint was written to {folder.title}; the one before it "
+            "is whole. Free some space and run the same command to resume."
+        )
+    last = text.splitlines()[-1] if text else type(cause).__name__
+    return (
+        f"training failed after its retries (scale.max_failures). {where}{last}\n"
+        f"Run the same command to resume {folder.title} from its last checkpoint."
+    )

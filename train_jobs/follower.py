@@ -1,0 +1,73 @@
+"""The driver's other ear: workers' progress, shown and stored while the driver waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import ray
+
+from mtl_core.config import Experiment
+from train_jobs.console import Progress
+from train_jobs.report import history_until
+from train_jobs.runs import RunFolder
+from train_jobs.tensorboard import TensorBoard
+
+
+class Follower:
+    """Shows and stores the workers' progress while the driver waits for them."""
+
+    def __init__(self, experiment: Experiment, folder: RunFolder, log: Any) -> None:
+        self.folder, self.log = folder, log
+        self.progress = Progress(experiment.training.epochs, list(experiment.tasks))
+        self.history = folder.history()
+        self.board = TensorBoard(folder)
+        self.failure: str | None = None
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Follower:
+        self.progress.__enter__()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.done.set()
+        self.thread.join()
+        self.progress.__exit__(*details)
+        with contextlib.suppress(OSError):  # the run itself says that the disk is full
+            self.board.close()
+
+    def _follow(self) -> None:
+        last = False
+        while not last:
+            last = self.done.wait(0.5)
+            try:
+                rows = ray.get(self.log.drain.remote(), timeout=10)
+            except Exception:
+                continue
+            for event, row in rows:
+                self._take(event, row)
+            if rows:
+                self._store(rows)
+
+    def _store(self, rows: list[tuple[str, dict[str, Any]]]) -> None:
+        """A full disk must not end a run that may still have room for its checkpoints."""
+        try:
+            self.folder.write_history(self.history)
+            for event, row in rows:
+                if event in ("step", "validation"):
+                    self.board.add(row)
+            self.board.flush()
+        except OSError as error:
+            self.progress.note(f"metrics.jsonl cannot be written ({error}); trying again later")
+
+    def _take(self, event: str, row: dict[str, Any]) -> None:
+        self.progress.show(event, row)
+        if event == "start":
+            # What came after the checkpoint that workers go on from will come again.
+            self.history = history_until(self.history, row["step"])
+        if event == "failed":
+            self.failure = row["message"]
+        self.history.append({"event": event, **row})
