@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import os
 import sys
@@ -35,6 +37,7 @@ def start_in_utf8() -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; a user's mistake gives its message and exit code 1, Ctrl-C gives 130."""
     start_in_utf8()
+    atexit.register(gc.freeze)  # or Python spends a second on the libraries' objects as it ends
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):

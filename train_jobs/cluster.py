@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,13 +31,14 @@ OWN_SETTINGS = {
 
 
 @contextmanager
-def ray_cluster(python: str | None = None) -> Iterator[None]:
+def ray_cluster(python: str | None = None) -> Iterator[Callable[[], Any]]:
     """Connect to RAY_ADDRESS (set inside `ray job submit`), or start Ray here for the duration.
 
+    Yields what may be called when Ray has done its part, to have it end beside what is left to do.
     With `python`, a command of `forked_workers`, workers of the Ray that starts here are forks.
     """
     if ray.is_initialized():
-        yield
+        yield lambda: None
         return
     address = os.environ.get("RAY_ADDRESS")
     for name, value in {**LOCAL_SETTINGS, **({} if address else OWN_SETTINGS)}.items():
@@ -52,10 +54,11 @@ def ray_cluster(python: str | None = None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with ThreadPoolExecutor(1) as aside:
+        try:
+            yield lambda: aside.submit(ray.shutdown)
+        finally:
+            aside.submit(ray.shutdown).result()  # a second time it finds nothing to do
 
 
 def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, dict[str, float]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ray.train import ScalingConfig
+from ray.train import Checkpoint, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import (
@@ -25,15 +23,12 @@ from train_jobs.cluster import worker_resources
 from train_jobs.follower import Follower
 from train_jobs.nodes import wait_for_nodes
 from train_jobs.progress import ProgressLog
-from train_jobs.report import build_artifact
 from train_jobs.runs import RunFolder
 from train_jobs.worker import WorkerSession, train_worker
 
 
-def train(experiment: Experiment, data: Data, folder: RunFolder, started: float) -> None:
-    """Run an experiment to its end and leave the artifact in its folder.
-
-    `started` is the monotonic time when the command began.
+def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
+    """Run an experiment to its end; returns the last checkpoint, which holds weights and scores.
 
     Raises:
         ConfigError: the workers that are asked for can never be had.
@@ -53,8 +48,7 @@ def train(experiment: Experiment, data: Data, folder: RunFolder, started: float)
     if follower.failure is not None:
         raise TrainingError(follower.failure)
     assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as weights:
-        build_artifact(Path(weights), experiment, data, folder, time.monotonic() - started)
+    return result.checkpoint
 
 
 def build_trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from mtl_core.command import run_command
 from mtl_core.config import Experiment, load_experiment
@@ -66,11 +67,15 @@ def run(experiment: Experiment, folder: RunFolder) -> None:
         from train_jobs.cluster import ray_cluster
         from train_jobs.console import describe_data
         from train_jobs.driver import train
+        from train_jobs.report import build_artifact
 
         data = prepare(experiment)
         describe_data(data)
-        with folder.claim(experiment), ray_cluster(python):
-            train(experiment, data, folder, started)
+        with folder.claim(experiment), ray_cluster(python) as end_ray:
+            checkpoint = train(experiment, data, folder)
+            end_ray()
+            with checkpoint.as_directory() as weights:
+                build_artifact(Path(weights), experiment, data, folder, time.monotonic() - started)
 
 
 if __name__ == "__main__":
