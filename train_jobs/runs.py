@@ -31,6 +31,20 @@ RESULT = "result.json"
 """What the workers add to the last checkpoint: scores and counts of the run."""
 
 
+def check_bucket(filesystem: Any, path: str) -> None:
+    """Raise FileNotFoundError if a path's bucket is not there.
+
+    s3fs would make one that a misspelt name asks for.
+    """
+    if "s3" not in filesystem.protocol:
+        return
+    bucket = path.split("/")[0]
+    try:
+        filesystem.call_s3("head_bucket", Bucket=bucket)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no bucket {bucket!r}") from error
+
+
 class RunFolder:
     """A run's folder on a local disk or behind an fsspec URL."""
 
@@ -66,7 +80,7 @@ class RunFolder:
             if self.is_local:
                 check_file(Path(self.path) / LOCK)
             else:
-                self._check_bucket()
+                check_bucket(self.filesystem, self.base)
             there = self._is_of(experiment)
         except storage_errors() as error:
             raise ConfigError(f"output_dir: cannot use {self.title}: {advise(error)}") from error
@@ -99,16 +113,6 @@ class RunFolder:
                     f"output_dir: cannot use {self.title}: {advise(error)}"
                 ) from error
             yield
-
-    def _check_bucket(self) -> None:
-        """s3fs would make a bucket that a misspelt name asks for."""
-        if "s3" not in self.filesystem.protocol:
-            return
-        bucket = self.base.split("/")[0]
-        try:
-            self.filesystem.call_s3("head_bucket", Bucket=bucket)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no bucket {bucket!r}") from error
 
     def _is_of(self, experiment: Experiment) -> bool:
         """Whether the folder holds a run, after checking that it is this experiment's."""

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from mtl_core.config import ConfigError, dump_experiment, expand_path
+from mtl_core.storage import advise, storage_errors
 from train_jobs.locks import check_file, hold_file, hold_object
-from train_jobs.runs import LOCK, differences
+from train_jobs.runs import LOCK, check_bucket, differences
 from train_jobs.sweep import Plan, Sweep
 
 FREE = ("sweep.budget.minutes", "sweep.budget.concurrency", "sweep.output_dir", "base.scale")
@@ -45,13 +46,18 @@ class SweepFolder:
         Raises:
             ConfigError: the folder belongs to another sweep, or is in use.
         """
-        if self.is_local:
-            check_file(Path(self.path) / LOCK)
-        text = self.read("sweep.yaml")
-        if text is None:
-            if self.filesystem.exists(self.path) and self.filesystem.ls(self.path):
-                raise ConfigError(f"{self.title} holds something else; choose another name")
-            return False
+        try:
+            if self.is_local:
+                check_file(Path(self.path) / LOCK)
+            else:
+                check_bucket(self.filesystem, self.path)
+            text = self.read("sweep.yaml")
+            if text is None:
+                if self.filesystem.exists(self.path) and self.filesystem.ls(self.path):
+                    raise ConfigError(f"{self.title} holds something else; choose another name")
+                return False
+        except storage_errors() as error:
+            raise ConfigError(f"output_dir: cannot use {self.title}: {advise(error)}") from error
         changed = [
             f"{path} was {old!r}, now {new!r}"
             for path, old, new in differences(yaml.safe_load(text), _plain(plan))
@@ -74,14 +80,17 @@ class SweepFolder:
         """
         with ExitStack() as held:
             try:
-                self.filesystem.makedirs(self.path, exist_ok=True)
+                if self.is_local:
+                    self.filesystem.makedirs(self.path, exist_ok=True)
                 lock = f"{self.path}/{LOCK}"
                 held.enter_context(
                     hold_file(Path(lock)) if self.is_local else hold_object(self.filesystem, lock)
                 )
                 self.write("sweep.yaml", yaml.safe_dump(_plain(plan), sort_keys=False))
-            except OSError as error:
-                raise ConfigError(f"output_dir: cannot use {self.title}: {error}") from error
+            except storage_errors() as error:
+                raise ConfigError(
+                    f"output_dir: cannot use {self.title}: {advise(error)}"
+                ) from error
             yield
 
     @property

@@ -22,6 +22,7 @@ from mtl_core.data.prepare import prepare
 from train_jobs.cluster import ray_cluster, worker_resources
 from train_jobs.console import describe_data
 from train_jobs.forks import forked_workers
+from train_jobs.rehearsal import rehearse
 from train_jobs.space import expand
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
@@ -75,7 +76,8 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     """Run every phase of a sweep and write its report; False if it was interrupted.
 
     Raises:
-        ConfigError: the cluster cannot hold a trial, or another process works on this sweep.
+        ConfigError: the cluster cannot hold a trial, not all of its nodes reach the folder, or
+            another process works on this sweep.
     """
     data = prepare(plan.base)
     describe_data(data)
@@ -87,6 +89,7 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     with folder.claim(plan), forked_workers() as python, ray_cluster(python):
         plan = _with_resources(plan)
+        rehearse(plan.base.scale, plan.sweep)
         job = Job(plan, folder.title, data.labels, data.keys)
         results: dict[str, list[dict[str, Any]]] = {}
         seconds: dict[str, float] = {}

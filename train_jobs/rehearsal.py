@@ -1,0 +1,49 @@
+"""Before a sweep's trials: that the cluster can hold one, and that its nodes reach the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import ray
+
+from mtl_core.config import ConfigError, ScaleConfig
+from mtl_core.storage import storage_errors
+from train_jobs.cluster import worker_resources
+from train_jobs.nodes import wait_for_nodes
+from train_jobs.sweep import Sweep
+from train_jobs.sweep_folder import SweepFolder
+
+PROOF = "sweep.yaml"
+"""A file of the folder that every node has to read as the driver wrote it."""
+
+
+def rehearse(scale: ScaleConfig, sweep: Sweep, tell: Callable[[str], None] = print) -> None:
+    """Wait for room for one trial, and read the sweep's folder where its workers would be.
+
+    Raises:
+        ConfigError: no node that would make room can be had, or a node does not reach the folder.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return  # this machine alone, whose size was looked at already
+    wait_for_nodes(scale, tell)
+    workers, _, each = worker_resources(scale)
+    assert isinstance(workers, int)
+    read = ray.remote(read_proof).options(num_cpus=each["CPU"], scheduling_strategy="SPREAD")
+    written = SweepFolder(sweep).read(PROOF)
+    for node, content, reason in ray.get([read.remote(sweep) for _ in range(workers)]):
+        if content != written:
+            raise ConfigError(
+                f"output_dir: node {node} of this cluster does not reach {sweep.output_dir}"
+                f"{reason}; give storage that every node reaches: s3://bucket/runs, or a mounted "
+                "folder"
+            )
+
+
+def read_proof(sweep: Sweep) -> tuple[str, str | None, str]:
+    """This node's address, the file as it is seen from here, and why it is not."""
+    node = ray.util.get_node_ip_address()
+    try:
+        return node, SweepFolder(sweep).read(PROOF), ""
+    except storage_errors() as error:
+        return node, None, f" ({type(error).__name__}: {error})"
