@@ -42,7 +42,7 @@ def rehearse(scale: ScaleConfig, sweep: Sweep, tell: Callable[[str], None] = pri
 
 def read_proof(sweep: Sweep) -> tuple[str, str | None, str]:
     """This node's address, the file as it is seen from here, and why it is not."""
-    node = ray.util.get_node_ip_address()
+    node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
     try:
         return node, SweepFolder(sweep).read(PROOF), ""
     except storage_errors() as error:
