@@ -108,6 +108,7 @@ def test_a_run_brings_nodes_and_survives_a_stop_and_a_lost_node(
     command = train_command(tiny_encoders["bert"])
     process = submitted(user, command)
     said = read_until(process, lambda line: "epoch" in line and user.checkpoints())
+    assert "waiting: no room yet for 2 worker(s) of 1 CPU" in said
     assert "2 worker(s) on cpu, from step 0" in said
     assert user.cluster.nodes() == 2
     stop = user.cluster.ray("job", "stop", job_id(said), cwd=user.folder)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,14 +45,17 @@ def wait_for_nodes(scale: ScaleConfig, tell: Callable[[str], None]) -> None:
     workers, _, each = worker_resources(scale)
     least = workers if isinstance(workers, int) else workers[0]
     group = placement_group([dict(each)] * least)
+    not_yet = Wait(f"no room yet for {least} worker(s) of {_in_words(each)}")
     told, vain_since = "", None
     try:
         while not group.wait(1):
-            wait = why_workers_wait()
-            if wait and wait.reason != told:
+            wait = not_yet
+            with contextlib.suppress(Exception):  # what cannot be asked now is asked again
+                wait = why_workers_wait() or not_yet
+            if wait.reason != told:
                 told = wait.reason
                 tell(f"waiting: {told}")
-            if not wait or not wait.in_vain:
+            if not wait.in_vain:
                 vain_since = None
                 continue
             vain_since = vain_since or time.monotonic()
@@ -100,8 +104,9 @@ def _infeasible(state: Any) -> str:
         for bundle in gang.bundle_selectors[:1]
         for request in bundle.resource_requests
     ] or [r for gang in state.infeasible_gang_resource_requests for r in gang.requests]
-    plain = [
-        " and ".join(f"{amount:g} {name}" for name, amount in sorted(r.resources_bundle.items()))
-        for r in requests
-    ]
+    plain = [_in_words(request.resources_bundle) for request in requests]
     return ", ".join(f"{count} worker(s) of {what}" for what, count in Counter(plain).items())
+
+
+def _in_words(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in sorted(resources.items()))
