@@ -47,8 +47,9 @@ def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
             raise KeyboardInterrupt from stop
     if follower.failure is not None:
         raise TrainingError(follower.failure)
-    assert result.checkpoint is not None
-    return result.checkpoint
+    checkpoint: Checkpoint | None = result.checkpoint
+    assert checkpoint is not None
+    return checkpoint
 
 
 def build_trainer(
