@@ -33,9 +33,11 @@ MOST_BYTES = 1 << 20
 def forked_workers() -> Iterator[str | None]:
     """Start the process that forks; yields the command that Ray is to start workers with.
 
-    None on somebody else's cluster, and where there are GPUs: CUDA does not live through a fork.
+    None on somebody else's cluster, where there are GPUs, since CUDA does not live through a fork,
+    and where the system's own libraries do not (macOS).
     """
-    if os.environ.get("RAY_ADDRESS") or os.path.exists("/dev/nvidiactl"):
+    gpu = os.path.exists("/dev/nvidiactl")
+    if os.environ.get("RAY_ADDRESS") or gpu or sys.platform != "linux":
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="mtl-forks-") as folder:

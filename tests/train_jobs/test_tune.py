@@ -179,7 +179,7 @@ def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
 def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
     tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
-    path = write_sweep(tmp_path, experiment, **SLOW)
+    path = write_sweep(tmp_path, experiment, **{**SLOW, "set": {"training.epochs": 20}})
     sweep = start("tune", "--config", str(path))
     read_until(sweep, "trial 1 finished")
     sweep.send_signal(signal.SIGINT)
