@@ -65,15 +65,18 @@ def serve(path: str) -> None:
         listener.listen(128)
         load_libraries()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the workers
+        number = 0
         while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
             with listener.accept()[0] as connection:
                 command, environment, folder, streams = receive(connection)
             if "ray" not in sys.modules:
                 load_ray(environment)
+            number += 1
             if os.fork() == 0:
                 listener.close()
                 os.setsid()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                part_ways(number)
                 run(command, environment, folder, streams)
                 return
             for stream in streams:
@@ -104,6 +107,17 @@ def load_ray(environment: dict[str, str]) -> None:
 
     gc.collect()
     gc.freeze()  # the collector would write to every page that the forks share
+
+
+def part_ways(number: int) -> None:
+    """Have this fork draw other ids than its siblings, which have the same random numbers to come.
+
+    Two workers that begin at once would else give their first object the same id, and one dies.
+    """
+    from ray._raylet import UniqueID
+
+    for _ in range(1000 * number):
+        UniqueID.from_random()
 
 
 def run(command: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:
