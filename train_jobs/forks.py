@@ -65,18 +65,15 @@ def serve(path: str) -> None:
         listener.listen(128)
         load_libraries()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the workers
-        number = 0
         while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
             with listener.accept()[0] as connection:
                 command, environment, folder, streams = receive(connection)
             if "ray" not in sys.modules:
                 load_ray(environment)
-            number += 1
             if os.fork() == 0:
                 listener.close()
                 os.setsid()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                part_ways(number)
                 run(command, environment, folder, streams)
                 return
             for stream in streams:
@@ -96,28 +93,18 @@ def load_libraries() -> None:
 
 
 def load_ray(environment: dict[str, str]) -> None:
-    """Import Ray, whose core reads the environment then: with that of the first worker.
+    """Import Ray's core, which reads the environment then: with that of the first worker.
 
     What it reads, the job and the process that Ray's own processes hang on, is the same for all.
+    Nothing above the core is imported here: `ray.train` draws an id, and forks made after the first
+    draw would all draw the same ones.
     """
     os.environ.update(environment)
 
-    import train_jobs.progress
-    import train_jobs.worker  # noqa: F401
+    import ray  # noqa: F401
 
     gc.collect()
     gc.freeze()  # the collector would write to every page that the forks share
-
-
-def part_ways(number: int) -> None:
-    """Have this fork draw other ids than its siblings, which have the same random numbers to come.
-
-    Two workers that begin at once would else give their first object the same id, and one dies.
-    """
-    from ray._raylet import UniqueID
-
-    for _ in range(1000 * number):
-        UniqueID.from_random()
 
 
 def run(command: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,8 +18,18 @@ from tests.commands import ROOT, environment
 from train_jobs import forks
 
 SCRIPT = """
-import json, os, sys
+import json, os, sys, threading
+ids = []
+if "ray" in sys.modules:
+    from ray import ObjectRef
+    def draw():
+        ids.append(ObjectRef.from_random().hex())
+    draw()
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
 print(json.dumps({
+    "ids": ids,
     "arguments": sys.argv,
     "environment": dict(os.environ),
     "folder": os.getcwd(),
@@ -44,7 +55,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def run_by(command: list[str], script: Path) -> tuple[dict[str, object], str]:
+def run_by(command: list[str], script: Path) -> tuple[dict[str, Any], str]:
     """What the script tells of its process, and its standard error."""
     done = subprocess.run(
         [*command, str(script), "--number", "5"],
@@ -82,6 +93,8 @@ def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that
     assert told["main"] == "__main__"
     assert told["libraries"] == ["torch", "ray", "transformers"]
     assert told["parent"] == again["parent"] == server.pid
+    ids = {*told["ids"], *again["ids"]}
+    assert len(ids) == 4, "workers would give different objects the same id"
     assert complaint == "a complaint\n"
     psutil.wait_procs([server], timeout=20)
     assert not server.is_running(), "it outlived its driver"
