@@ -123,12 +123,22 @@ def _trained(like: Any, model: Any, trainer: Any) -> dict[str, Any]:
 
 
 def _wordpiece(specials: list[str], like: Any) -> dict[str, int]:
-    from tokenizers.models import WordPiece
-    from tokenizers.trainers import WordPieceTrainer
+    """Short words whole, long ones in two, and each character: the same pieces in every process.
 
-    trainer = WordPieceTrainer(vocab_size=320, special_tokens=specials, show_progress=False)
-    vocab: dict[str, int] = _trained(like, WordPiece(unk_token="[UNK]"), trainer)["vocab"]
-    return vocab
+    A trained vocabulary is another one each time, since the trainer goes by hashes of strings.
+    """
+    backend = like.backend_tokenizer
+    words = {
+        word
+        for sentence in SENTENCES
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
+            backend.normalizer.normalize_str(sentence)
+        )
+    }
+    characters = {character for word in words for character in word}
+    pieces = {word[:4] for word in words} | {f"##{word[4:]}" for word in words if word[4:]}
+    pieces |= characters | {f"##{character}" for character in characters}
+    return {piece: number for number, piece in enumerate([*specials, *sorted(pieces)])}
 
 
 def _bert() -> tuple[Any, Any]:
