@@ -4,7 +4,7 @@ A run needs up to nine Python processes on its machine (Ray Train's controller, 
 and each would spend seconds on the same imports. Here one process imports them while the driver
 reads its data; what Ray starts as "Python" asks that process to fork.
 
-    python -m train_jobs.forks SOCKET                     the process that forks
+    python -m train_jobs.forks DESCRIPTOR                 what forks, on a socket that listens
     python -I -S … forks.py SOCKET default_worker.py …    what Ray starts: it hands over and ends
 """
 
@@ -40,15 +40,21 @@ def forked_workers() -> Iterator[str | None]:
     if os.environ.get("RAY_ADDRESS") or gpu or sys.platform != "linux":
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="mtl-forks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mtl-forks-", dir="/tmp") as folder:  # a short path
         path = f"{folder}/socket"
-        server = subprocess.Popen(
-            [sys.executable, "-m", "train_jobs.forks", path],
-            stdin=subprocess.PIPE,  # closed by the system when this process is gone
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the driver
-        )
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(128)  # whoever asks before the libraries are loaded waits
+            number = listener.fileno()
+            # Only the server keeps the socket: whoever asks after its end is refused, not kept.
+            server = subprocess.Popen(
+                [sys.executable, "-m", "train_jobs.forks", str(number)],
+                pass_fds=[number],
+                stdin=subprocess.PIPE,  # closed by the system when this process is gone
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the driver
+            )
         try:
             # It imports hardly anything, so without a site it starts in a hundredth of a second.
             quick = ("-I", "-S", "-X", "utf8")
@@ -58,11 +64,12 @@ def forked_workers() -> Iterator[str | None]:
             server.communicate()
 
 
-def serve(path: str) -> None:
-    """Load the libraries, then fork for each that asks, until the driver is gone."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen(128)
+def serve(number: int) -> None:
+    """Load the libraries, then fork for each that asks, until the driver is gone.
+
+    `number` is the file descriptor of a socket that listens.
+    """
+    with socket.socket(fileno=number) as listener:
         load_libraries()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the workers
         while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
@@ -141,6 +148,6 @@ def ask(path: str, command: list[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        serve(sys.argv[1])
+        serve(int(sys.argv[1]))
     else:
         ask(sys.argv[1], sys.argv[2:])

@@ -45,7 +45,7 @@ def _started(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def _slice(process: subprocess.Popen[str]) -> Slice:
