@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -79,10 +80,13 @@ def worker(
         return [int(train.lengths[rows].sum()) for rows in schedule.batches(epoch)]
 
     epoch, done, tokens = 0, 0, tokens_of(0)
-    pace = Pace(steps) if rank == 0 else None
+    if rank:
+        with contextlib.suppress(RuntimeError):  # the first rank was stopped: enough was measured
+            for _ in run:
+                pass
+        return
+    pace = Pace(steps)
     for event in run:
-        if pace is None:
-            continue
         if event.kind != "step":
             pace.skip()
             continue
