@@ -1,6 +1,6 @@
 """How training scales with workers: measured on this machine, predicted for clusters of GPUs.
 
-MTL_DATA=… python benchmarks/scaling.py [--rounds 3]
+MTL_DATA=… python -m benchmarks.scaling [--rounds 3]
 
 The model of a step of W workers that each take b texts of a global batch of W·b:
 
@@ -33,8 +33,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.train.slices import in_turn
 from mtl_core.build import build_model, fit_to_data

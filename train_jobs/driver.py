@@ -1,4 +1,4 @@
-"""The driver's part on Ray: start the workers, follow them, build what comes of it."""
+"""The driver's part on Ray: find room for the workers, start them, follow them."""
 
 from __future__ import annotations
 

@@ -66,7 +66,9 @@ def train_worker(config: dict[str, Any]) -> None:
     session in the place of log.
     """
     if threads := os.environ.get("OMP_NUM_THREADS"):  # Ray's, or the user's
-        torch.set_num_threads(int(threads))  # torch may have been loaded before it was set
+        torch.set_num_threads(
+            int(threads.split(",")[0])
+        )  # torch may have been loaded before it was set
     experiment = parse_experiment(config["experiment"])
     session = config.get("session") or WorkerSession(config["log"])
     world = session.world

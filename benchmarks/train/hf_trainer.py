@@ -5,10 +5,9 @@ Its documentation's way to several tasks in one model: the model computes the su
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from typing import Any
 
+import peers
 from datasets import Dataset
 from pace import Pace
 from peers import TwoHeads, rows_of
@@ -36,31 +35,20 @@ class Paced(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", required=True)
-    parser.add_argument("--encoder", required=True)
+    parser = peers.options(__doc__)
     parser.add_argument("--intents", type=int, required=True)
     parser.add_argument("--tags", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--frozen", default="nothing", help="nothing, a number of layers, encoder")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--by-length", action="store_true")
     options = parser.parse_args()
     model = TwoHeads(options.encoder, options.intents, options.tags, options.frozen)
     tokenizer = AutoTokenizer.from_pretrained(options.encoder)
-    settings: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    by_length: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=32,
         learning_rate=2e-4,
-        num_train_epochs=1000,
-        use_cpu=True,
-        bf16=options.bf16,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        **(settings if options.by_length else {}),
+        **peers.training_settings(options.bf16),
+        **(by_length if options.by_length else {}),
     )
     trainer = Trainer(
         model=model,

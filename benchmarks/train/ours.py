@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,11 +31,15 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="of a slice, and nothing else")
     parser.add_argument("--threads", type=int, help="of a worker; its share of the CPUs if absent")
     options = parser.parse_args()
     threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers)
     words = {"config": options.config, "changes": options.set, "steps": options.steps}
     train = partial(worker, threads=threads, **words)
+    if options.profile:
+        train(0, pace_class=ProfilingPace)
+        return
     if options.workers == 1:
         train(0)
         return
@@ -52,6 +57,24 @@ def main() -> None:
     train(0, **group)
 
 
+class ProfilingPace(Pace):
+    """Goes through three slices unasked, and prints where the time of the third one goes."""
+
+    slices = 0
+
+    def _wait(self) -> None:
+        self.slices += 1
+        if self.slices == 3:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        if self.slices == 4:
+            self.profiler.stop()
+            averages = self.profiler.key_averages()
+            print(averages.table(sort_by="self_cpu_time_total", row_limit=25))
+            sys.exit(0)
+        self.skip()
+
+
 def worker(
     rank: int,
     config: str,
@@ -60,6 +83,7 @@ def worker(
     threads: int,
     size: int = 1,
     address: str | None = None,
+    pace_class: type[Pace] = Pace,
 ) -> None:
     """Train without end; the first rank keeps the pace, and the others wait for it in each step."""
     disable_progress_bar()
@@ -85,7 +109,7 @@ def worker(
             for _ in run:
                 pass
         return
-    pace = Pace(steps)
+    pace = pace_class(steps)
     for event in run:
         if event.kind != "step":
             pace.skip()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,30 @@ from torch import nn
 from transformers import AutoModel
 
 IGNORE = -100
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every peer is told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--steps", type=int, required=True, help="optimiser steps a slice")
+    return parser
+
+
+def training_settings(bf16: bool) -> dict[str, Any]:
+    """Arguments of both trainers: batches of 32 without end, on the CPU, nothing written."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": 32,
+        "num_train_epochs": 1000,
+        "use_cpu": True,
+        "bf16": bf16,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
 
 
 def rows_of(path: str) -> list[dict[str, Any]]:

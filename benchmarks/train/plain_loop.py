@@ -5,11 +5,11 @@ Where a sentence carries both labels it goes through the encoder once for each.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import peers
 import torch
 from pace import Pace
 from peers import IGNORE, TwoHeads, padded, rows_of
@@ -22,12 +22,9 @@ def without_end(loader: DataLoader[Any]) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", required=True)
-    parser.add_argument("--encoder", required=True)
+    parser = peers.options(__doc__)
     parser.add_argument("--intents", type=int, required=True)
     parser.add_argument("--tags", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
     options = parser.parse_args()
     model = TwoHeads(options.encoder, options.intents, options.tags, "nothing").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)

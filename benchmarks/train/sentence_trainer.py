@@ -5,9 +5,7 @@ Its documentation's loss for sentences with a class: triplets of a batch (BatchA
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-
+import peers
 import torch
 from datasets import Dataset
 from hf_trainer import Paced
@@ -30,30 +28,18 @@ class Counted(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", required=True)
-    parser.add_argument("--encoder", required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser = peers.options(__doc__)
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     model = SentenceTransformer(options.encoder, device="cpu")
-    texts = [model.tokenizer.decode(row["input_ids"][1:-1]) for row in rows_of(options.rows)]
-    intents = [row["intent"] for row in rows_of(options.rows)]
+    rows = rows_of(options.rows)
+    texts = [model.tokenizer.decode(row["input_ids"][1:-1]) for row in rows]
+    intents = [row["intent"] for row in rows]
     loss = Counted(losses.BatchAllTripletLoss(model))
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=32,
-        num_train_epochs=1000,
-        use_cpu=True,
-        bf16=options.bf16,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
+    settings = peers.training_settings(options.bf16)
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=arguments,
+        args=SentenceTransformerTrainingArguments(**settings),
         train_dataset=Dataset.from_dict({"sentence": texts, "label": intents}),
         loss=loss,
         callbacks=[Paced(options.steps, loss)],  # type: ignore[arg-type]
