@@ -19,7 +19,7 @@ import psutil
 
 from mtl_core.config import ConfigError
 from serve_app.auth import KEYS_VARIABLE
-from serve_app.ports import loopback_haproxy
+from serve_app.ports import loopback_haproxy, own_statistics
 
 RETRY_ON = "conn-failure empty-response"
 BODY_TIMEOUT_S = 10
@@ -69,7 +69,8 @@ def set_environment(local: bool) -> None:
     """Set what Serve reads at import; what the user set stays."""
     chosen = dict(SERVE_ENVIRONMENT)
     if local:
-        chosen |= {**LOCAL_ENVIRONMENT, "RAY_SERVE_HAPROXY_BINARY_PATH": loopback_haproxy()}
+        haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": loopback_haproxy(), **own_statistics()}
+        chosen |= {**LOCAL_ENVIRONMENT, **haproxy}
     for name, value in chosen.items():
         os.environ.setdefault(name, value)
 

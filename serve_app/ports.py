@@ -2,13 +2,16 @@
 
 Serve binds two kinds of ports to every address and has no option against it: HAProxy's statistics,
 and a port of each replica that takes pickled calls from other replicas. Where RAY_AUTH_MODE is
-disabled, anybody who reaches that one could run code.
+disabled, anybody who reaches that one could run code. HAProxy's statistics also have ports of their
+own choice, the same in every server, and HAProxy shares a port with another one without a word.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
+from contextlib import ExitStack
 from typing import Any
 
 from mtl_core.data.cache import cache_root
@@ -37,6 +40,16 @@ def loopback_haproxy() -> str:
     scratch.chmod(0o755)
     scratch.replace(script)
     return str(script)
+
+
+def own_statistics() -> dict[str, str]:
+    """Free ports for HAProxy's statistics, so that several servers run on one machine."""
+    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in names]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return {name: str(each.getsockname()[1]) for name, each in zip(names, sockets, strict=True)}
 
 
 def bind_replicas_to_their_node() -> None:

@@ -130,7 +130,7 @@ def learned(folder: Path | str, /, **changes: Any) -> tuple[TrainState, Data, li
 
 
 def first_gradients(state: TrainState) -> dict[str, Tensor]:
-    """A dict that fills with the gradients that the first optimiser step to come sees."""
+    """A dict that fills with the gradients that the first optimiser step to come takes, clipped."""
     seen: dict[str, Tensor] = {}
 
     def look(*_: Any) -> None:
@@ -139,7 +139,7 @@ def first_gradients(state: TrainState) -> dict[str, Tensor]:
             seen.update({n: g.clone() for n, g in gradients.items() if g is not None})
 
     assert state.optimizer is not None
-    state.optimizer.register_step_pre_hook(look)
+    state.optimizer.register_step_post_hook(look)
     return seen
 
 

@@ -15,10 +15,12 @@ from train_jobs.sweep import Plan
 from train_jobs.trials import objective_key
 
 MOST_ROWS = 20
+SECONDS_BETWEEN_LINES = 30
+"""Where there is no terminal: how often a trial says at most where it is."""
 
 
 class SweepTable(tune.Callback):
-    """Shows trials as they come and go: a table on a terminal, a line for each end elsewhere."""
+    """Shows trials as they come and go: a table on a terminal, elsewhere a line now and then."""
 
     def __init__(self, phase: str, plan: Plan, objectives: Sequence[str]) -> None:
         self.phase, self.plan, self.objectives = phase, plan, list(objectives)
@@ -49,12 +51,17 @@ class SweepTable(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
         keys = [objective_key(number) for number in range(len(self.objectives))]
-        self._row(trial).update(
+        row = self._row(trial)
+        row.update(
             epoch=result.get("epoch"),
             seconds=result.get("time_total_s"),
             scores=[result[key] for key in keys if key in result],
             finished=bool(result.get("finished")),
         )
+        said = row.setdefault("said", self.started)
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES and not row["finished"]:
+            row["said"] = time.monotonic()
+            self._say(row, f"epoch {row['epoch']:g}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._row(trial)
@@ -74,14 +81,16 @@ class SweepTable(tune.Callback):
 
     def _end(self, row: dict[str, Any], status: str) -> None:
         row["status"] = status
-        if self.live is None and hasattr(self, "console"):
-            told = ", ".join(f"{k} {shown(v)}" for k, v in row["settings"].items())
-            scores = " ".join(shown(100 * score) for score in row.get("scores", ()))
-            spent = f"{row.get('seconds') or 0:.0f} s"
-            self.console.print(
-                f"trial {row['number']} {status}, {scores or 'no score'}, {spent}: {told}",
-                soft_wrap=True,
-            )
+        told = ", ".join(f"{k} {shown(v)}" for k, v in row["settings"].items())
+        self._say(row, status, f": {told}")
+
+    def _say(self, row: Mapping[str, Any], what: str, more: str = "") -> None:
+        """A line of its own, where nothing else shows how far a trial is."""
+        if self.live is not None or not hasattr(self, "console"):
+            return
+        scores = " ".join(shown(100 * score) for score in row.get("scores", ())) or "no score"
+        spent = f"{row.get('seconds') or 0:.0f} s"
+        self.console.print(f"trial {row['number']} {what}, {scores}, {spent}{more}", soft_wrap=True)
 
     def render(self) -> Table:
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)

@@ -20,6 +20,7 @@ import pytest
 
 from mtl_core.predictor import Predictor
 from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
+from serve_app.ports import own_statistics
 from tests.servers import Answer, call, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -82,6 +83,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ports = free_ports(8)
     log = folder / "ray.log"
     env = {**os.environ, **SERVE_ENVIRONMENT, **LOCAL_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    env |= own_statistics()
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-for-this-test-alone-0123456789"}
     env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     env.pop("RAY_ADDRESS", None)

@@ -195,8 +195,6 @@ def test_the_image_serves_from_a_fresh_environment(tmp_path: Path, artifact: Pat
     served.symlink_to(artifact)
     port = free_port()
     environment |= {"PYTHONPATH": str(ROOT), "MTL_API_KEYS": "first"}
-    for name in ("METRICS", "STATS"):  # another server may run on this machine
-        environment[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(free_port())
     start = [*command("cpu"), "--port", str(port)]
     with subprocess.Popen(
         start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True

@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub import InferenceClient
 
 from mtl_core.predictor import Predictor
-from tests.servers import Answer, RealServer, call, heads, metric
+from tests.servers import Answer, RealServer, call, heads, metric, processes, real_server
 from tests.small_runs import example
 
 pytestmark = pytest.mark.cluster
@@ -175,6 +175,27 @@ def session_folder(server: RealServer) -> Path:
         if found:
             return Path(found[1])
     raise AssertionError("no Ray process")
+
+
+def test_a_second_server_on_the_machine_shares_no_port_with_the_first(
+    server: RealServer, artifact: Path, tmp_path: Path
+) -> None:
+    """HAProxy would share one without a word, and each would see half of the requests."""
+    with real_server(artifact, tmp_path, "--set", "runtime=torch-fp32") as second:
+        mine, others = haproxy_ports(server), haproxy_ports(second)
+        assert len(mine) == len(others) == 3  # requests, statistics, metrics
+        assert not mine & others
+        for each in (server, second):
+            assert call(f"{each.url}/v1/predict", {"inputs": SECRET}).status == 200
+
+
+def haproxy_ports(server: RealServer) -> set[int]:
+    return {
+        connection.laddr.port
+        for process in processes(server, "haproxy")
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
 
 
 def test_a_second_ctrl_c_ends_it_at_once(server: RealServer) -> None:

@@ -1,0 +1,41 @@
+"""What a sweep says while it runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from train_jobs import sweep_table
+from train_jobs.sweep_table import SECONDS_BETWEEN_LINES, SweepTable
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_in_a_log_a_long_trial_says_where_it_is_now_and_then_and_how_it_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(sweep_table, "time", clock)
+    plan: Any = SimpleNamespace(settings=dict)
+    trial = SimpleNamespace(trial_id="a", config={"optim.learning_rate": 0.001})
+    with SweepTable("search", plan, ["mean"]) as table:
+        table.on_trial_start(0, [], trial)
+        for epoch in range(1, 7):
+            clock.now += SECONDS_BETWEEN_LINES * 0.6
+            spent = clock.now - 100
+            result = {"epoch": epoch, "time_total_s": spent, "objective_0": epoch / 10}
+            table.on_trial_result(0, [], trial, {**result, "finished": epoch == 6})
+        table.on_trial_complete(0, [], trial)
+    assert capsys.readouterr().out.splitlines() == [
+        "search:",
+        "trial 1 epoch 2, 20, 36 s",
+        "trial 1 epoch 4, 40, 72 s",
+        "trial 1 finished, 60, 108 s: optim.learning_rate 0.001",
+    ]
