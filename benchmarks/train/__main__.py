@@ -45,6 +45,8 @@ class Contender:
     """Optimiser steps a slice."""
     passes: int = 1
     """How often a text goes through the encoder in an epoch."""
+    packages: str = "trainers.txt"
+    """What a peer's environment holds."""
 
 
 def ours(*changes: str, workers: int = 1, steps: int = 20) -> Contender:
@@ -77,6 +79,7 @@ COMPARISONS = {
             "Trainer, bf16": Contender("hf_trainer", ("--bf16",)),
             "Trainer, bf16, by length": Contender("hf_trainer", ("--bf16", "--by-length")),
             "plain loop": Contender("plain_loop", steps=6, passes=2),
+            "flair": Contender("flair_trainer", steps=10, passes=2, packages="flair.txt"),
         },
         {"Trainer, fp32": 3.0, "Trainer, bf16, by length": 1.5, "plain loop": 8.0},
     ),
@@ -199,7 +202,7 @@ def command(
         settings = [word for change in changes for word in ("--set", change)]
         module = [sys.executable, "-m", "benchmarks.train.ours", "--config", config]
         return [*module, *settings, *contender.arguments, *steps]
-    python = python or str(environment(HERE / "trainers.txt") / "bin/python")
+    python = python or str(environment(HERE / contender.packages) / "bin/python")
     encoder = resolve_model(load_experiment(config).encoder.model)
     sizes = []
     if contender.script != "sentence_trainer":
