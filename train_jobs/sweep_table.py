@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayTaskError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -69,6 +70,9 @@ class SweepTable(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(self._row(trial), "failed")
+        error = trial.get_pickled_error() or trial.get_error()
+        if error and self.live is None:
+            self.console.print(f"  {reason_of(error)}", soft_wrap=True, markup=False)
 
     def _row(self, trial: Any) -> dict[str, Any]:
         return self.trials.setdefault(
@@ -119,6 +123,17 @@ class SweepTable(tune.Callback):
 
 def _running_then_best(row: Mapping[str, Any]) -> tuple[bool, list[float]]:
     return row.get("status") != "running", [-score for score in row.get("scores", [1.0])]
+
+
+def reason_of(error: BaseException | str) -> str:
+    """A line that says why a trial failed: its own last words, or what Ray says of its end.
+
+    Ray has a text instead of an exception where a process was killed.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if isinstance(error, RayTaskError):
+        return lines[-1]
+    return next((line for line in lines if not line.startswith("Failure #")), repr(error))
 
 
 def shown(value: Any) -> str:

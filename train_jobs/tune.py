@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ from train_jobs.space import expand
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_report import show_report, write_report
-from train_jobs.sweep_table import SweepTable
+from train_jobs.sweep_table import SweepTable, reason_of
 from train_jobs.trials import ALONE, BASE, BEST, Job, objective_key, run_trial
 
 EPILOG = """examples:
@@ -85,6 +86,9 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # The table has a line for it, and trials.csv the reason.
+    for name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
+        logging.getLogger(name).addFilter(_is_news)
     # A trial that ended is on disk a second later, whatever happens to this process.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     with folder.claim(plan), forked_workers() as python, ray_cluster(python):
@@ -116,6 +120,11 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
                 return False
         folder.finish()
     return True
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Ray says more than that a trial failed, which it does with a page of traceback."""
+    return not record.getMessage().startswith(("Trial task failed", "Trials did not complete"))
 
 
 def _cases(phase: str, plan: Plan) -> dict[str, Any]:
@@ -186,8 +195,10 @@ def run_phase(
     started = time.monotonic()
     with table:
         grid = tuner.fit()
-    rows = [_row(phase, grid[number]) for number in range(len(grid))]
-    rows = [row for row in rows if row["config"]]  # an interrupted sweep has some without
+    # Where no result came the trial itself still knows its settings.
+    trials = grid._experiment_analysis.trials
+    rows = [_row(phase, grid[number], trial) for number, trial in enumerate(trials)]
+    rows = [row for row in rows if row["metrics"] or row["reason"]]  # the others never began
     minutes = sweep.budget.minutes
     timed_out = (
         phase == "search" and minutes is not None and time.monotonic() - started > minutes * 60
@@ -280,21 +291,20 @@ def _resources(plan: Plan) -> dict[str, float]:
     return {"cpu": each["CPU"], **({"gpu": 1.0} if use_gpu else {})}
 
 
-def _row(phase: str, result: tune.Result) -> dict[str, Any]:
+def _row(phase: str, result: tune.Result, trial: Any) -> dict[str, Any]:
     """A trial as a row of the report."""
     metrics = dict(result.metrics or {})
     status = "finished" if metrics.get("finished") else "unfinished"
-    reason = ""
     if result.error is not None:
-        status, reason = "failed", str(result.error).strip().splitlines()[-1]
+        status = "failed"
     elif status == "unfinished" and metrics.get("done"):
         status = "stopped"
     return {
         "phase": phase,
-        "trial": metrics.get("trial_id", ""),
+        "trial": trial.trial_id,
         "status": status,
-        "reason": reason,
-        "config": dict(result.config or metrics.get("config", {})),
+        "reason": reason_of(result.error) if result.error is not None else "",
+        "config": dict(trial.config),
         "metrics": metrics,
         "checkpoint": result.checkpoint,
     }

@@ -157,6 +157,24 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
     assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
 
 
+def test_trials_that_run_out_of_memory_are_recorded_with_that_reason(
+    tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    """Ray kills what makes a node's memory run over its threshold; here that is a hundredth."""
+    path = write_sweep(tmp_path, experiment, budget={"trials": 2}, seeds=1)
+    done = run("tune", "--config", str(path), RAY_memory_usage_threshold="0.01")
+    assert done.returncode == 1
+    assert "no trial of" in done.stderr
+    assert "trials.csv there says why" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    trials = trials_of(tmp_path)
+    assert (trials["status"] == "failed").all()
+    assert len(trials) == 2
+    assert trials["reason"].str.contains("running low on memory").all()
+    assert trials["optim.learning_rate"].notna().all()
+    assert "running low on memory" in done.stdout
+
+
 def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
     tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
