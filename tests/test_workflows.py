@@ -50,7 +50,7 @@ def test_only_the_push_of_a_tag_may_write() -> None:
         assert workflow["permissions"] == {"contents": "read"}
     (writer,) = (job for job in JOBS if "permissions" in job)
     assert writer["permissions"] == {"contents": "read", "packages": "write"}
-    assert writer["if"] == "startsWith(github.ref, 'refs/tags/v')"
+    assert writer["if"] == "startsWith(github.ref, 'refs/tags/v') && vars.IMAGE_REGISTRY != ''"
 
 
 @pytest.mark.parametrize("name", sorted(WORKFLOWS))
