@@ -130,7 +130,6 @@ def test_a_run_brings_nodes_and_survives_a_stop_and_a_lost_node(
     assert len(starts) == 2, said
     assert starts[1] >= starts[0] > 0
     assert "artifact/manifest.json" in user.stored()
-    user.cluster.wait_for_nodes(0)
 
 
 @pytest.mark.filterwarnings("ignore")
