@@ -44,18 +44,6 @@ SIZES: dict[str, Any] = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files stay whole when tests are spread over processes, and share their cluster or server."""
-    shared = {"ray_address", "finished", "server"}
-    uses: dict[Path, set[str]] = {}
-    for item in items:
-        uses.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
-    for item in items:
-        together = "server" if "server" in uses[item.path] else "ray"
-        name = together if uses[item.path] & shared else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _session_cache() -> Iterator[None]:
     yield
