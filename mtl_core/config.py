@@ -255,9 +255,23 @@ class Experiment(Config):
         for name in self.freeze.heads:
             if name not in self.tasks:
                 raise ValueError(f"freeze.heads: {_unknown(name, self.tasks)}")
-        task = self.training.metric.split("/")[0]
-        if self.training.metric != "mean" and task not in self.tasks:
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_reported(self) -> Self:
+        if self.training.metric == "mean":
+            return self
+        task, _, metric = self.training.metric.partition("/")
+        if task not in self.tasks:
             raise ValueError(f"training.metric: {_unknown(task, self.tasks)}")
+        if metric:
+            from mtl_core.metrics import metric_names
+
+            names = metric_names(self.tasks[task].kind)
+            if metric not in names:
+                raise ValueError(
+                    f"training.metric: {task} reports no {metric!r}; it reports {', '.join(names)}"
+                )
         return self
 
 
@@ -378,10 +392,23 @@ def _keys_at(loc: tuple[int | str, ...], root: type[Config]) -> list[str]:
     return list(model.model_fields)
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """`key=value` as a key and a YAML value.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: expected key=value, such as training.epochs=5")
+    try:
+        return key, yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, parsed = parse_override(override)
     node: Any = raw
     parts = key.split(".")
     for part in parts[:-1]:
@@ -391,10 +418,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {override}: {part!r} holds a value, not a section")
-    try:
-        parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
     if isinstance(node, list):
         node[_list_index(node, parts[-1], override)] = parsed
     else:

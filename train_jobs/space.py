@@ -72,6 +72,10 @@ class Parameter:
             raise ValueError("loguniform: low must be above 0")
         if kind == "quniform" and not 0 < values[2] <= values[1] - values[0]:
             raise ValueError("quniform: step must be above 0 and fit between low and high")
+        if kind == "quniform" and any(
+            abs(v / values[2] - round(v / values[2])) > 1e-9 for v in values[:2]
+        ):
+            raise ValueError("quniform: low and high must be multiples of step")
         if kind == "randint" and any(v != int(v) for v in values):
             raise ValueError("randint takes whole numbers")
         return cls(kind, tuple(values))
@@ -79,13 +83,13 @@ class Parameter:
     def plain(self) -> dict[str, Any]:
         return {self.kind: list(self.values) if self.kind != "sample_from" else SIMPLEX}
 
-    def domains(self, path: str, fields: Sequence[str]) -> dict[str, Any]:
-        """What Ray Tune draws: a key to its domain."""
+    def domains(self, path: str, fields: Sequence[str], every: bool = False) -> dict[str, Any]:
+        """What Ray Tune draws: a key to its domain; `every` value of a list instead of any."""
         from ray import tune
 
         if self.kind == "sample_from":
             return {field: tune.uniform(SMALLEST, 1 - SMALLEST) for field in fields}
-        if self.kind == "grid":
+        if self.kind == "grid" or (every and self.kind == "choice"):
             return {path: tune.grid_search([label(v) for v in self.values])}
         if self.kind == "choice":
             return {path: tune.choice([label(v) for v in self.values])}
@@ -94,10 +98,14 @@ class Parameter:
         return {path: getattr(tune, self.kind)(*self.values)}
 
     def ends(self, path: str) -> list[dict[str, Any]]:
-        """Draws at the ends of the range, or all there are."""
+        """Draws at the ends of the range and one between, or all there are."""
         if self.kind == "sample_from":
             return [{}]  # any weight is one of [0, 1]: each is checked as what it decodes to
-        values = self.values if self.kind in LISTS else self.values[:2]
+        values = self.values
+        if self.kind not in LISTS:
+            low, high = values[:2]
+            step = {"quniform": values[-1], "randint": 1}.get(self.kind, 0.37 * (high - low))
+            values = (low, low + step, high)  # a whole number at both ends may not be one between
         return [{path: label(value)} for value in values]
 
     def decode(self, path: str, fields: Sequence[str], drawn: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mtl_core.config import (
     describe,
     load_experiment,
     parse_experiment,
+    parse_override,
     read_yaml,
 )
 from mtl_core.metrics import metric_names
@@ -183,7 +184,13 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         ConfigError: something in them is wrong; the message names file and line.
     """
-    raw, lines = read_yaml(path, overrides)
+    # What follows these sections is a path of the base experiment, a key of theirs as it is.
+    by_path = [override for override in overrides if override.startswith(("set.", "space."))]
+    raw, lines = read_yaml(path, [o for o in overrides if o not in by_path])
+    for override in by_path:
+        key, value = parse_override(override)
+        section, _, field = key.partition(".")
+        raw[section] = {**(raw.get(section) or {}), field: value}
     try:
         sweep = Sweep.model_validate(raw)
         base = _base_of(sweep, Path(path))

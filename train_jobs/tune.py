@@ -140,9 +140,10 @@ def _cases(phase: str, plan: Plan) -> dict[str, Any]:
 
 def _space(plan: Plan) -> dict[str, Any]:
     raw = plan.base.model_dump(mode="json")
+    every = plan.sweep.searcher.algorithm == "grid"
     space: dict[str, Any] = {}
     for path, parameter in plan.sweep.space.items():
-        space |= parameter.domains(path, expand(raw, path))
+        space |= parameter.domains(path, expand(raw, path), every)
     return space
 
 

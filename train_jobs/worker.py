@@ -17,10 +17,12 @@ from mtl_core import features
 from mtl_core.artifact import save_weights
 from mtl_core.build import build_model, fit_to_data
 from mtl_core.config import Experiment, parse_experiment
+from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, reopen
+from mtl_core.errors import ArtifactError, EncoderError, TrainingError
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.freezing import apply_freezing
-from mtl_core.loop import TrainingError, fit
+from mtl_core.loop import fit
 from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
 from mtl_core.world import World
@@ -73,20 +75,20 @@ def train_worker(config: dict[str, Any]) -> None:
     session = config.get("session") or WorkerSession(config["log"])
     world = session.world
     checkpoint = session.checkpoint()
-    data = reopen(experiment, config["labels"], config["keys"])
-    model = build_model(experiment, data.labels).to(world.device)
-    fit_to_data(model, experiment, data.splits["train"])
-    state = TrainState(model, experiment)
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            if (Path(folder) / RESULT).exists():
-                return
-            state.load(Path(folder))
-    start = {"step": state.step, "workers": world.size, "device": str(world.device)}
-    session.tell("start", {**start, "pid": os.getpid(), "epoch": state.epoch})
     try:
+        data = reopen(experiment, config["labels"], config["keys"])
+        model = build_model(experiment, data.labels).to(world.device)
+        fit_to_data(model, experiment, data.splits["train"])
+        state = TrainState(model, experiment)
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                if (Path(folder) / RESULT).exists():
+                    return
+                state.load(Path(folder))
+        start = {"step": state.step, "workers": world.size, "device": str(world.device)}
+        session.tell("start", {**start, "pid": os.getpid(), "epoch": state.epoch})
         _train(state, data, experiment, world, session)
-    except TrainingError as error:
+    except (TrainingError, EncoderError, ArtifactError, DataError) as error:
         session.tell("failed", {"message": str(error)})
         return
     _report_result(state, data, experiment, world, session)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mtl_core.config import ConfigError
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
+from train_jobs.tune import _space
 
 BASE: dict[str, Any] = {
     "tasks": {
@@ -105,6 +106,14 @@ def test_every_sweep_that_ships_is_sound(path: Path, monkeypatch: pytest.MonkeyP
             {"space": {"tasks.entities.loss_weight": {"sample_from": "simplex"}}},
             r"need several fields",
         ),
+        (
+            {"space": {"freeze.layers": {"uniform": [0, 4]}}},
+            r"sweep.yaml:3: space.freeze.layers: freeze.layers = 1.48: .*valid integer",
+        ),
+        (
+            {"space": {"encoder.dropout": {"quniform": [0.05, 0.5, 0.1]}}},
+            r"sweep.yaml:3: .*low and high must be multiples of step",
+        ),
         ({"budget": {"trials": 0}}, r"sweep.yaml:5: budget.trials: .*greater than 0"),
     ],
 )
@@ -113,6 +122,52 @@ def test_a_mistake_is_refused_with_its_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(tmp_path, **changes)
+
+
+def test_a_change_to_one_field_of_the_base_or_one_range_leaves_the_others(tmp_path: Path) -> None:
+    base = {**BASE, "training": {"epochs": 3, "batch_size": 7}}
+    plan_of(tmp_path, base=base, set={"training.patience": 2})
+    changes = ["set.training.epochs=5", "space.encoder.dropout={uniform: [0.0, 0.4]}"]
+    plan = load_plan(tmp_path / "sweep.yaml", changes)
+    training = plan.base.training
+    assert (training.epochs, training.batch_size, training.patience) == (5, 7, 2)
+    assert list(plan.sweep.space) == ["optim.learning_rate", "encoder.dropout"]
+
+
+@pytest.mark.parametrize(
+    "range_",
+    [
+        {"uniform": [0.1, 0.4]},
+        {"loguniform": [0.1, 0.4]},
+        {"quniform": [0.1, 0.4, 0.1]},
+        {"choice": [0.1, 0.4]},
+    ],
+    ids=lambda range_: next(iter(range_)),
+)
+def test_what_is_drawn_lies_within_the_range(range_: dict[str, Any]) -> None:
+    (domain,) = Parameter.parse(range_).domains("x", ["x"]).values()
+    draws = [float(domain.sample()) for _ in range(1000)]
+    assert min(draws) + 1e-9 >= 0.1
+    assert max(draws) - 1e-9 <= 0.4
+    assert min(draws) < 0.15
+    assert max(draws) > 0.35
+
+
+def test_whole_numbers_are_drawn_with_both_ends() -> None:
+    (domain,) = Parameter.parse({"randint": [1, 3]}).domains("x", ["x"]).values()
+    assert {domain.sample() for _ in range(200)} == {1, 2, 3}
+
+
+def test_a_grid_search_tries_every_choice(tmp_path: Path) -> None:
+    space = {
+        "optim.learning_rate": {"grid": [1e-3, 1e-2]},
+        "freeze": {"choice": [{}, {"layers": 1}]},
+    }
+    plan = plan_of(tmp_path, space=space, searcher={"algorithm": "grid"})
+    found = _space(plan)
+    assert found["optim.learning_rate"] == {"grid_search": [1e-3, 1e-2]}
+    assert found["freeze"] == {"grid_search": ["{}", '{"layers": 1}']}
+    assert plan.sweep.num_trials == 4
 
 
 def test_gain_is_refused_for_a_single_task(tmp_path: Path) -> None:

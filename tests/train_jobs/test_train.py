@@ -186,6 +186,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_step(
     assert [row["event"] for row in history(tmp_path)].count("start") == 1, "it was retried in vain"
 
 
+def test_a_mistake_that_only_the_encoder_shows_is_told_once(
+    tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    encoder = {**experiment["encoder"], "max_length": 5000}
+    config = write_config(tmp_path, {**experiment, "encoder": encoder}, scale={"workers": 1})
+    done = run("train", "--config", str(config))
+    assert done.returncode == 1
+    assert "max_length" in done.stderr
+    assert "retries" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_keeps_the_checkpoint_before(
     tmp_path: Path, experiment: dict[str, Any]
