@@ -2,28 +2,22 @@
 
 MTL_DATA=… python benchmarks/weighting.py [--batch-size 32] [--rounds 10] [--steps 6]
 
-Every strategy trains a model of its own on the same SNIPS batches, in turn: a round gives each the
-same number of steps, another one first each time, so that whatever else the machine does befalls
-all of them alike.
+Every strategy trains a model of its own on the same SNIPS batches, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from rounds import in_turn, ratios, steps
 from transformers.utils.logging import disable_progress_bar
 
 from mtl_core import loop
-from mtl_core.build import build_model, fit_to_data
 from mtl_core.config import Experiment, load_experiment
-from mtl_core.data.prepare import Data, prepare
-from mtl_core.loop import fit
-from mtl_core.state import TrainState
+from mtl_core.data.prepare import prepare
 from mtl_core.weighting import STRATEGIES
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,40 +39,23 @@ def main() -> None:
     size = f"training.batch_size={options.batch_size}"
     experiment = load_experiment(options.config, [size, "training.checkpoint_every=null"])
     data = prepare(experiment)
-    runs = {name: steps(experiment, data, changes) for name, changes in VARIANTS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(options.warm_up + options.rounds):
-        first = number % len(runs)
-        for name in [*runs][first:] + [*runs][:first]:
-            taken = next(runs[name]) / options.steps
-            if number >= options.warm_up:
-                seconds[name].append(taken)
-    print(table(seconds))
+    runs = {name: steps(with_weighting(experiment, **v), data) for name, v in VARIANTS.items()}
+    print(table(in_turn(runs, options.rounds, options.warm_up), options.steps))
     steps_text = f"{options.rounds} rounds of {options.steps} steps of {options.batch_size} texts"
     print(f"{steps_text}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
 
-def steps(experiment: Experiment, data: Data, changes: dict[str, Any]) -> Iterator[float]:
-    """Seconds between two progress events of a run with this weighting, one after the other."""
+def with_weighting(experiment: Experiment, **changes: Any) -> Experiment:
     weighting = experiment.weighting.model_copy(update=changes)
-    experiment = experiment.model_copy(update={"weighting": weighting})
-    model = build_model(experiment, data.labels)
-    fit_to_data(model, experiment, data.splits["train"])
-    run = fit(TrainState(model, experiment), data, experiment)
-    while True:
-        started = time.perf_counter()
-        event = next(run)
-        assert event.kind == "step", "the epoch is too short for so many rounds"
-        yield time.perf_counter() - started
+    return experiment.model_copy(update={"weighting": weighting})
 
 
-def table(seconds: dict[str, list[float]]) -> str:
+def table(seconds: dict[str, list[float]], steps: int) -> str:
     """Median of a step, and the rounds' ratios to fixed weights in the same round."""
     lines = ["| weighting | ms a step | × fixed, median | quartiles |", "|---|---|---|---|"]
     for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, seconds["fixed"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        milliseconds = 1000 * statistics.median(values)
+        low, middle, high = statistics.quantiles(ratios(values, seconds["fixed"]), n=4)
+        milliseconds = 1000 * statistics.median(values) / steps
         lines.append(f"| {name} | {milliseconds:.0f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines)
 

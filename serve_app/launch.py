@@ -19,7 +19,7 @@ import psutil
 
 from mtl_core.config import ConfigError
 from serve_app.auth import KEYS_VARIABLE
-from serve_app.ports import loopback_haproxy, own_statistics
+from serve_app.ports import loopback_haproxy, own_haproxy_ports
 
 RETRY_ON = "conn-failure empty-response"
 BODY_TIMEOUT_S = 10
@@ -69,7 +69,7 @@ def set_environment(local: bool) -> None:
     """Set what Serve reads at import; what the user set stays."""
     chosen = dict(SERVE_ENVIRONMENT)
     if local:
-        haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": loopback_haproxy(), **own_statistics()}
+        haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": loopback_haproxy(), **own_haproxy_ports()}
         chosen |= {**LOCAL_ENVIRONMENT, **haproxy}
     for name, value in chosen.items():
         os.environ.setdefault(name, value)

@@ -1,9 +1,9 @@
-"""Keeps ports that Ray opens for itself to the addresses it was given.
+"""The ports that Ray Serve opens beside the one it was given: to whom, and which.
 
-Serve binds two kinds of ports to every address and has no option against it: HAProxy's statistics,
-and a port of each replica that takes pickled calls from other replicas. Where RAY_AUTH_MODE is
-disabled, anybody who reaches that one could run code. HAProxy's statistics also have ports of their
-own choice, the same in every server, and HAProxy shares a port with another one without a word.
+HAProxy's statistics, and a port of each replica that takes pickled calls from other replicas, are
+bound to every address, and Serve has no option against it: where RAY_AUTH_MODE is disabled, anybody
+who reaches a replica's could run code. The statistics' numbers are the same in every server, and
+HAProxy shares a port with another one without a word.
 """
 
 from __future__ import annotations
@@ -42,14 +42,19 @@ def loopback_haproxy() -> str:
     return str(script)
 
 
-def own_statistics() -> dict[str, str]:
-    """Free ports for HAProxy's statistics, so that several servers run on one machine."""
-    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody has, none of them twice."""
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in names]
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
-        return {name: str(each.getsockname()[1]) for name, each in zip(names, sockets, strict=True)}
+        return [each.getsockname()[1] for each in sockets]
+
+
+def own_haproxy_ports() -> dict[str, str]:
+    """Variables that give HAProxy's statistics ports which no other server on the machine has."""
+    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+    return dict(zip(names, map(str, free_ports(len(names))), strict=True))
 
 
 def bind_replicas_to_their_node() -> None:

@@ -67,10 +67,9 @@ def train_worker(config: dict[str, Any]) -> None:
     Keys: experiment (mapping), labels, keys (of encoded splits), log (handle of a ProgressLog), or
     session in the place of log.
     """
-    if threads := os.environ.get("OMP_NUM_THREADS"):  # Ray's, or the user's
-        torch.set_num_threads(
-            int(threads.split(",")[0])
-        )  # torch may have been loaded before it was set
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        # Set by Ray or the user, maybe after torch was loaded.
+        torch.set_num_threads(int(threads.split(",")[0]))
     experiment = parse_experiment(config["experiment"])
     session = config.get("session") or WorkerSession(config["log"])
     world = session.world

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -136,11 +136,9 @@ def running(name: str, artifact: Path, logs: Path) -> Iterator[Running]:
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int, route: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        try:
+        with suppress(OSError, HTTPException):
             if _request(port, "GET", route)[0] == 200:
                 return
-        except (OSError, HTTPException):
-            pass
         time.sleep(0.2)
     ended = process.poll()
     reason = "was not ready in time" if ended is None else f"ended with {ended}"

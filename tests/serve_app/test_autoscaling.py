@@ -18,7 +18,7 @@ import yaml
 
 from serve_app.__main__ import main
 from serve_app.launch import SERVE_ENVIRONMENT
-from serve_app.ports import own_statistics
+from serve_app.ports import own_haproxy_ports
 from tests.clusters import AutoscalingCluster, autoscaling_cluster
 from tests.commands import ROOT
 from tests.servers import call, free_port
@@ -105,7 +105,7 @@ def test_load_brings_encoder_replicas_and_nodes_and_its_end_takes_them_away(
     url = f"http://127.0.0.1:{port}"
     config = quick_config(artifact, tmp_path, port)
     cpu = {"resources": {"CPU": 1}, "max_workers": 4}
-    serve = {**SERVE_ENVIRONMENT, **own_statistics(), "PYTHONPATH": str(ROOT)}
+    serve = {**SERVE_ENVIRONMENT, **own_haproxy_ports(), "PYTHONPATH": str(ROOT)}
     with autoscaling_cluster({"cpu": cpu}, **serve) as cluster:
         deployed = subprocess.run(
             [sys.executable, "-m", "ray.serve.scripts", "deploy", str(config)],

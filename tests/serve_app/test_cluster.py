@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 
 from mtl_core.predictor import Predictor
 from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
-from serve_app.ports import own_statistics
+from serve_app.ports import free_ports, own_haproxy_ports
 from tests.servers import Answer, call, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -57,15 +56,6 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has, none of them twice."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def ray_start(ports: Sequence[int], folder: Path) -> list[str]:
     """A head node on loopback that keeps to ports of its own and ends with its process."""
     names = "port dashboard-port dashboard-agent-listen-port dashboard-agent-grpc-port"
@@ -83,7 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ports = free_ports(8)
     log = folder / "ray.log"
     env = {**os.environ, **SERVE_ENVIRONMENT, **LOCAL_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    env |= own_statistics()
+    env |= own_haproxy_ports()
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-for-this-test-alone-0123456789"}
     env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     env.pop("RAY_ADDRESS", None)
@@ -97,6 +87,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         while "Ray runtime started" not in (said := log.read_text(encoding="utf-8")):
             assert process.poll() is None, said
             time.sleep(0.2)
+        wait_for(lambda: listens(ports[1]))
         yield running
     finally:
         family = [process, *psutil.Process(process.pid).children(recursive=True)]
@@ -113,6 +104,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.2)
     return found
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def ready(url: str) -> bool:

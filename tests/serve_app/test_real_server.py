@@ -180,7 +180,7 @@ def session_folder(server: RealServer) -> Path:
 def test_a_second_server_on_the_machine_shares_no_port_with_the_first(
     server: RealServer, artifact: Path, tmp_path: Path
 ) -> None:
-    """HAProxy would share one without a word, and each would see half of the requests."""
+    """HAProxy would share a port without a word, and its statistics would be of both."""
     with real_server(artifact, tmp_path, "--set", "runtime=torch-fp32") as second:
         mine, others = haproxy_ports(server), haproxy_ports(second)
         assert len(mine) == len(others) == 3  # requests, statistics, metrics

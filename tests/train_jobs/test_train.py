@@ -193,7 +193,7 @@ def test_a_mistake_that_only_the_encoder_shows_is_told_once(
     config = write_config(tmp_path, {**experiment, "encoder": encoder}, scale={"workers": 1})
     done = run("train", "--config", str(config))
     assert done.returncode == 1
-    assert "max_length" in done.stderr
+    assert "error: encoder.max_length: 5000 is more than" in done.stderr
     assert "retries" not in done.stderr
     assert "Traceback" not in done.stderr
 
