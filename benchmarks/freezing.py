@@ -32,16 +32,23 @@ from mtl_core.state import TrainState
 
 SNIPS = {"intent": "accuracy", "slots": "f1"}
 FEW_TO_VALIDATE = "data.0.validation_fraction=0.025"  # 250 texts, after every epoch
+ALIKE = ["tasks.intent.loss_weight=1", "tasks.slots.loss_weight=1"]
 CASES: dict[str, tuple[dict[str, str], list[str]]] = {
-    "snips-500": (SNIPS, ["data.0.limit=500", "training.epochs=8"]),
-    "snips-2000": (SNIPS, ["data.0.limit=2000", "training.epochs=4"]),
+    "snips-500": (SNIPS, [*ALIKE, "data.0.limit=500", "training.epochs=8"]),
+    "snips-2000": (SNIPS, [*ALIKE, "data.0.limit=2000", "training.epochs=4"]),
     "banking77-770": (
         {"intent": "accuracy"},
         ["data.0.limit=770", "training.epochs=12", FEW_TO_VALIDATE],
     ),
 }
 """Name → metric of each task, and the settings of all its runs."""
-ALL = ["training.batch_size=32", "freeze.embeddings=false"]
+ALL = [
+    "training.batch_size=32",
+    "freeze.embeddings=false",
+    "optim.learning_rate=5e-4",
+    "optim.head_learning_rate=1e-3",
+    "optim.layer_decay=1",
+]
 HEADS = ["freeze.encoder=true", "training.epochs=30", "optim.head_learning_rate=0.01"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "freezing": {
