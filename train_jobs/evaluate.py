@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.split and options.data:
         raise ConfigError("--split: what --data names is scored whole; leave one of them out")
-    split = options.split or "test"
+    split: Split = options.split or "test"
     artifact = str(fetch(options.artifact))
     labels, result = evaluate_artifact(artifact, split, options.data, options.runtime)
     show(labels, result, "--data" if options.data else split)
@@ -94,7 +94,7 @@ def other_sources(artifact: str, data: Sequence[str]) -> list[SourceConfig]:
     tasks = read_manifest(artifact, check_files=False).tasks
     origins = list(load_config(artifact).data)
     if carried := carried_tasks(artifact):
-        columns = {name: name for name in ("text", *carried)}
+        columns: dict[str, str | int] = {name: name for name in ("text", *carried)}
         origins.append(SourceConfig(path=artifact, columns=columns))
     chosen: dict[tuple[str, int], list[str]] = {}
     for item in data:
@@ -129,7 +129,8 @@ def show(labels: Labels, result: Evaluation, split: str) -> None:
     console.print(score_table("scores", {split: result.scores()}))
     for task in result.scores():
         rows = per_label(result.kinds[task], result.counts[task], labels[task])
-        console.print(label_table(f"{task}: by label ({split})", rows))
+        title = f"{task}: by label ({split})"
+        console.print(label_table(title, rows, 40, "the file that --output names"))
 
 
 if __name__ == "__main__":
