@@ -37,7 +37,18 @@ def prepare(experiment: Experiment) -> Data:
     if not corpus.splits["train"]:
         raise DataError("no training rows: check the sources' `splits` and `columns`")
     labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
-    return encode(corpus, experiment, labels)
+    data = encode(corpus, experiment, labels)
+    _check_metric(experiment.training.metric, data.splits["validation"])
+    return data
+
+
+def _check_metric(metric: str, validation: EncodedSplit) -> None:
+    task = metric.partition("/")[0]
+    if metric != "mean" and not validation.present[task].any():
+        raise DataError(
+            f"training.metric: {metric} cannot pick the best epoch, since no text in validation "
+            f"has a label of task {task!r}; label some, or take `mean` or another task"
+        )
 
 
 def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
