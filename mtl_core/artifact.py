@@ -13,7 +13,7 @@ Weights are safetensors only and nothing is unpickled. A folder appears whole or
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,8 +229,12 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def model_card(manifest: Manifest, pictures: Sequence[str] = ()) -> str:
-    """README.md in the Hub's model-card form, with the metrics table."""
+def model_card(
+    manifest: Manifest,
+    pictures: Sequence[str] = (),
+    labels: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> str:
+    """README.md in the Hub's model-card form: tables of the metrics and, by title, of labels."""
     lines = [
         "---",
         "library_name: sentence-transformers",
@@ -254,5 +258,16 @@ def model_card(manifest: Manifest, pictures: Sequence[str] = ()) -> str:
         for metric, value in values.items()
     ]
     lines += ["", *(f"![{Path(picture).stem}]({picture})" for picture in pictures), ""]
+    for title, rows in (labels or {}).items():
+        lines += [f"## {title}", "", *_label_lines(rows), ""]
     lines += ["Libraries: " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()), ""]
     return "\n".join(lines)
+
+
+def _label_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["| label | precision | recall | F1 | support |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        numbers = " | ".join(f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1"))
+        escaped = name.replace("|", "\\|")
+        lines.append(f"| {escaped} | {numbers} | {row['support']} |")
+    return lines

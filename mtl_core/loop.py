@@ -268,7 +268,8 @@ class _Run:
         what = f"the loss of task {bad[0]!r}" if bad else "the gradient"
         return TrainingError(
             f"{what} is not finite at step {self.state.step + 1} (epoch {self.state.epoch + 1}). "
-            "Lower optim.learning_rate, set training.precision: fp32, or set optim.max_grad_norm. "
+            "Lower optim.learning_rate, set training.precision: fp32, or set optim.max_grad_norm, "
+            "and give the run a new name: this one's checkpoints go with its settings. "
             "The weights were not changed by this step; the last checkpoint is kept."
         )
 

@@ -6,7 +6,9 @@ import hashlib
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
+from mtl_core.config import ConfigError
 from mtl_core.data.cache import cache_root
 from mtl_core.errors import ArtifactError
 
@@ -66,32 +68,48 @@ def fetch(artifact: str | Path) -> Path:
 
 
 def download(path: str, folder: Path) -> Path:
-    """A file as one of this machine: itself, or a copy in `folder` of what is behind a URL."""
+    """A file as one of this machine: itself, or a copy in `folder` of what is behind a URL.
+
+    Raises:
+        ConfigError: there is no such file behind the URL.
+    """
     if "://" not in path:
         return Path(path)
-    from fsspec.core import url_to_fs
-
-    files, source = url_to_fs(path)
+    files, source = _filesystem(path)
     target = folder / Path(source).name
-    files.get_file(source, str(target))
+    try:
+        files.get_file(source, str(target))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
     return target
 
 
 def upload(folder: Path, url: str) -> None:
     """Put the files of a folder beside each other behind a URL."""
-    from fsspec.core import url_to_fs
-
-    files, target = url_to_fs(url)
+    files, target = _filesystem(url)
     for file in sorted(folder.iterdir()):
         files.put_file(str(file), f"{target}/{file.name}")
 
 
 def exists(path: str) -> bool:
     """Whether a file or URL is there."""
+    files, target = _filesystem(path)
+    return bool(files.exists(target))
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """What reads and writes behind a URL, and the path there.
+
+    Raises:
+        ConfigError: nothing does.
+    """
     from fsspec.core import url_to_fs
 
-    files, target = url_to_fs(path)
-    return bool(files.exists(target))
+    try:
+        files, path = url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{url}: {error}") from error
+    return files, path
 
 
 def version_of(manifest: bytes) -> str:

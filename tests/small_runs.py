@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def examples(first: int, count: int, everything: bool = False) -> list[Example]:
     """Sentences, most with labels of some tasks only; the last task is the rarest."""
     some = [{"topic", "mood", "entities"}, {"topic"}, {"topic", "mood"}, {"topic"}, {"entities"}]
     return [example(i, some[0] if everything else some[i % 5]) for i in range(first, first + count)]
+
+
+def write_rows(path: Path, rows: Sequence[Example]) -> Path:
+    """Examples as the JSON lines that a source reads."""
+    lines = []
+    for row in rows:
+        targets = {
+            task: [span._asdict() for span in target if isinstance(span, Span)] or target
+            for task, target in row.targets.items()
+        }
+        lines.append(json.dumps({"text": row.text, **targets}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def experiment(folder: Path | str, /, **changes: Any) -> Experiment:

@@ -209,13 +209,27 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert not undeclared
 
 
-def test_every_pin_is_exact_and_appears_once() -> None:
+def pinned() -> list[Requirement]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_every_pin_is_exact_and_appears_once() -> None:
+    pins = pinned()
     names = [canonicalize_name(pin.name) for pin in pins]
     assert len(names) == len(set(names))
     for pin in pins:
         assert re.fullmatch(r"==[^*+]+", str(pin.specifier)), f"{pin} is no plain exact version"
+
+
+def test_every_declared_dependency_is_pinned_within_its_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    versions = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pinned()}
+    for requirement in (Requirement(line) for lines in lists for line in lines):
+        if requirement.name != project["name"]:
+            version = versions.get(canonicalize_name(requirement.name), "none")
+            assert version in requirement.specifier, f"{requirement} is pinned to {version}"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

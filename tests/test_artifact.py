@@ -385,3 +385,13 @@ def test_the_model_card_has_a_row_for_every_score(artifact: Path) -> None:
     assert "| topic | classification | 3 | test | accuracy | 98.77 |" in card
     assert "![confusion_topic](plots/confusion_topic.png)" in card
     assert card.startswith("---\nlibrary_name: sentence-transformers\n")
+
+
+def test_the_model_card_has_a_row_for_every_label(artifact: Path) -> None:
+    row = {"precision": 0.5, "recall": 0.98765, "f1": 0.25, "support": 7}
+    rows = {f"type {number}": row for number in range(50)} | {"a|b": row}
+    card = model_card(read_manifest(artifact), (), {"slots: by label (test)": rows})
+    _, table = card.split("## slots: by label (test)\n\n| label | ")
+    for number in range(50):
+        assert f"| type {number} | 50.00 | 98.77 | 25.00 | 7 |" in table
+    assert r"| a\|b | 50.00 |" in table

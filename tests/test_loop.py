@@ -15,7 +15,7 @@ import torch
 from mtl_core.config import Experiment
 from mtl_core.data.prepare import Data
 from mtl_core.evaluation import evaluate
-from mtl_core.loop import Event, TrainingError, fit
+from mtl_core.loop import Event, TrainingError, fit, use_bf16
 from mtl_core.state import TrainState
 from mtl_core.weighting import STRATEGIES
 from tests.small_runs import (
@@ -64,6 +64,74 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(strategy: str, ber
         if not name.endswith(".key.bias"):  # has no effect, so its gradient is only rounding
             # Other sums round otherwise: 1.07e-6 was seen once in a thousand elements.
             torch.testing.assert_close(ends[1][name], ends[0][name], rtol=0, atol=2e-6)
+
+
+def test_a_joint_step_is_one_pass_through_the_encoder_for_all_tasks(bert: Path) -> None:
+    config = experiment(bert, mixing={"strategy": "joint"}, training={"epochs": 1})
+    encoded = data(config)
+    state = begin(config, encoded)
+    assert state.optimizer is not None
+    labelled: list[set[str]] = []
+    state.model.register_forward_pre_hook(
+        lambda _, inputs: labelled.append(
+            {task for task, found in inputs[0].labelled.items() if len(found.targets)}
+        )
+    )
+    passes = [state.model.encoder.num_passes]
+    state.optimizer.register_step_post_hook(
+        lambda *_: passes.append(state.model.encoder.num_passes)
+    )
+    list(fit(state, encoded, config))
+    assert state.step > 5
+    assert passes == list(range(passes[0], passes[0] + state.step + 1))
+    assert labelled == [set(config.tasks)] * state.step
+
+
+def test_batches_of_so_many_tokens_go_through_every_text_once(bert: Path) -> None:
+    config = experiment(bert, training={"epochs": 1, "batch_tokens": 90})
+    encoded = data(config)
+    split = encoded.splits["train"]
+    state = begin(config, encoded)
+    masks: list[torch.Tensor] = []
+    state.model.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[0].attention_mask))
+    list(fit(state, encoded, config))
+    tokens = [int(mask.sum()) for mask in masks]
+    assert len(tokens) == state.step == math.ceil(len(split.input_ids) / 90)
+    assert sum(tokens) == len(split.input_ids)
+    assert sum(len(mask) for mask in masks) == len(split)
+    even = sum(tokens) / len(tokens)
+    assert all(abs(number - even) <= split.lengths.max() for number in tokens)
+    assert len({len(mask) for mask in masks}) > 1, "the number of texts a batch varies"
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "gpu", "avx", "amx", "expected"),
+    [
+        ("fp32", "cuda", True, True, True, False),
+        ("fp32", "cpu", True, True, True, False),
+        ("bf16", "cuda", False, False, False, True),
+        ("bf16", "cpu", False, False, False, True),
+        ("auto", "cuda", True, False, False, True),
+        ("auto", "cuda", False, True, True, False),
+        ("auto", "cpu", True, False, False, False),
+        ("auto", "cpu", False, True, False, True),
+        ("auto", "cpu", False, False, True, True),
+        ("auto", "cpu", False, True, True, True),
+    ],
+)
+def test_auto_takes_bf16_where_the_hardware_has_it(
+    precision: str,
+    device: str,
+    gpu: bool,
+    avx: bool,
+    amx: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert use_bf16(precision, torch.device(device)) is expected
 
 
 def test_a_loss_weight_of_zero_silences_a_task(bert: Path) -> None:

@@ -59,6 +59,16 @@ def test_missing_credentials_are_said_so(client: Any, monkeypatch: pytest.Monkey
         fetch("s3://bucket/runs/small/artifact")
 
 
+def test_a_file_that_is_not_there_is_named(client: Any, tmp_path: Path) -> None:
+    client.put_object(Bucket="bucket", Key="in.jsonl", Body=b"{}")
+    assert download("s3://bucket/in.jsonl", tmp_path).read_bytes() == b"{}"
+    for url in ("s3://bucket/im.jsonl", "s3://misspelt/in.jsonl"):
+        with pytest.raises(ConfigError, match=f"{url}: no such file"):
+            download(url, tmp_path)
+    with pytest.raises(ConfigError, match=r"s4://.*: Protocol not known: s4"):
+        download("s4://bucket/in.jsonl", tmp_path)
+
+
 @pytest.mark.slow
 def test_a_store_that_cannot_be_reached_is_said_so(
     client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

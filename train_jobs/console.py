@@ -162,18 +162,22 @@ def score_table(title: str, scores: Mapping[str, Mapping[str, Mapping[str, float
     return table
 
 
-def label_table(title: str, rows: Mapping[str, Mapping[str, Any]], most: int = 40) -> Table:
-    """Precision, recall, F1 and support a label or entity type, worst first when many."""
+def label_table(
+    title: str, rows: Mapping[str, Mapping[str, Any]], most: int, elsewhere: str
+) -> Table:
+    """Precision, recall, F1 and support a label or entity type.
+
+    Of more than `most` the worst, those that never occur last, and a note that all are `elsewhere`.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("label")
     for column in ("precision", "recall", "F1", "support"):
         table.add_column(column, justify="right")
-    ordered = (
-        sorted(rows.items(), key=lambda item: item[1]["f1"]) if len(rows) > most else rows.items()
-    )
-    for name, row in list(ordered)[:most]:
+    shown = list(rows.items())
+    if len(rows) > most:
+        shown = sorted(shown, key=lambda item: (item[1]["support"] == 0, item[1]["f1"]))[:most]
+        table.caption = f"the {most} lowest of {len(rows)}; all are in {elsewhere}"
+    for name, row in shown:
         numbers = (f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1"))
         table.add_row(name, *numbers, str(row["support"]))
-    if len(rows) > most:
-        table.caption = f"the {most} lowest of {len(rows)}; all are in the artifact's report.json"
     return table

@@ -11,9 +11,9 @@ from typing import get_args
 import torch
 from rich.console import Console
 
-from mtl_core.artifact import load_config, load_model
+from mtl_core.artifact import load_config, load_model, read_manifest
 from mtl_core.command import run_command
-from mtl_core.config import ConfigError, Experiment, SourceConfig, Split
+from mtl_core.config import RESERVED_COLUMNS, SPLITS, ConfigError, SourceConfig, Split
 from mtl_core.data.encoding import Labels
 from mtl_core.data.prepare import prepare_scored
 from mtl_core.evaluation import Evaluation, evaluate
@@ -30,14 +30,16 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="example: python -m train_jobs.evaluate --artifact runs/demo/artifact --split test",
     )
     parser.add_argument("--artifact", required=True, help="artifact folder or s3:// URL")
-    parser.add_argument("--split", choices=["train", "validation", "test"], default="test")
+    parser.add_argument(
+        "--split", choices=SPLITS, help="of the artifact's own data; test when absent"
+    )
     parser.add_argument(
         "--data",
         action="append",
         default=[],
         metavar="TASK=PATH",
-        help="score this task on another file or folder, read with the columns "
-        "it was trained with; may be repeated; only the tasks named are scored",
+        help="score this task on another file, or a folder's test file, here or s3://, read as the "
+        "data it was trained on; may be repeated; only the tasks named are scored",
     )
     parser.add_argument(
         "--runtime",
@@ -47,10 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", help="also write all numbers to this JSON file")
     options = parser.parse_args(arguments)
-    labels, result = evaluate_artifact(
-        options.artifact, options.split, options.data, options.runtime
-    )
-    show(labels, result, options.split)
+    if options.split and options.data:
+        raise ConfigError("--split: what --data names is scored whole; leave one of them out")
+    split: Split = options.split or "test"
+    artifact = str(fetch(options.artifact))
+    labels, result = evaluate_artifact(artifact, split, options.data, options.runtime)
+    show(labels, result, "--data" if options.data else split)
+    carried = carried_tasks(artifact)
+    if carried and not options.data:
+        print(f"not scored, for want of their data: {', '.join(carried)}; give --data TASK=PATH")
     if options.output:
         report = {
             task: {
@@ -68,50 +75,53 @@ def evaluate_artifact(
     """Labels and counts of an artifact on a split of its own data, or on other data.
 
     Raises:
-        ArtifactError: the artifact is damaged, or cannot be fetched.
+        ArtifactError: the artifact is damaged.
         ConfigError: `data` names an unknown task, or the runtime is not to be had.
         DataError: the split has no rows, or a label the artifact does not know.
     """
-    artifact = str(fetch(artifact))
-    sources = _other_sources(load_config(artifact), data, split) if data else None
+    sources = other_sources(artifact, data) if data else None
     labels, scored = prepare_scored(artifact, split, sources)
     model = load_model(artifact)
     executes = load_runtime(runtime, artifact, lambda: model.encoder, torch.device("cpu"))
     return labels, evaluate(with_runtime(model, executes), scored, tasks=list(labels))
 
 
-def _other_sources(experiment: Experiment, data: Sequence[str], split: Split) -> list[SourceConfig]:
-    """The experiment's sources pointed at other files; tasks given the same file share its rows."""
-    files: dict[str, list[str]] = {}
+def other_sources(artifact: str, data: Sequence[str]) -> list[SourceConfig]:
+    """The artifact's own sources pointed at other files; tasks of one source and file share rows.
+
+    A task that came with `init_from` has no source here: its column is named as it is.
+    """
+    tasks = read_manifest(artifact, check_files=False).tasks
+    origins = list(load_config(artifact).data)
+    if carried := carried_tasks(artifact):
+        columns: dict[str, str | int] = {name: name for name in ("text", *carried)}
+        origins.append(SourceConfig(path=artifact, columns=columns))
+    chosen: dict[tuple[str, int], list[str]] = {}
     for item in data:
         task, separator, path = item.partition("=")
         if not separator or not path:
             raise ConfigError(f"--data {item}: expected TASK=PATH")
-        if task not in experiment.tasks:
-            known = ", ".join(experiment.tasks)
-            raise ConfigError(f"--data {item}: unknown task {task!r}; known: {known}")
-        files.setdefault(path, []).append(task)
-    sources = []
-    for path, tasks in files.items():
-        like = next(s for s in experiment.data if tasks[0] in s.task_columns)
-        columns = {
-            name: column
-            for name, column in like.columns.items()
-            if name in ("text", "words") or name in tasks
-        }
-        changes = {
-            "path": path,
-            "hub": None,
-            "demo": False,
-            "columns": columns,
-            "splits": {},
-            "subset": None,
-            "format": None,
-        }
-        if Path(path).is_file():
-            changes |= {"path": str(Path(path).parent), "splits": {split: Path(path).name}}
-        sources.append(like.model_copy(update=changes))
-    return sources
+        if task not in tasks:
+            raise ConfigError(f"--data {item}: unknown task {task!r}; known: {', '.join(tasks)}")
+        origin = next(i for i, source in enumerate(origins) if task in source.task_columns)
+        chosen.setdefault((path, origin), []).append(task)
+    return [_pointed_at(path, origins[i], named) for (path, i), named in chosen.items()]
+
+
+def _pointed_at(path: str, origin: SourceConfig, tasks: Sequence[str]) -> SourceConfig:
+    columns = {
+        name: column
+        for name, column in origin.columns.items()
+        if name in RESERVED_COLUMNS or name in tasks
+    }
+    changes = {"path": path, "hub": None, "demo": False, "columns": columns, "splits": {}}
+    return origin.model_copy(update=changes)
+
+
+def carried_tasks(artifact: str) -> list[str]:
+    """Tasks that came with `init_from`: the artifact has their heads and none of their data."""
+    own = load_config(artifact).tasks
+    return [task for task in read_manifest(artifact, check_files=False).tasks if task not in own]
 
 
 def show(labels: Labels, result: Evaluation, split: str) -> None:
@@ -119,7 +129,8 @@ def show(labels: Labels, result: Evaluation, split: str) -> None:
     console.print(score_table("scores", {split: result.scores()}))
     for task in result.scores():
         rows = per_label(result.kinds[task], result.counts[task], labels[task])
-        console.print(label_table(f"{task}: by label ({split})", rows))
+        title = f"{task}: by label ({split})"
+        console.print(label_table(title, rows, 40, "the file that --output names"))
 
 
 if __name__ == "__main__":

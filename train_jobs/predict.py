@@ -25,7 +25,15 @@ from mtl_core.config import ConfigError
 from mtl_core.predictor import Predictor
 from mtl_core.storage import download, exists, fetch, upload
 from train_jobs.cluster import ray_cluster
-from train_jobs.tables import ROWS_AT_ONCE, Row, TableWriter, check_suffix, count_rows, read_rows
+from train_jobs.tables import (
+    ROWS_AT_ONCE,
+    Row,
+    TableWriter,
+    check_suffix,
+    column_types,
+    count_rows,
+    read_rows,
+)
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -148,15 +156,17 @@ def predict_file(
         Number of rows written, and of rows named in the side file.
 
     Raises:
-        ConfigError: a path or column that cannot be used; OUTPUT exists.
+        ConfigError: a path or column that cannot be used; OUTPUT exists or cannot hold the rows.
     """
     side = target.with_name(target.name + ".bad.jsonl")
     check_files(source, target, column, overwrite)
+    types = column_types(source) if target.suffix == ".parquet" else {}
+    known = {name: kind for name, kind in types.items() if not name.startswith("predicted_")}
     written = bad = 0
     with (
         ray_cluster(),
         closing(_answers(artifact, source, column, tasks, workers)) as answers,
-        TableWriter(target) as output,
+        TableWriter(target, known) as output,
         TableWriter(side) as rejected,
         Progress(
             TextColumn("{task.description}"),

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from train_jobs.console import label_table, score_table
 from train_jobs.runs import RESULT, RunFolder
 
 MOST_LABELS_IN_MATRIX = 80
+MOST_LABELS_SHOWN = 12
 History = Sequence[dict[str, Any]]
 
 
@@ -74,7 +75,8 @@ def build_artifact(
             },
         )
         write_manifest(root, manifest)
-        (root / "README.md").write_text(model_card(manifest, pictures), encoding="utf-8")
+        card = model_card(manifest, pictures, label_rows(report))
+        (root / "README.md").write_text(card, encoding="utf-8")
         folder.publish(root)
 
 
@@ -114,13 +116,13 @@ def build_report(experiment: Experiment, data: Data, splits: dict[str, Any]) -> 
     }
 
 
-def read_report(artifact: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Title and per-label rows of each task, from the last split that was scored."""
-    path = Path(artifact) / "report.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for split in list(report)[-1:]:
-        for task, values in report[split].items():
-            yield f"{task}: by label ({split})", values["labels"]
+def label_rows(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Title → rows by label of each task, from the last split that was scored."""
+    return {
+        f"{task}: by label ({split})": values["labels"]
+        for split in list(report)[-1:]
+        for task, values in report[split].items()
+    }
 
 
 def show_result(folder: RunFolder) -> None:
@@ -128,7 +130,8 @@ def show_result(folder: RunFolder) -> None:
     console = Console(highlight=False)
     with folder.artifact_to_show() as artifact:
         manifest = read_manifest(artifact, check_files=False)
-        reports = list(read_report(artifact))
+        path = Path(artifact, "report.json")
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not manifest.training.get("trained", True):
         console.print(
             "Nothing was trained: every part is frozen. These are the scores as it stood."
@@ -138,9 +141,8 @@ def show_result(folder: RunFolder) -> None:
         for split, values in info["metrics"].items():
             scores.setdefault(split, {})[task] = values
     console.print(score_table(f"{manifest.name}: scores", scores))
-    for title, rows in reports:
-        if len(rows) <= 12:
-            console.print(label_table(title, rows))
+    for title, rows in label_rows(report).items():
+        console.print(label_table(title, rows, MOST_LABELS_SHOWN, "the artifact's README.md"))
     where = f"{folder.title}/artifact"
     if folder.is_local and not os.path.relpath(where).startswith(".."):
         where = os.path.relpath(where)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import tempfile
 from pathlib import Path
 
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError
 from mtl_core.plots import similarity_heatmap
 from mtl_core.predictor import Predictor
+from mtl_core.storage import download, fetch
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,9 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
         epilog='example: python -m train_jobs.similarity --artifact runs/demo/artifact --text "A" '
         '"B" "C"',
     )
-    parser.add_argument("--artifact", required=True, help="artifact folder")
+    parser.add_argument("--artifact", required=True, help="artifact folder or s3:// URL")
     parser.add_argument("--text", nargs="+", action="extend", default=[], help="the sentences")
-    parser.add_argument("--input", help="a text file with a sentence a line, instead of --text")
+    parser.add_argument("--input", help="text file or s3:// URL with a sentence a line")
     parser.add_argument(
         "--output",
         default="similarity.png",
@@ -30,11 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     texts = list(options.text)
     if options.input:
-        texts += read_lines(Path(options.input))
+        texts += read_lines(options.input)
     if len(texts) < 2:
         raise ConfigError("--text: give at least two sentences to compare")
     picture = Path(options.output).with_suffix(".png")
-    matrix = Predictor.load(options.artifact).similarity(texts)
+    matrix = Predictor.load(fetch(options.artifact)).similarity(texts)
     picture.parent.mkdir(parents=True, exist_ok=True)
     similarity_heatmap(matrix, texts, picture)
     with picture.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
@@ -48,10 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"written: {picture} and {picture.with_suffix('.csv')}")
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: str) -> list[str]:
     """The lines of a text file that hold something."""
+    with tempfile.TemporaryDirectory() as scratch:
+        content = download(path, Path(scratch)).read_bytes()
     lines = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
             lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
         except UnicodeDecodeError as error:

@@ -6,7 +6,9 @@ import csv
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -131,11 +133,65 @@ def count_rows(path: Path) -> int | None:
     return None
 
 
-class TableWriter:
-    """Writes rows to a file that appears, whole, when the block ends without an error."""
+def column_types(path: Path) -> dict[str, Any]:
+    """Name → Arrow type that holds a column's values in every row of a file.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        ConfigError: there is no such type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".parquet":
+        schema = pq.read_schema(path)
+    else:
+        schema = pa.schema([])
+        rows = (row.values for row in read_rows(path) if row.error is None)
+        with _refused_by_parquet():
+            while chunk := list(islice(rows, ROWS_AT_ONCE)):
+                schema = _promoted(_as_table(chunk, {}), schema).schema
+    return dict(zip(schema.names, schema.types, strict=True))
+
+
+def _as_table(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> Any:
+    """An Arrow table of all columns that some row has, or that a type is known of."""
+    import pyarrow as pa
+
+    names = dict.fromkeys([*types, *(name for row in rows for name in row)])
+    columns = {n: pa.array([row.get(n) for row in rows], types.get(n)) for n in names}
+    return pa.table(columns)
+
+
+def _promoted(table: Any, schema: Any) -> Any:
+    """The table, with columns and types that hold what is of this schema too."""
+    import pyarrow as pa
+
+    return pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+
+
+@contextmanager
+def _refused_by_parquet() -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OverflowError) as error:
+        raise ConfigError(
+            f"--output: Parquet cannot hold these columns ({error}); write .jsonl"
+        ) from error
+
+
+class TableWriter:
+    """Writes rows to a file that appears, whole, when the block ends without an error.
+
+    Args:
+        path: the file.
+        types: of columns whose Arrow type is known; Parquet has them even without any row.
+    """
+
+    def __init__(self, path: Path, types: Mapping[str, Any] | None = None) -> None:
         self.path = path
+        self.types = types or {}
         self.partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
         self.pending: list[dict[str, Any]] = []
         self.file: Any = None
@@ -174,24 +230,33 @@ class TableWriter:
         self.writer.writerow(flat)
 
     def _flush(self) -> None:
+        """Write what is pending; what was written before it is widened to hold it."""
+        import pyarrow.parquet as pq
+
+        with _refused_by_parquet():
+            table = _as_table(self.pending, self.types)
+            if self.writer is None:
+                self.writer = pq.ParquetWriter(self.partial, table.schema)
+            table = _promoted(table, self.writer.schema)
+            if table.schema != self.writer.schema:
+                self._widen(table.schema)
+            self.writer.write_table(table)
+        self.pending = []
+
+    def _widen(self, schema: Any) -> None:
+        """Write all anew under a schema that holds more, such as entities after texts without."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if not self.pending:
-            return
+        self.writer.close()
+        narrow = self.partial.rename(self.partial.with_suffix(".narrow"))
         try:
-            if self.writer is None:
-                table = pa.Table.from_pylist(self.pending)
-                self.writer = pq.ParquetWriter(self.partial, table.schema)
-            else:
-                table = pa.Table.from_pylist(self.pending, schema=self.writer.schema)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise ConfigError(
-                f"--output: columns change their type from row to row, which Parquet cannot hold "
-                f"({error}); write .jsonl"
-            ) from error
-        self.writer.write_table(table)
-        self.pending = []
+            self.writer = pq.ParquetWriter(self.partial, schema)
+            with pq.ParquetFile(narrow) as file:
+                for batch in file.iter_batches(ROWS_AT_ONCE):
+                    self.writer.write_table(_promoted(pa.Table.from_batches([batch]), schema))
+        finally:
+            narrow.unlink()
 
     def __exit__(
         self,

@@ -19,9 +19,9 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 
 
 def read_files(
-    source: SourceConfig, splits: Iterable[Split], wanted: Sequence[Column]
+    source: SourceConfig, splits: Iterable[Split], wanted: Sequence[Column], single: Split
 ) -> dict[Split, Table]:
-    """Read the splits that are there; a single file is train.
+    """Read the splits that are there; a file on its own is the split `single`.
 
     In a folder, `source.splits` names files and the other splits are found by their names.
 
@@ -41,7 +41,10 @@ def read_files(
         raise DataError(f"{path}: cannot be opened ({error})") from error
     tables: dict[Split, Table] = {}
     for split in splits:
-        name = _single(source, split) if names is None else _in_folder(source, split, path, names)
+        if names is None:
+            name = _single(source, split == single)
+        else:
+            name = _in_folder(source, split, path, names)
         if name is not None:
             title = posixpath.join(path, name) if name else path
             data = _read(filesystem, posixpath.join(root, name) if name else root, title)
@@ -53,13 +56,13 @@ def read_files(
     return tables
 
 
-def _single(source: SourceConfig, split: Split) -> str | None:
+def _single(source: SourceConfig, wanted: bool) -> str | None:
     if source.splits:
         raise DataError(
             f"{source.path}: `splits` names files of a folder, and this is none; "
             "give the folder as `path`"
         )
-    return "" if split == "train" else None
+    return "" if wanted else None
 
 
 def _in_folder(source: SourceConfig, split: Split, path: str, names: Sequence[str]) -> str | None:

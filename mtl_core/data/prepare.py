@@ -37,7 +37,18 @@ def prepare(experiment: Experiment) -> Data:
     if not corpus.splits["train"]:
         raise DataError("no training rows: check the sources' `splits` and `columns`")
     labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
-    return encode(corpus, experiment, labels)
+    data = encode(corpus, experiment, labels)
+    _check_metric(experiment.training.metric, data.splits["validation"])
+    return data
+
+
+def _check_metric(metric: str, validation: EncodedSplit) -> None:
+    task = metric.partition("/")[0]
+    if metric != "mean" and not validation.present[task].any():
+        raise DataError(
+            f"training.metric: {metric} cannot pick the best epoch, since no text in validation "
+            f"has a label of task {task!r}; label some, or take `mean` or another task"
+        )
 
 
 def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
@@ -69,12 +80,12 @@ def prepare_scored(
     sources: Sequence[SourceConfig] | None = None,
     limit: int | None = None,
 ) -> tuple[Labels, EncodedSplit]:
-    """Labels of an artifact's tasks and labelled texts to score it on, as its encoder sees them.
+    """Labelled texts to score an artifact on, as its encoder sees them, and their tasks' labels.
 
     Args:
         artifact: the folder.
-        split: of the data it was made from, or of `sources`.
-        sources: other data.
+        split: of the data it was made from, or of the folders that `sources` name.
+        sources: other data, of which a file on its own is taken whole.
         limit: texts to take, from the beginning; all when absent.
 
     Raises:
@@ -83,17 +94,21 @@ def prepare_scored(
     """
     manifest = read_manifest(artifact, check_files=False)
     experiment = load_config(artifact)
-    labels = {task: tuple(manifest.tasks[task]["labels"]) for task in experiment.tasks}
-    tasks = {
-        task: config.model_copy(update={"labels": labels[task]})
-        for task, config in experiment.tasks.items()
-    }
     given = experiment.data if sources is None else sources
-    corpus = read_corpus(given, tasks, experiment.seed, [split])
+    known = {task: manifest.tasks[task] for source in given for task in source.task_columns}
+    labels = {task: tuple(info["labels"]) for task, info in known.items()}
+    tasks = {
+        task: TaskConfig(kind=info["kind"], labels=labels[task]) for task, info in known.items()
+    }
+    single: Split = "train" if sources is None else split
+    corpus = read_corpus(given, tasks, experiment.seed, [split], single)
     if limit is not None:
         corpus.splits[split] = corpus.splits[split][:limit]
     if not corpus.splits[split]:
-        raise DataError(f"no labelled rows in {split}: choose another --split, or give --data")
+        if sources is None:
+            raise DataError(f"no labelled rows in {split}: choose another --split, or give --data")
+        where = ", ".join(source.title for source in sources)
+        raise DataError(f"{where}: no labelled rows; give a file, or a folder with one for {split}")
     check_labels(corpus, tasks, labels)
     start = experiment.model_copy(update={"tasks": tasks, "init_from": str(artifact)})
     return labels, encode(corpus, start, labels).splits[split]

@@ -21,6 +21,7 @@ def read_corpus(
     tasks: Mapping[str, TaskConfig],
     seed: int,
     splits: Sequence[Split] = SPLITS,
+    single: Split = "train",
 ) -> Corpus:
     """Read every source and join them, in order.
 
@@ -29,6 +30,7 @@ def read_corpus(
         tasks: every task that a source's columns name.
         seed: draws carved validation splits and limited training rows.
         splits: which to read; each is a key of the corpus, empty when no source has it.
+        single: the split that a file on its own is.
 
     Raises:
         DataError: something in a source cannot be read; the message names the place and the fix.
@@ -38,7 +40,7 @@ def read_corpus(
     labels: dict[str, tuple[str, ...]] = {}
     skipped: Counter[str] = Counter()
     for source in sources:
-        part = read_source(source, tasks, seed, splits)
+        part = read_source(source, tasks, seed, splits, single)
         for split in splits:
             examples[split] += part.splits[split]
         for task, names in part.labels.items():
@@ -52,6 +54,7 @@ def read_source(
     tasks: Mapping[str, TaskConfig],
     seed: int,
     splits: Sequence[Split] = SPLITS,
+    single: Split = "train",
 ) -> Corpus:
     """Read one source; `read_corpus` says how.
 
@@ -63,7 +66,7 @@ def read_source(
     if needed & {"train", "validation"}:
         needed |= {"train", "validation"}
     ordered = [split for split in SPLITS if split in needed]
-    examples, labels, skipped = _read(source, tasks, seed, ordered)
+    examples, labels, skipped = _read(source, tasks, seed, ordered, single)
     if "train" in needed:
         _divide(source, examples, seed)
     kept: dict[str, list[Example]] = {split: examples.get(split, []) for split in splits}
@@ -71,7 +74,11 @@ def read_source(
 
 
 def _read(
-    source: SourceConfig, tasks: Mapping[str, TaskConfig], seed: int, splits: Sequence[Split]
+    source: SourceConfig,
+    tasks: Mapping[str, TaskConfig],
+    seed: int,
+    splits: Sequence[Split],
+    single: Split,
 ) -> tuple[Examples, dict[str, tuple[str, ...]], int]:
     """What the source itself has: examples by split, declared labels, number of skipped rows."""
     if source.demo:
@@ -85,7 +92,7 @@ def _read(
 
         tables, labels = read_hub(source, tasks, splits, list(columns.values()))
     else:
-        tables = read_files(source, splits, list(columns.values()))
+        tables = read_files(source, splits, list(columns.values()), single)
     _check_columns(source, columns, tables)
     kinds = {task: tasks[task].kind for task in source.task_columns}
     for task, kind in kinds.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def test_only_splits_with_rows_are_encoded(experiment: Experiment) -> None:
     }
     assert data.keys.keys() == data.splits.keys()
     assert data.labels == {"t": ("a", "b")}
+
+
+def test_a_metric_of_a_task_that_validation_has_no_label_of_is_refused(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    mood = {"text": "fine", "label": "a", "mood": "good"}
+    for name, row in (("train", mood), ("validation", {"text": "fine", "label": "a"})):
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+    raw = experiment.model_dump()
+    raw["tasks"]["mood"] = {"kind": "classification"}
+    columns = {"text": "text", "t": "label", "mood": "mood"}
+    raw["data"] = [{"path": str(tmp_path), "columns": columns}]
+    for metric in ("mean", "t", "t/macro_f1"):
+        assert prepare(parse_experiment({**raw, "training": {"metric": metric}})).splits
+    for metric in ("mood", "mood/macro_f1"):
+        with pytest.raises(DataError, match=r"training\.metric: mood.* has a label of task 'mood'"):
+            prepare(parse_experiment({**raw, "training": {"metric": metric}}))
 
 
 @pytest.mark.parametrize("same_machine", [True, False])

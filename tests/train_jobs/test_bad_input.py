@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mtl_core.build import build_model
 from mtl_core.command import run_command
 from mtl_core.config import parse_experiment
 from mtl_core.data.prepare import prepare
+from tests import small_runs
 from tests.commands import write_config
 from train_jobs import evaluate, predict, similarity, train
 from train_jobs.console import describe_data
@@ -130,6 +133,26 @@ def test_an_unreachable_hub_says_what_to_do_without_network(
         assert "HF_HOME" in message
 
 
+def test_an_artifact_to_start_from_is_checked_before_ray_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    def message(artifact: Path) -> str:
+        config = write_config(tmp_path, {**experiment, "init_from": str(artifact)})
+        return attempt(capsys, train.main, "--config", str(config))
+
+    assert f"{tmp_path / 'nowhere'}: no such folder" in message(tmp_path / "nowhere")
+    assert "manifest.json: missing" in message(tmp_path)
+    start = small_runs.experiment(experiment["encoder"]["model"])
+    model = small_runs.begin(start, small_runs.data(start)).model
+    artifact = small_runs.write_artifact(model, start, tmp_path / "artifact")
+    head = artifact / "heads/mood/head.safetensors"
+    head.write_bytes(head.read_bytes()[:100])
+    assert f"{head}: damaged: its hash" in message(artifact)
+    head.unlink()
+    assert f"{head}: missing" in message(artifact)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_resume_insists_on_a_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
@@ -162,3 +185,62 @@ def test_an_encoder_head_mismatch_is_refused(tmp_path: Path, experiment: dict[st
     raw = {**experiment, "encoder": {**experiment["encoder"], "max_length": 5000}}
     with pytest.raises(ValueError, match=r"encoder\.max_length: 5000 is more than"):
         build_model(parse_experiment(raw), {"sentiment": ("a", "b"), "entities": ("x",)})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("in.jsonl", "", ["in.jsonl has no readable row"]),
+        ("in.jsonl", "\n  \n", ["in.jsonl has no readable row"]),
+        ("in.csv", "id,text\n", ["in.csv has no readable row"]),
+        ("in.parquet", "", ["in.parquet is no Parquet file"]),
+        ("in.jsonl", '{"id": 1, "sentence": "a"}\n', ["no column 'text'", "it has id, sentence"]),
+        ("in.csv", "id,sentence\n1,a\n", ["no column 'text'", "it has id, sentence"]),
+        ("in.txt", "a\n", ["in.txt should end in one of .jsonl, .csv, .parquet"]),
+    ],
+)
+def test_a_file_to_predict_for_is_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, content: str, words: list[str]
+) -> None:
+    source, target = tmp_path / name, tmp_path / "out.jsonl"
+    source.write_text(content, encoding="utf-8")
+    message = attempt(capsys, predict_for, str(source), str(target))
+    assert all(word in message for word in words), message
+    assert not target.exists()
+
+
+def test_a_parquet_file_without_rows_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), source)
+    message = attempt(capsys, predict_for, str(source), str(tmp_path / "out.jsonl"))
+    assert "in.parquet has no readable row" in message
+
+
+def test_columns_that_parquet_cannot_hold_are_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a", "id": 1}\n' * 2000 + '{"text": "a", "id": "x"}\n')
+    message = attempt(capsys, predict_for, str(source), str(tmp_path / "out.parquet"))
+    assert "--output: Parquet cannot hold" in message
+    assert "write .jsonl" in message
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet"])
+def test_an_output_that_exists_is_neither_resumed_nor_replaced(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / name
+    source.write_text('{"text": "a"}\n' * 10)
+    target.write_text("half of an answer")
+    message = attempt(capsys, predict_for, str(source), str(target))
+    assert f"{name} exists; remove it, or add --overwrite" in message
+    assert target.read_text() == "half of an answer"
+
+
+def predict_for(arguments: list[str]) -> None:
+    """`predict` for a file as far as it gets without an artifact."""
+    source, target = map(Path, arguments)
+    predict.predict_file("none", source, target, "text")

@@ -91,7 +91,7 @@ def test_similarity_and_evaluation_write_utf8(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     with (folder / "Bild ö.csv").open(encoding="utf-8", newline="") as file:
         assert next(csv.reader(file))[1:] == TEXTS
-    data = ("--split", "train", "--data", "mood=Sätze 🙂.jsonl")
+    data = ("--data", "mood=Sätze 🙂.jsonl")
     done = run("evaluate", *options, "Zahlen ü.json", *data, folder=folder, **ASCII)
     assert done.returncode == 0, done.stderr
     report = json.loads((folder / "Zahlen ü.json").read_text(encoding="utf-8"))

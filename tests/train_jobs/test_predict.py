@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from mtl_core.config import ConfigError
 from mtl_core.data.examples import DataError
 from mtl_core.predictor import Predictor
 from tests.commands import run
+from tests.terminal import Terminal
 from train_jobs import evaluate, predict
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+ROWS_DONE = re.compile(r"^predicting .* (\d+)/6000 rows", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,46 @@ def test_bad_rows_are_named_in_a_side_file_and_the_others_answered(
     assert "int, not text" in bad[5]
 
 
+def test_a_file_of_blank_texts_gives_a_table_without_rows(
+    artifact: Path, tmp_path: Path, ray_address: str
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text('{"id": 1, "text": ""}\n{"id": 2, "text": "  "}\n')
+    files = ("--input", str(source), "--output", str(target))
+    done = run("predict", "--artifact", str(artifact), *files, address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert f"0 row(s) written to {target}, 2 bad row(s)" in done.stdout
+    table = pq.read_table(target)
+    assert len(table) == 0
+    assert table.schema.equals(pa.schema({"id": pa.int64(), "text": pa.string()}))
+    assert [row["line"] for row in jsonl(tmp_path / "out.parquet.bad.jsonl")] == [1, 2]
+
+
+def test_progress_is_counted_in_rows_and_an_older_output_gives_way_when_told_to(
+    artifact: Path, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f'{{"text": "Lisbon {i}"}}\n' for i in range(6000)))
+    target.write_text("of another run\n")
+    files = ("--input", str(source), "--output", str(target), "--overwrite")
+    with Terminal("predict", "--artifact", str(artifact), *files) as terminal:
+        screen, seen = terminal.screen, [0]
+
+        def all_rows() -> bool:
+            shown = [int(number) for number in ROWS_DONE.findall(screen.text)]
+            # Ray's own core remarks on a pool of actors behind the line that stands there then.
+            once = 1 + screen.text.count("core_worker.cc")
+            assert len(shown) <= once, f"drawn below, not over, the last one:\n{screen.text}"
+            seen.extend(number for number in shown[-1:] if number != seen[-1])
+            return seen[-1] == 6000
+
+        terminal.wait_until(all_rows)
+        assert terminal.wait() == 0, screen.text
+    assert len(seen) > 3
+    assert seen == sorted(seen)
+    assert [row["text"] for row in jsonl(target)] == [f"Lisbon {i}" for i in range(6000)]
+
+
 def test_csv_and_parquet_come_out_with_their_types(
     artifact: Path, tmp_path: Path, ray_address: str
 ) -> None:
@@ -146,7 +189,8 @@ def test_csv_and_parquet_come_out_with_their_types(
         address=ray_address,
     )
     assert done.returncode == 0, done.stderr
-    assert pa.types.is_timestamp(pq.read_schema(tmp_path / "out.parquet").field("when").type)
+    schema = pq.read_schema(tmp_path / "out.parquet")
+    assert schema.field("when").type == pq.read_schema(tmp_path / "in.parquet").field("when").type
 
 
 def test_similarity_writes_picture_and_table(artifact: Path, tmp_path: Path) -> None:

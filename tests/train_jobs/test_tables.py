@@ -1,13 +1,18 @@
-"""Rows of prediction files: what can be read is read, what cannot is named with its place."""
+"""Prediction files: what can be read is read, what cannot is named, and types are kept."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mtl_core.config import ConfigError
-from train_jobs.tables import read_rows
+from train_jobs.tables import TableWriter, column_types, read_rows
 
 
 def test_a_csv_row_with_bytes_that_are_no_utf8_is_named_and_the_others_are_read(
@@ -56,3 +61,76 @@ def test_a_jsonl_row_with_half_a_character_is_named(tmp_path: Path) -> None:
     rows = list(read_rows(path))
     assert [(row.number, row.values) for row in rows if row.error is None] == [(2, {"text": "🙂"})]
     assert [row.number for row in rows if row.error and "half a character" in row.error] == [1, 3]
+
+
+def written(
+    path: Path, rows: Iterable[dict[str, Any]], types: Mapping[str, Any] | None = None
+) -> Any:
+    """What a Parquet file holds after these rows were written to it."""
+    with TableWriter(path, types) as table:
+        for row in rows:
+            table.write(row)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    return pq.read_table(path)
+
+
+ENTITY = {"entity_group": "place", "score": 0.5, "start": 0, "end": 3}
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (None, "text"),
+        (None, [1, 2]),
+        (1, 2.5),
+        ([], [ENTITY]),
+        ([ENTITY], []),
+        ([{"a": 1}], [{"a": 0.5, "b": "new"}]),
+    ],
+)
+def test_parquet_holds_what_comes_after_the_first_thousand_rows(
+    tmp_path: Path, first: Any, later: Any
+) -> None:
+    values = [first] * 1500 + [later] * 1500 + [first]
+    table = written(tmp_path / "out.parquet", ({"id": i, "x": v} for i, v in enumerate(values)))
+    assert table["id"].to_pylist() == list(range(3001))
+    # What pyarrow infers from all values at once.
+    assert table["x"].combine_chunks() == pa.array(values)
+
+
+def test_a_column_may_begin_in_any_row(tmp_path: Path) -> None:
+    rows = [{"a": 1}, {"a": 2, "b": "x"}, *[{"a": 3}] * 2000, {"a": 4, "c": True}]
+    table = written(tmp_path / "out.parquet", rows)
+    assert table.to_pylist() == [{"a": None, "b": None, "c": None} | row for row in rows]
+
+
+def test_values_that_no_type_holds_are_refused_and_leave_no_file(tmp_path: Path) -> None:
+    rows = [{"x": 1}] * 1024
+    for wrong in ("one", {}, 2**70):
+        with pytest.raises(ConfigError, match=r"--output: Parquet cannot hold .*write \.jsonl"):
+            written(tmp_path / "out.parquet", [*rows, {"x": wrong}])
+        assert not list(tmp_path.iterdir())
+
+
+def test_parquet_without_a_row_has_the_columns_that_are_known(tmp_path: Path) -> None:
+    assert written(tmp_path / "none.parquet", []).shape == (0, 0)
+    (tmp_path / "none.parquet").unlink()
+    table = written(tmp_path / "out.parquet", [], {"id": pa.int32(), "text": pa.string()})
+    assert table.schema.equals(pa.schema({"id": pa.int32(), "text": pa.string()}))
+    assert len(table) == 0
+
+
+def test_column_types_are_those_of_every_row(tmp_path: Path) -> None:
+    rows = [{"a": 1, "b": None}] * 2000 + [{"a": 0.5, "b": []}, {"c": "late"}]
+    source = tmp_path / "in.jsonl"
+    source.write_text("no JSON\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    expected = {"a": pa.float64(), "b": pa.list_(pa.null()), "c": pa.string()}
+    assert column_types(source) == expected
+    source.write_text('{"a": 1}\n' * 2000 + '{"a": "one"}\n')
+    with pytest.raises(ConfigError, match=r"Parquet cannot hold .*write \.jsonl"):
+        column_types(source)
+    (tmp_path / "in.csv").write_text("id,text\n1,one\n")
+    assert column_types(tmp_path / "in.csv") == {"id": pa.string(), "text": pa.string()}
+    table = pa.table({"id": pa.array([1], pa.int8()), "when": pa.array([0], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "in.parquet")
+    assert column_types(tmp_path / "in.parquet") == {"id": pa.int8(), "when": pa.timestamp("ms")}

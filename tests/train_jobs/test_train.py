@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 
 from mtl_core.artifact import load_model, read_manifest
+from mtl_core.build import build_model, fit_to_data
+from mtl_core.config import load_experiment
+from mtl_core.data.prepare import prepare
 from mtl_core.predictor import Predictor
+from mtl_core.state import TrainState
 from tests.commands import history, run, start, wait_for, weights, write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -78,10 +82,34 @@ def test_a_run_leaves_artifact_history_events_and_plots(finished: Path) -> None:
     assert (folder / "artifact/plots/gradient_cosines.png").stat().st_size > 5_000
     steps = [row for row in rows if row["event"] == "step"]
     assert any(key.startswith("cosine/") for row in steps for key in row)
+    card = (folder / "artifact/README.md").read_text()
+    types = manifest.tasks["entities"]["labels"]
+    assert all(f"| {name} | " in card.split("## entities: by label (test)")[1] for name in types)
     output = (finished / "output.txt").read_text()
     assert "2 worker(s) on cpu" in output
     assert "sentiment" in output
     assert "ETA" in output or "epoch 2/2" in output
+
+
+def test_tensorboard_has_every_number_of_the_history(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "runs/small/tensorboard"), {"scalars": 0}).Reload()
+    written = {
+        (tag, event.step): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
+    rows = [row for row in history(finished) if row["event"] in ("step", "validation")]
+    told = [
+        (name, row["step"], float(value))
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, int | float) and name != "step"
+    ]
+    expected = {(name, step): value for name, step, value in told}
+    assert written == pytest.approx(expected, rel=1e-6)
+    assert {"loss/sentiment", "validation/entities/f1", "learning_rate"} <= {n for n, _, _ in told}
 
 
 def test_a_finished_run_is_shown_and_not_repeated(finished: Path) -> None:
@@ -125,6 +153,8 @@ def test_an_elastic_number_of_workers_gives_the_weights_of_two(
         config = write_config(tmp_path, no_dropout, name=name, scale={"workers": workers})
         done = run("train", "--config", str(config))
         assert done.returncode == 0, done.stderr
+        starts = [row for row in history(tmp_path, name) if row["event"] == "start"]
+        assert [row["workers"] for row in starts] == [2]
     two, elastic = (load_model(tmp_path / "runs" / n / "artifact") for n in ("two", "elastic"))
     for (name, a), (_, b) in zip(two.named_parameters(), elastic.named_parameters(), strict=True):
         assert (a - b).abs().max() < 1e-4, name
@@ -174,16 +204,39 @@ def test_after_ctrl_c_and_after_the_driver_was_killed_the_same_command_goes_on(
     assert weights(tmp_path) == weights(finished)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_step(
+def test_a_loss_that_is_not_finite_stops_the_run_which_keeps_the_checkpoint_before(
     tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
-    wild = {**experiment, "optim": {"learning_rate": 1e30, "max_grad_norm": None, "warmup": 0.5}}
+    wild = {
+        **experiment,
+        "optim": {"learning_rate": 1e30, "max_grad_norm": None, "warmup": 0.5},
+        "training": {**experiment["training"], "checkpoint_every": 1},
+    }
     config = write_config(tmp_path, wild)
     done = run("train", "--config", str(config))
     assert done.returncode == 1
-    assert "is not finite at step" in done.stderr
+    assert "is not finite at step 2 (epoch 1)" in done.stderr
     assert "Traceback" not in done.stderr
     assert [row["event"] for row in history(tmp_path)].count("start") == 1, "it was retried in vain"
+
+    (checkpoint,) = (tmp_path / "runs/small").glob("checkpoint_2*")
+    wanted = load_experiment(config)
+    data = prepare(wanted)
+    model = build_model(wanted, data.labels)
+    fit_to_data(model, wanted, data.splits["train"])
+    state = TrainState(model, wanted)
+    state.load(checkpoint)
+    assert state.step == 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+    assert "Lower optim.learning_rate" in done.stderr
+    assert "give the run a new name" in done.stderr
+    lower = ("--config", str(config), "--set", "optim.learning_rate=1e-3")
+    refused = run("train", *lower)
+    assert refused.returncode == 1
+    assert "optim.learning_rate was 1e+30, now 0.001" in refused.stderr
+    calm = run("train", *lower, "--set", "name=calm", "--set", "data.0.limit=40")
+    assert calm.returncode == 0, calm.stderr
 
 
 def test_a_mistake_that_only_the_encoder_shows_is_told_once(
@@ -212,7 +265,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(
         fill(disk / "ballast")
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 1, output
-        assert "disk is full" in output or "No space left" in output
+        assert "error: the disk is full while a checkpoint was written to " in output
+        assert "run the same command to resume" in output
         assert "Traceback" not in output
         (disk / "ballast").unlink()
         resumed = run("train", "--config", str(config))
