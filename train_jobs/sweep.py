@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mtl_core.config import (
@@ -216,8 +216,7 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
     found = beside if beside.is_file() else Path(sweep.base)
     if not found.is_file():
         raise SpaceError(["base"], f"there is no file {sweep.base!r} beside {path} or here")
-    overrides = [f"{key}={yaml.safe_dump(value)}" for key, value in sweep.settings.items()]
-    experiment = load_experiment(found, overrides)
+    experiment = _changed(found, sweep.settings)
     _check_objective(sweep, experiment)
     # Mid-epoch checkpoints would only cost: a trial is resumed at its last epoch.
     training = {**experiment.training.model_dump(), "checkpoint_every": None}
@@ -225,6 +224,17 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
         training["metric"] = sweep.objectives[0]
     raw = {**experiment.model_dump(mode="json"), "training": training}
     return parse_experiment(raw, where=str(found))
+
+
+def _changed(base: Path, settings: Mapping[str, Any]) -> Experiment:
+    """The base experiment with what `set:` changes."""
+    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+    try:
+        return load_experiment(base, overrides)
+    except ConfigError as error:
+        load_experiment(base)  # where the base is at fault, it is named
+        path = _culprit(str(error), settings)
+        raise SpaceError(["set", path], str(error)) from error
 
 
 def _check_objective(sweep: Sweep, base: Experiment) -> None:
@@ -270,14 +280,16 @@ def _check_space(sweep: Sweep, base: Experiment) -> None:
             plan.experiment(corner)
         except ConfigError as error:
             drawn = ", ".join(f"{p} = {v}" for p, v in plan.settings(corner).items())
-            path = _culprit(str(error), sweep)
+            path = _culprit(str(error), sweep.space)
             raise SpaceError(["space", path], f"{drawn}: {error}") from error
 
 
-def _culprit(message: str, sweep: Sweep) -> str:
-    """The parameter that a message of validation is about, else the first."""
-    paths = list(sweep.space)
-    return next((p for p in paths if p in message or p.split(".")[-1] in message), paths[0])
+def _culprit(message: str, paths: Iterable[str]) -> str:
+    """The path that a message of validation is about, else the first."""
+    ordered = list(paths)
+    named = (p for p in ordered if p in message)
+    ended = (p for p in ordered if p.split(".")[-1] in message)
+    return next(itertools.chain(named, ended), ordered[0])
 
 
 def _corners(sweep: Sweep) -> Iterator[dict[str, Any]]:

@@ -115,6 +115,22 @@ def test_every_sweep_that_ships_is_sound(path: Path, monkeypatch: pytest.MonkeyP
             r"sweep.yaml:3: .*low and high must be multiples of step",
         ),
         ({"budget": {"trials": 0}}, r"sweep.yaml:5: budget.trials: .*greater than 0"),
+        (
+            {"set": {"optim.warmup": 0.1, "training.epoch": 3}},
+            r"sweep.yaml:5: set.training.epoch: .*unknown key; did you mean 'epochs'",
+        ),
+        (
+            {"set": {"training.epochs": 0}},
+            r"sweep.yaml:5: set.training.epochs: .*greater than 0 \(got 0\)",
+        ),
+        (
+            {"set": {"freeze.encoder": True, "freeze.unfreeze_every": 1}},
+            r"sweep.yaml:5: set.freeze.encoder: .*drop it to use unfreeze_every",
+        ),
+        (
+            {"set": {"data.1.limit": 10}},
+            r"sweep.yaml:5: set.data.1.limit: .*data.1.limit=10: '1' is no index",
+        ),
     ],
 )
 def test_a_mistake_is_refused_with_its_line(
@@ -122,6 +138,15 @@ def test_a_mistake_is_refused_with_its_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(tmp_path, **changes)
+
+
+def test_a_mistake_of_the_base_is_not_blamed_on_what_is_set(tmp_path: Path) -> None:
+    base = {**BASE, "training": {"epoch": 3}}
+    with pytest.raises(ConfigError, match=r"base.yaml: training.epoch: unknown key"):
+        plan_of(tmp_path, base=base, set={"training.epochs": 3})
+    with pytest.raises(ConfigError) as error:
+        plan_of(tmp_path, base=base, set={"training.epochs": 3})
+    assert "sweep.yaml" not in str(error.value)
 
 
 def test_a_change_to_one_field_of_the_base_or_one_range_leaves_the_others(tmp_path: Path) -> None:
