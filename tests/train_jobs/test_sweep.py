@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from mtl_core.config import ConfigError
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
+from train_jobs.trials import BASE as BASELINE
+from train_jobs.trials import Job
 from train_jobs.tune import _space
 
 BASE: dict[str, Any] = {
@@ -246,6 +248,17 @@ def test_weights_on_the_simplex_are_drawn_uniformly() -> None:
     )
     np.testing.assert_allclose(weights.mean(axis=0), 1 / 3, atol=0.005)
     np.testing.assert_allclose(weights.var(axis=0), 1 / 18, rtol=0.04)
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "uncertainty", "dwa", "rlw", "pcgrad"])
+def test_what_is_compared_as_shared_has_fixed_weights(strategy: str, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, base={**BASE, "weighting": {"strategy": strategy}})
+    job = Job(plan, str(tmp_path), labels={}, keys={})
+    first, second = (job.experiment({"case": BASELINE, "seed": seed}) for seed in (42, 43))
+    assert first.weighting.strategy == second.weighting.strategy == "fixed"
+    assert first.weighting.gradient_cosines
+    assert not second.weighting.gradient_cosines
+    assert second.optim == plan.base.optim
 
 
 def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:
