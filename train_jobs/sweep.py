@@ -59,7 +59,8 @@ class Budget(Config):
     concurrency: PositiveInt | None = None
     """Trials at a time; when absent, as many as the cluster holds."""
     minutes: PositiveFloat | None = None
-    """Time for the search; what runs then is stopped where it is."""
+    """Time for the search; what runs then is stopped where it is, and goes on if a later command
+    gives more."""
 
 
 class Sweep(Config):
@@ -158,6 +159,10 @@ class Plan:
         raw = self.base.model_dump(mode="json")
         steep = (path for path, range_ in self.sweep.space.items() if range_.kind == "loguniform")
         return {field for path in steep for field in expand(raw, path)}
+
+    def most_epochs(self) -> int:
+        """The epochs of the longest trial that may be drawn."""
+        return max(self.experiment(corner).training.epochs for corner in _corners(self.sweep))
 
     def alone(self, task: str) -> Experiment:
         """The base with one task only, all else equal."""

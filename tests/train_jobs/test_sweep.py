@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mtl_core.config import ConfigError
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
+from train_jobs.sweep_folder import SweepFolder
 from train_jobs.trials import BASE as BASELINE
 from train_jobs.trials import Job
 from train_jobs.tune import _space
@@ -259,6 +260,46 @@ def test_what_is_compared_as_shared_has_fixed_weights(strategy: str, tmp_path: P
     assert first.weighting.gradient_cosines
     assert not second.weighting.gradient_cosines
     assert second.optim == plan.base.optim
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ("budget.minutes=60", True),
+        ("budget.concurrency=3", True),
+        ("set.scale.workers=1", True),
+        ("set.scale={workers: 1}", True),
+        ("set.training.epochs=3", False),
+        ("seeds=2", False),
+    ],
+)
+def test_a_sweep_goes_on_with_more_time_or_another_scale_and_is_else_another_one(
+    change: str, allowed: bool, tmp_path: Path
+) -> None:
+    place = {"output_dir": str(tmp_path / "sweeps"), "set": {"scale.workers": 4}}
+    plan = plan_of(tmp_path, **place)
+    with SweepFolder(plan.sweep).claim(plan):
+        pass
+    changed = load_plan(tmp_path / "sweep.yaml", [change])
+    if allowed:
+        assert SweepFolder(changed.sweep).check(changed)
+    else:
+        with pytest.raises(ConfigError, match="belongs to another sweep"):
+            SweepFolder(changed.sweep).check(changed)
+
+
+def test_a_search_cut_off_by_its_time_is_finished_until_it_gets_more(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
+    folder = SweepFolder(plan.sweep)
+    assert not folder.is_finished(5)
+    with folder.claim(plan):
+        folder.finish(5)
+    assert folder.is_finished(5)
+    assert not folder.is_finished(5.5)
+    assert not folder.is_finished(None)
+    folder.finish(None)
+    assert folder.is_finished(60)
+    assert folder.is_finished(None)
 
 
 def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:
