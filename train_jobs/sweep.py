@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mtl_core.config import (
@@ -59,7 +59,8 @@ class Budget(Config):
     concurrency: PositiveInt | None = None
     """Trials at a time; when absent, as many as the cluster holds."""
     minutes: PositiveFloat | None = None
-    """Time for the search; what runs then is stopped where it is."""
+    """Time for the search; what runs then is stopped where it is, and goes on if a later command
+    gives more."""
 
 
 class Sweep(Config):
@@ -78,7 +79,7 @@ class Sweep(Config):
     scheduler: Scheduler = Scheduler()
     budget: Budget = Budget()
     baselines: bool = False
-    """Also train each task alone and the base experiment as it is, and compare."""
+    """Also train each task alone, and the base experiment with fixed weights, and compare."""
     seeds: PositiveInt = 3
     """Runs of everything that is compared in the end."""
     output_dir: str = "runs"
@@ -159,6 +160,10 @@ class Plan:
         steep = (path for path, range_ in self.sweep.space.items() if range_.kind == "loguniform")
         return {field for path in steep for field in expand(raw, path)}
 
+    def most_epochs(self) -> int:
+        """The epochs of the longest trial that may be drawn."""
+        return max(self.experiment(corner).training.epochs for corner in _corners(self.sweep))
+
     def alone(self, task: str) -> Experiment:
         """The base with one task only, all else equal."""
         raw = self.base.model_dump(mode="json")
@@ -216,8 +221,7 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
     found = beside if beside.is_file() else Path(sweep.base)
     if not found.is_file():
         raise SpaceError(["base"], f"there is no file {sweep.base!r} beside {path} or here")
-    overrides = [f"{key}={yaml.safe_dump(value)}" for key, value in sweep.settings.items()]
-    experiment = load_experiment(found, overrides)
+    experiment = _changed(found, sweep.settings)
     _check_objective(sweep, experiment)
     # Mid-epoch checkpoints would only cost: a trial is resumed at its last epoch.
     training = {**experiment.training.model_dump(), "checkpoint_every": None}
@@ -225,6 +229,17 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
         training["metric"] = sweep.objectives[0]
     raw = {**experiment.model_dump(mode="json"), "training": training}
     return parse_experiment(raw, where=str(found))
+
+
+def _changed(base: Path, settings: Mapping[str, Any]) -> Experiment:
+    """The base experiment with what `set:` changes."""
+    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+    try:
+        return load_experiment(base, overrides)
+    except ConfigError as error:
+        load_experiment(base)  # where the base is at fault, it is named
+        path = _culprit(str(error), settings)
+        raise SpaceError(["set", path], str(error)) from error
 
 
 def _check_objective(sweep: Sweep, base: Experiment) -> None:
@@ -270,14 +285,16 @@ def _check_space(sweep: Sweep, base: Experiment) -> None:
             plan.experiment(corner)
         except ConfigError as error:
             drawn = ", ".join(f"{p} = {v}" for p, v in plan.settings(corner).items())
-            path = _culprit(str(error), sweep)
+            path = _culprit(str(error), sweep.space)
             raise SpaceError(["space", path], f"{drawn}: {error}") from error
 
 
-def _culprit(message: str, sweep: Sweep) -> str:
-    """The parameter that a message of validation is about, else the first."""
-    paths = list(sweep.space)
-    return next((p for p in paths if p in message or p.split(".")[-1] in message), paths[0])
+def _culprit(message: str, paths: Iterable[str]) -> str:
+    """The path that a message of validation is about, else the first."""
+    ordered = list(paths)
+    named = (p for p in ordered if p in message)
+    ended = (p for p in ordered if p.split(".")[-1] in message)
+    return next(itertools.chain(named, ended), ordered[0])
 
 
 def _corners(sweep: Sweep) -> Iterator[dict[str, Any]]:

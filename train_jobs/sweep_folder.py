@@ -1,7 +1,8 @@
 """The folder of one sweep.
 
 sweep.yaml        the sweep as it was started, with the experiment it varies
-baselines/ search/ best/   Ray Tune's records of each phase's trials
+baselines/ search/         Ray Tune's records of each phase's trials
+best-TRIAL/                the same for the best setting, by the trial that found it
 trials.csv .parquet        every trial: status, settings, scores, seconds
 best.yaml artifact/        the best setting, and what it trains
 report.html *.png          everything to look at
@@ -22,7 +23,13 @@ from train_jobs.locks import check_file, hold_file, hold_object
 from train_jobs.runs import LOCK, check_bucket, differences
 from train_jobs.sweep import Plan, Sweep
 
-FREE = ("sweep.budget.minutes", "sweep.budget.concurrency", "sweep.output_dir", "base.scale")
+FREE = (
+    "sweep.budget.minutes",
+    "sweep.budget.concurrency",
+    "sweep.output_dir",
+    "sweep.set.scale",
+    "base.scale",
+)
 """What a resumed sweep may change."""
 
 
@@ -93,12 +100,20 @@ class SweepFolder:
                 ) from error
             yield
 
-    @property
-    def is_finished(self) -> bool:
-        return bool(self.filesystem.exists(f"{self.path}/finished"))
+    def is_finished(self, minutes: float | None) -> bool:
+        """Whether nothing is left to do for a search of so many minutes."""
+        searched = self.read("finished")
+        if not searched:
+            return searched is not None
+        return minutes is not None and minutes <= float(searched)
 
-    def finish(self) -> None:
-        self.write("finished", "")
+    def finish(self, minutes: float | None) -> None:
+        """Note that all is done: every trial, or what so many minutes of search left time for."""
+        self.write("finished", "" if minutes is None else str(minutes))
+
+    def holds(self, pattern: str) -> bool:
+        """Whether there is a file of that name, in which * stands for anything."""
+        return bool(self.filesystem.glob(f"{self.path}/{pattern}"))
 
     def write(self, name: str, content: str | bytes) -> None:
         """Replace a file as a whole."""

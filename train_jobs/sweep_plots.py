@@ -139,7 +139,7 @@ def compared_scores(cases: Mapping[str, Mapping[str, Sequence[float]]], path: Pa
         axes.set_xlim(-0.6, len(scores) - 0.4)
         axes.set_title(short_label(task), fontsize=10, parse_math=False)
         _finish(axes)
-    set_title(figure, "Alone, shared as it was, and the best found (dots are seeds)")
+    set_title(figure, "Alone, shared with fixed weights, and the best found (dots are seeds)")
     save_figure(figure, path)
 
 

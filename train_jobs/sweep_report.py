@@ -181,7 +181,7 @@ def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) ->
             points = [{**t, "x": t["seconds"], "y": t["objective"]} for t in searched]
             names = ("seconds a trial", objective)
             sweep_plots.trade_off(points, names, root / "time.png", smaller_x=True)
-        for first, second in itertools.pairwise(tasks):
+        for first, second in itertools.combinations(tasks, 2):
             points = [
                 {**t, "x": t["scores"][first], "y": t["scores"][second]}
                 for t in searched

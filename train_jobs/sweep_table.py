@@ -27,13 +27,10 @@ class SweepTable(tune.Callback):
         self.phase, self.plan, self.objectives = phase, plan, list(objectives)
         self.trials: dict[str, dict[str, Any]] = {}
         self.started = time.monotonic()
+        self.console = Console(highlight=False)
         self.live: Live | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "live": None}  # Tune stores its callbacks
-
     def __enter__(self) -> SweepTable:
-        self.console = Console(highlight=False)
         self.console.print(f"{self.phase}:")
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=2, get_renderable=self.render)
@@ -54,7 +51,7 @@ class SweepTable(tune.Callback):
         keys = [objective_key(number) for number in range(len(self.objectives))]
         row = self._row(trial)
         row.update(
-            epoch=result.get("epoch"),
+            epoch=shown(result.get("epoch", "")),
             seconds=result.get("time_total_s"),
             scores=[result[key] for key in keys if key in result],
             finished=bool(result.get("finished")),
@@ -62,17 +59,18 @@ class SweepTable(tune.Callback):
         said = row.setdefault("said", self.started)
         if time.monotonic() - said > SECONDS_BETWEEN_LINES and not row["finished"]:
             row["said"] = time.monotonic()
-            self._say(row, f"epoch {row['epoch']:g}")
+            self._say(row, f"epoch {row['epoch']}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._row(trial)
         self._end(row, "finished" if row.get("finished") else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(self._row(trial), "failed")
-        error = trial.get_pickled_error() or trial.get_error()
-        if error and self.live is None:
-            self.console.print(f"  {reason_of(error)}", soft_wrap=True, markup=False)
+        row = self._row(trial)
+        self._end(row, "failed")
+        if error := trial.get_pickled_error() or trial.get_error():
+            told = f"trial {row['number']}: {reason_of(error)}"
+            self.console.print(told, soft_wrap=True, markup=False)
 
     def _row(self, trial: Any) -> dict[str, Any]:
         return self.trials.setdefault(
@@ -90,7 +88,7 @@ class SweepTable(tune.Callback):
 
     def _say(self, row: Mapping[str, Any], what: str, more: str = "") -> None:
         """A line of its own, where nothing else shows how far a trial is."""
-        if self.live is not None or not hasattr(self, "console"):
+        if self.live is not None:
             return
         scores = " ".join(shown(100 * score) for score in row.get("scores", ())) or "no score"
         spent = f"{row.get('seconds') or 0:.0f} s"
@@ -113,7 +111,7 @@ class SweepTable(tune.Callback):
             table.add_row(
                 str(row["number"]),
                 row.get("status", ""),
-                f"{row['epoch']:g}" if row.get("epoch") is not None else "",
+                row.get("epoch", ""),
                 *scores,
                 f"{row['seconds']:.0f}" if row.get("seconds") else "",
                 *(shown(row["settings"].get(name, "")) for name in columns),

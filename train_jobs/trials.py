@@ -14,7 +14,7 @@ import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mtl_core.config import Experiment
+from mtl_core.config import Experiment, WeightingConfig
 from mtl_core.data.prepare import Data, prepare, reopen
 from mtl_core.metrics import PRIMARY
 from mtl_core.world import World
@@ -25,8 +25,8 @@ from train_jobs.sweep import Plan
 from train_jobs.worker import WorkerSession
 
 BASE, BEST, ALONE = "base", "best", "alone/"
-"""What is compared in the end: the experiment as it is, the best setting, each task by itself."""
-
+"""What is compared in the end: the experiment with fixed weights, the best setting, each task by
+itself."""
 
 COSINES_EVERY = 10
 """Steps between two looks at the tasks' gradients, in the base experiment's first run."""
@@ -62,11 +62,10 @@ class Job:
         if case.startswith(ALONE):
             alone = self.plan.alone(case.removeprefix(ALONE))
             return alone.model_copy(update={"seed": seed})
-        base = self.plan.base.model_copy(update={"seed": seed})
-        if seed != self.plan.base.seed or base.weighting.gradient_cosines:
-            return base
-        watched = base.weighting.model_copy(update={"gradient_cosines": COSINES_EVERY})
-        return base.model_copy(update={"weighting": watched})
+        base = self.plan.base
+        every = base.weighting.gradient_cosines or (COSINES_EVERY if seed == base.seed else None)
+        weighting = WeightingConfig(strategy="fixed", gradient_cosines=every)
+        return base.model_copy(update={"seed": seed, "weighting": weighting})
 
     def data(self, experiment: Experiment) -> Data:
         """Its encoded texts: mapped when they are the base experiment's, else made, or found made

@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mtl_core.build import inherit
 from mtl_core.command import INTERRUPTED, run_command
@@ -24,6 +23,7 @@ from train_jobs.cluster import ray_cluster, worker_resources
 from train_jobs.console import describe_data
 from train_jobs.forks import forked_workers
 from train_jobs.rehearsal import rehearse
+from train_jobs.search import TimeBudget, comparison_options, search_options
 from train_jobs.space import expand
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan = replace(plan, base=inherit(plan.base))
     folder = SweepFolder(plan.sweep)
     resumed = folder.check(plan)
-    if folder.is_finished:
+    if folder.is_finished(plan.sweep.budget.minutes):
         print(f"{folder.title} is finished:")
         show_report(folder)
         return
@@ -86,45 +86,62 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # The table has a line for it, and trials.csv the reason.
-    for name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
-        logging.getLogger(name).addFilter(_is_news)
+    for name in ("execution.tune_controller", "search.search_generator", "tune"):
+        logging.getLogger(f"ray.tune.{name}").addFilter(_is_news)
     # A trial that ended is on disk a second later, whatever happens to this process.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    with folder.claim(plan), forked_workers() as python, ray_cluster(python):
-        plan = _with_resources(plan)
-        rehearse(plan.base.scale, plan.sweep)
-        job = Job(plan, folder.title, data.labels, data.keys)
-        results: dict[str, list[dict[str, Any]]] = {}
-        seconds: dict[str, float] = {}
-        best: dict[str, Any] | None = None
-        for phase in PHASES:
-            if phase == "best":
-                if best is None:
-                    raise ConfigError(
-                        f"no trial of {folder.title} finished; trials.csv there says why"
-                    )
-                job = replace(job, best=best["config"])
-            cases = _cases(phase, plan)
-            if phase != "search" and not cases:
-                continue
-            space = _space(plan) if phase == "search" else cases
-            started = time.monotonic()
-            results[phase], whole = run_phase(phase, job, space, folder)
-            seconds[phase] = round(time.monotonic() - started, 1)
-            if phase == "baselines":
-                job = replace(job, alone=_scores_alone(results[phase], plan))
-            best = best_trial(results.get("search", []), plan)
-            write_report(plan, folder, results, best, seconds)
-            if not whole:
-                return False
-        folder.finish()
+    with forked_workers() as python, ray_cluster(python):
+        plan = _with_resources(plan)  # what this machine cannot hold leaves no folder
+        with folder.claim(plan):
+            rehearse(plan.base.scale, plan.sweep)
+            return run_phases(Job(plan, folder.title, data.labels, data.keys), folder)
+
+
+def run_phases(job: Job, folder: SweepFolder) -> bool:
+    """Run the baselines, the search and its best setting; False if one was interrupted.
+
+    Raises:
+        ConfigError: no trial of the search finished, or no baseline that its objective needs.
+    """
+    plan = job.plan
+    results: dict[str, list[dict[str, Any]]] = {}
+    seconds: dict[str, float] = {}
+    best: dict[str, Any] | None = None
+    for phase in PHASES:
+        records = phase
+        if phase == "best":
+            if best is None:
+                raise ConfigError(f"no trial of {folder.title} finished; trials.csv there says why")
+            job = replace(job, best=best["config"])
+            records = f"best-{best['trial']}"  # a search that goes on may find a better one
+        cases = _cases(phase, plan)
+        if phase != "search" and not cases:
+            continue
+        space = _space(plan) if phase == "search" else cases
+        started = time.monotonic()
+        results[phase], whole = run_phase(phase, job, space, folder, records)
+        seconds[phase] = round(time.monotonic() - started, 1)
+        if phase == "baselines":
+            job = replace(job, alone=_scores_alone(results[phase], plan))
+        best = best_trial(results.get("search", []), plan)
+        write_report(plan, folder, results, best, seconds)
+        if not whole:
+            return False
+    timed_out = _num_ended(results["search"]) < plan.sweep.num_trials
+    folder.finish(plan.sweep.budget.minutes if timed_out else None)
     return True
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether Ray says more than that a trial failed, which it does with a page of traceback."""
-    return not record.getMessage().startswith(("Trial task failed", "Trials did not complete"))
+    """Whether Ray says what neither the table, nor trials.csv, nor this command says better."""
+    known = (
+        "Trial task failed",  # a page of traceback
+        "Trials did not complete",
+        "Stop signal received",
+        "Experiment has been interrupted",
+        "Limiter was not found",
+    )
+    return not record.getMessage().startswith(known)
 
 
 def _cases(phase: str, plan: Plan) -> dict[str, Any]:
@@ -168,116 +185,50 @@ def _with_resources(plan: Plan) -> Plan:
 
 
 def run_phase(
-    phase: str, job: Job, space: Mapping[str, Any], folder: SweepFolder
+    phase: str, job: Job, space: Mapping[str, Any], folder: SweepFolder, records: str
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Run a phase's trials, or what is left of them; their results, and whether all ran."""
-    path = f"{folder.title}/{phase}"
-    trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), _resources(job.plan))
-    sweep = job.plan.sweep
-    table = SweepTable(phase, job.plan, sweep.objectives if phase == "search" else ("mean",))
-    if tune.Tuner.can_restore(path):
-        tuner = tune.Tuner.restore(path, trainable, param_space=dict(space))
-        restored: Any = tuner._local_tuner
-        restored._run_config.callbacks = [table]  # the one that was stored knows no terminal
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=dict(space),
-            tune_config=_tune_config(phase, job.plan),
-            run_config=tune.RunConfig(
-                name=phase,
-                storage_path=folder.title,
-                failure_config=tune.FailureConfig(max_failures=1),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-                callbacks=[table],
-                verbose=0,
-            ),
-        )
-    started = time.monotonic()
-    with table:
-        grid = tuner.fit()
-    # Where no result came the trial itself still knows its settings.
-    trials = grid._experiment_analysis.trials
-    rows = [_row(phase, grid[number], trial) for number, trial in enumerate(trials)]
-    rows = [row for row in rows if row["metrics"] or row["reason"]]  # the others never began
-    minutes = sweep.budget.minutes
-    timed_out = (
-        phase == "search" and minutes is not None and time.monotonic() - started > minutes * 60
-    )
-    expected = sweep.num_trials if phase == "search" else _count(space)
-    ended = sum(row["status"] != "unfinished" for row in rows)
-    return rows, timed_out or ended >= expected
+    """Run a phase's trials, or what is left of them; their results, and whether all ran.
 
-
-def _tune_config(phase: str, plan: Plan) -> tune.TuneConfig:
-    sweep = plan.sweep
-    first = objective_key(0)
-    at_once = sweep.budget.concurrency or _fitting(plan)
-    shared: dict[str, Any] = {
-        "max_concurrent_trials": at_once,
-        # A trial that is stopped keeps its workers as long as the process that waits for them.
-        "reuse_actors": plan.base.scale.workers == 1,
-    }
-    if phase != "search":
-        variants = BasicVariantGenerator(max_concurrent=at_once or 0)
-        return tune.TuneConfig(metric=first, mode="max", search_alg=variants, **shared)
-    if sweep.budget.minutes is not None:
-        shared["time_budget_s"] = sweep.budget.minutes * 60
-    grid = sweep.searcher.algorithm == "grid"
-    shared["num_samples"] = 1 if grid else sweep.budget.trials
-    shared["search_alg"] = _search_algorithm(plan, at_once)
-    shared["scheduler"] = _scheduler(plan)
-    if len(sweep.objectives) > 1:  # the searcher has the metrics
-        return tune.TuneConfig(**shared)
-    return tune.TuneConfig(metric=first, mode="max", **shared)
-
-
-def _fitting(plan: Plan) -> int | None:
-    """How many trials with workers of their own the cluster holds now; others queue by themselves.
-
-    A driver takes next to no CPU, so Tune would start all of them, to wait for workers in memory.
+    Args:
+        phase: which of PHASES.
+        job: what its trials share.
+        space: what Tune draws from.
+        folder: the sweep's.
+        records: the folder in it of Tune's records, from which the phase goes on.
     """
-    workers, _, each = worker_resources(plan.base.scale)
-    if workers == 1 or not isinstance(workers, int):
-        return None
-    cpus: float = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
-    return max(1, int(cpus / (workers * each["CPU"])))
-
-
-def _search_algorithm(plan: Plan, at_once: int | None) -> Any:
-    searcher = plan.sweep.searcher
-    if searcher.algorithm != "optuna":
-        return BasicVariantGenerator(max_concurrent=at_once or 0, random_state=searcher.seed)
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    keys = [objective_key(number) for number in range(len(plan.sweep.objectives))]
-    sampler = optuna.samplers.TPESampler(
-        n_startup_trials=searcher.startup_trials, seed=searcher.seed
-    )
-    several = len(keys) > 1
-    return OptunaSearch(
-        metric=keys if several else keys[0],
-        mode=["max"] * len(keys) if several else "max",
-        sampler=sampler,
-    )
-
-
-def _scheduler(plan: Plan) -> Any:
-    from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule
-
-    scheduler = plan.sweep.scheduler
-    if scheduler.kind == "asha":
-        return AsyncHyperBandScheduler(
-            time_attr="epoch",
-            max_t=plan.base.training.epochs + 1,  # the scores come after the last epoch's report
-            grace_period=min(scheduler.grace_epochs, plan.base.training.epochs),
-            reduction_factor=scheduler.reduction_factor,
+    searching, sweep = phase == "search", job.plan.sweep
+    table = SweepTable(phase, job.plan, sweep.objectives if searching else ("mean",))
+    budget = TimeBudget(sweep.budget.minutes if searching else None)
+    trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), _resources(job.plan))
+    with table:
+        # Tuner.restore would take all settings from its records, and the command may change some.
+        analysis = tune.run(
+            trainable,
+            config=dict(space),
+            name=records,
+            storage_path=folder.title,
+            resume=folder.holds(f"{records}/experiment_state-*.json"),
+            max_failures=1,
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            # A trial that is stopped keeps its workers as long as the process that waits for them.
+            reuse_actors=job.plan.base.scale.workers == 1,
+            raise_on_failed_trial=False,
+            callbacks=[table, budget],
+            verbose=0,
+            **(search_options if searching else comparison_options)(job.plan),
         )
-    if scheduler.kind == "median":
-        return MedianStoppingRule(time_attr="epoch", grace_period=scheduler.grace_epochs)
-    return None
+    # Where no result came the trial itself still knows its settings.
+    grid = tune.ResultGrid(analysis)
+    rows = [_row(phase, grid[number], trial) for number, trial in enumerate(analysis.trials)]
+    rows = [row for row in rows if row["metrics"] or row["reason"]]  # the others never began
+    if budget.is_over:
+        print(f"{budget.minutes:g} minutes are over; with more the same command goes on")
+    expected = sweep.num_trials if searching else _count(space)
+    return rows, budget.is_over or _num_ended(rows) >= expected
+
+
+def _num_ended(rows: Sequence[Mapping[str, Any]]) -> int:
+    return sum(row["status"] != "unfinished" for row in rows)
 
 
 def _resources(plan: Plan) -> dict[str, float]:

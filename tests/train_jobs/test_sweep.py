@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from mtl_core.config import ConfigError
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
+from train_jobs.sweep_folder import SweepFolder
+from train_jobs.trials import BASE as BASELINE
+from train_jobs.trials import Job
 from train_jobs.tune import _space
 
 BASE: dict[str, Any] = {
@@ -115,6 +118,22 @@ def test_every_sweep_that_ships_is_sound(path: Path, monkeypatch: pytest.MonkeyP
             r"sweep.yaml:3: .*low and high must be multiples of step",
         ),
         ({"budget": {"trials": 0}}, r"sweep.yaml:5: budget.trials: .*greater than 0"),
+        (
+            {"set": {"optim.warmup": 0.1, "training.epoch": 3}},
+            r"sweep.yaml:5: set.training.epoch: .*unknown key; did you mean 'epochs'",
+        ),
+        (
+            {"set": {"training.epochs": 0}},
+            r"sweep.yaml:5: set.training.epochs: .*greater than 0 \(got 0\)",
+        ),
+        (
+            {"set": {"freeze.encoder": True, "freeze.unfreeze_every": 1}},
+            r"sweep.yaml:5: set.freeze.encoder: .*drop it to use unfreeze_every",
+        ),
+        (
+            {"set": {"data.1.limit": 10}},
+            r"sweep.yaml:5: set.data.1.limit: .*data.1.limit=10: '1' is no index",
+        ),
     ],
 )
 def test_a_mistake_is_refused_with_its_line(
@@ -122,6 +141,15 @@ def test_a_mistake_is_refused_with_its_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(tmp_path, **changes)
+
+
+def test_a_mistake_of_the_base_is_not_blamed_on_what_is_set(tmp_path: Path) -> None:
+    base = {**BASE, "training": {"epoch": 3}}
+    with pytest.raises(ConfigError, match=r"base.yaml: training.epoch: unknown key"):
+        plan_of(tmp_path, base=base, set={"training.epochs": 3})
+    with pytest.raises(ConfigError) as error:
+        plan_of(tmp_path, base=base, set={"training.epochs": 3})
+    assert "sweep.yaml" not in str(error.value)
 
 
 def test_a_change_to_one_field_of_the_base_or_one_range_leaves_the_others(tmp_path: Path) -> None:
@@ -221,6 +249,57 @@ def test_weights_on_the_simplex_are_drawn_uniformly() -> None:
     )
     np.testing.assert_allclose(weights.mean(axis=0), 1 / 3, atol=0.005)
     np.testing.assert_allclose(weights.var(axis=0), 1 / 18, rtol=0.04)
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "uncertainty", "dwa", "rlw", "pcgrad"])
+def test_what_is_compared_as_shared_has_fixed_weights(strategy: str, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, base={**BASE, "weighting": {"strategy": strategy}})
+    job = Job(plan, str(tmp_path), labels={}, keys={})
+    first, second = (job.experiment({"case": BASELINE, "seed": seed}) for seed in (42, 43))
+    assert first.weighting.strategy == second.weighting.strategy == "fixed"
+    assert first.weighting.gradient_cosines
+    assert not second.weighting.gradient_cosines
+    assert second.optim == plan.base.optim
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ("budget.minutes=60", True),
+        ("budget.concurrency=3", True),
+        ("set.scale.workers=1", True),
+        ("set.scale={workers: 1}", True),
+        ("set.training.epochs=3", False),
+        ("seeds=2", False),
+    ],
+)
+def test_a_sweep_goes_on_with_more_time_or_another_scale_and_is_else_another_one(
+    change: str, allowed: bool, tmp_path: Path
+) -> None:
+    place = {"output_dir": str(tmp_path / "sweeps"), "set": {"scale.workers": 4}}
+    plan = plan_of(tmp_path, **place)
+    with SweepFolder(plan.sweep).claim(plan):
+        pass
+    changed = load_plan(tmp_path / "sweep.yaml", [change])
+    if allowed:
+        assert SweepFolder(changed.sweep).check(changed)
+    else:
+        with pytest.raises(ConfigError, match="belongs to another sweep"):
+            SweepFolder(changed.sweep).check(changed)
+
+
+def test_a_search_cut_off_by_its_time_is_finished_until_it_gets_more(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
+    folder = SweepFolder(plan.sweep)
+    assert not folder.is_finished(5)
+    with folder.claim(plan):
+        folder.finish(5)
+    assert folder.is_finished(5)
+    assert not folder.is_finished(5.5)
+    assert not folder.is_finished(None)
+    folder.finish(None)
+    assert folder.is_finished(60)
+    assert folder.is_finished(None)
 
 
 def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from train_jobs import sweep_table
 from train_jobs.sweep_table import SECONDS_BETWEEN_LINES, SweepTable
@@ -39,3 +41,23 @@ def test_in_a_log_a_long_trial_says_where_it_is_now_and_then_and_how_it_ended(
         "trial 1 epoch 4, 40, 72 s",
         "trial 1 finished, 60, 108 s: optim.learning_rate 0.001",
     ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_why_a_trial_failed_is_said_on_a_terminal_and_in_a_log(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = partial(Console, force_terminal=terminal, width=100)
+    monkeypatch.setattr(sweep_table, "Console", here)
+    plan: Any = SimpleNamespace(settings=dict)
+    trial = SimpleNamespace(
+        trial_id="a",
+        config={"optim.learning_rate": 1e38},
+        get_pickled_error=lambda: None,
+        get_error=lambda: "Failure # 1\nthe loss of [sentiment] is not finite at step 1",
+    )
+    with SweepTable("search", plan, ["mean"]) as table:
+        table.on_trial_start(0, [], trial)
+        table.on_trial_result(0, [], trial, {"time_total_s": 1.0})  # Tune's own, without an epoch
+        table.on_trial_error(0, [], trial)
+    assert "trial 1: the loss of [sentiment] is not finite at step 1\n" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.commands import history, write_config
 from tests.terminal import Terminal
@@ -20,6 +21,46 @@ TABLE = re.compile(
     + r"[━╸╺ ]+\n *task +training loss +validation *\n( *(sentiment|entities) +\d\.\d{4}.*\n?){2}",
     re.MULTILINE,
 )
+
+
+SEARCH = re.compile(
+    r"^search: (?:\d+ \w+(?:, )?)+  \d+:\d\d\n┏━+.*\n┃ trial ┃ status +┃ epoch ┃ mean", re.MULTILINE
+)
+
+
+def test_a_sweep_s_table_is_redrawn_in_place_and_says_why_a_trial_failed(
+    tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    base = {**experiment, "data": [{"demo": True, "limit": 80}], "scale": {"workers": 1}}
+    write_config(tmp_path, base)
+    sweep = {
+        "base": "experiment.yaml",
+        "output_dir": str(tmp_path / "sweeps"),
+        "space": {"optim.learning_rate": {"grid": [1e38, 1e-3]}},  # the first overflows
+        "searcher": {"algorithm": "grid"},
+        "budget": {"concurrency": 1},
+        "seeds": 1,
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    with Terminal("tune", "--config", str(tmp_path / "sweep.yaml")) as terminal:
+        screen = terminal.screen
+
+        def tables() -> list[str]:
+            found = SEARCH.findall(screen.text)
+            assert len(found) <= 1, f"drawn below, not over, the last one:\n{screen.text}"
+            return found
+
+        terminal.wait_until(lambda: bool(tables()))
+        assert not screen.cursor_visible
+        terminal.wait_until(lambda: bool(tables()) and "1 failed" in screen.text)
+        assert re.search(r"^trial 1: .* is not finite at step \d+", screen.text, re.MULTILINE)
+        assert terminal.wait() == 0, screen.text
+    assert screen.cursor_visible
+    assert screen.erased > 5
+    assert len(tables()) == 1
+    assert re.search(r"^search: 1 failed, 1 finished  \d+:\d\d", screen.text, re.MULTILINE)
+    assert "report: " in screen.text
+    assert "Traceback" not in screen.text
 
 
 def test_progress_is_redrawn_in_place_and_ctrl_c_gives_the_terminal_back(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -71,6 +72,12 @@ def trials_of(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "sweeps/sweep/trials.csv")
 
 
+def finished_of(trials: pd.DataFrame) -> pd.DataFrame:
+    """The finished trials of the search, by name."""
+    wanted = (trials["phase"] == "search") & (trials["status"] == "finished")
+    return trials[wanted].set_index("trial")
+
+
 def test_every_trial_stands_in_the_table(swept: Path) -> None:
     trials = trials_of(swept)
     assert dict(trials["phase"].value_counts()) == {"baselines": 6, "search": 4, "best": 2}
@@ -121,6 +128,16 @@ def test_the_page_holds_everything_and_needs_nothing(swept: Path) -> None:
         assert trial in page
 
 
+def test_every_picture_of_a_whole_sweep_is_on_the_page(swept: Path) -> None:
+    folder = swept / "sweeps/sweep"
+    pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    names = {"compared", "cosines", "importance", "pareto_entities_sentiment", "time", "trials"}
+    assert pictures.keys() == {f"{name}.png" for name in names}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for content in pictures.values():
+        assert base64.b64encode(content).decode() in page
+
+
 def test_a_finished_sweep_is_shown_and_not_repeated(swept: Path) -> None:
     before = trials_of(swept)
     done = run("tune", "--config", str(swept / "sweep.yaml"))
@@ -134,6 +151,49 @@ def test_a_folder_of_another_sweep_is_refused(swept: Path) -> None:
     done = run("tune", "--config", str(swept / "sweep.yaml"), "--set", "seeds=3")
     assert done.returncode == 1
     assert "sweep.seeds was 2, now 3" in done.stderr
+
+
+def test_what_this_machine_cannot_hold_is_refused_and_leaves_no_folder(
+    tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    path = write_sweep(tmp_path, experiment, set={"scale.workers": 500})
+    done = run("tune", "--config", str(path))
+    assert done.returncode == 1
+    assert "500 worker(s)" in done.stderr
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_a_search_whose_time_is_over_goes_on_when_it_gets_more(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    """A thousand short trials never end within the time that they get."""
+    budget = {"trials": 1000, "concurrency": 1, "minutes": 0.15}
+    path = write_sweep(tmp_path, experiment, budget=budget, seeds=1)
+    done = run("tune", "--config", str(path), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "0.15 minutes are over" in done.stdout
+    assert "WARNING" not in done.stderr
+    first = trials_of(tmp_path)
+    ended = finished_of(first)
+    assert 2 <= len(ended) < 500
+    assert (first[first["phase"] == "best"]["status"] == "finished").all()
+
+    done = run("tune", "--config", str(path), address=ray_address)
+    assert "is finished" in done.stdout
+
+    more = ("--set", "budget.minutes=0.3", "--set", "budget.concurrency=2")
+    done = run("tune", "--config", str(path), *more, address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert "0.3 minutes are over" in done.stdout
+    searched = finished_of(trials_of(tmp_path))
+    assert len(searched) > len(ended)
+    before = ended["seconds"].iloc[:-1]  # the last may have been cut off behind its scores
+    pd.testing.assert_series_equal(searched.loc[before.index, "seconds"], before)
+    summary = json.loads((tmp_path / "sweeps/sweep/summary.json").read_text(encoding="utf-8"))
+    best = searched["objective mean"].idxmax()
+    assert summary["best"]["trial"] == best
+    assert (tmp_path / f"sweeps/sweep/best-{best}").is_dir()
 
 
 def test_a_trial_that_fails_is_recorded_and_the_others_go_on(

@@ -1,0 +1,150 @@
+"""What a sweep's report shows: pictures that open, a page that needs nothing, what mattered."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from mtl_core.metrics import PRIMARY
+from train_jobs import sweep_plots
+from train_jobs.sweep import Plan, load_plan
+from train_jobs.sweep_folder import SweepFolder
+from train_jobs.sweep_report import draw, importance, write_report
+
+KINDS = {"topic": "classification", "mood": "multilabel", "places": "token_classification"}
+RATE, DROPOUT, SCHEDULE = "optim.learning_rate", "encoder.dropout", "optim.schedule"
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """A sweep of three tasks and three fields."""
+    base = {
+        "tasks": {task: {"kind": kind} for task, kind in KINDS.items()},
+        "data": [{"path": "none.jsonl", "columns": {"text": "text"} | {t: t for t in KINDS}}],
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base, sort_keys=False), encoding="utf-8")
+    space = {
+        RATE: {"loguniform": [1e-5, 1e-2]},
+        DROPOUT: {"uniform": [0.0, 0.5]},
+        SCHEDULE: {"choice": ["linear", "cosine", "constant"]},
+    }
+    sweep = {"base": "base.yaml", "space": space, "output_dir": str(tmp_path)}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    return load_plan(tmp_path / "sweep.yaml")
+
+
+def search_of(count: int, decisive: str) -> list[dict[str, Any]]:
+    """Trials whose objective hangs on one field and on nothing else."""
+    draw_from = np.random.default_rng(0)
+    worth = {"linear": 0.9, "cosine": 0.5, "constant": 0.1}
+    trials = []
+    for number in range(count):
+        exponent, dropout = draw_from.uniform(-5, -2), draw_from.uniform(0, 0.5)
+        schedule = str(draw_from.choice(list(worth)))
+        scores = {RATE: -abs(exponent + 3), DROPOUT: -dropout, SCHEDULE: worth[schedule]}
+        objective = scores[decisive]
+        metrics = {
+            f"validation/{task}/{PRIMARY[kind]}": 0.5 + objective / 10 + place / 100 * (-1) ** place
+            for place, (task, kind) in enumerate(KINDS.items())
+        }
+        trials.append(
+            {
+                "phase": "search",
+                "trial": f"trial_{number}",
+                "status": "finished",
+                "reason": "",
+                "config": {RATE: 10**exponent, DROPOUT: dropout, SCHEDULE: schedule},
+                "metrics": {**metrics, "objective_0": objective, "time_total_s": 1.0 + number},
+                "checkpoint": None,
+            }
+        )
+    return trials
+
+
+@pytest.mark.parametrize("decisive", [RATE, DROPOUT, SCHEDULE])
+def test_the_field_that_decides_is_the_one_that_matters(decisive: str, plan: Plan) -> None:
+    found = importance(plan, search_of(60, decisive))
+    assert set(found) == {RATE, DROPOUT, SCHEDULE}
+    assert sum(found.values()) == pytest.approx(1)
+    assert max(found, key=found.__getitem__) == decisive
+    assert found[decisive] > 0.7
+
+
+def test_too_few_trials_say_nothing_of_what_matters(plan: Plan) -> None:
+    assert importance(plan, search_of(3, RATE)) == {}
+
+
+def test_every_two_tasks_are_drawn_against_each_other(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        sweep_plots,
+        "trade_off",
+        lambda points, names, path, **_: drawn.update({path.name: (names, points)}),
+    )
+    trials = search_of(5, RATE)
+    draw(plan, {"search": trials}, {"importance": {}, "compared": {}})
+    names = {"pareto_topic_mood.png", "pareto_topic_places.png", "pareto_mood_places.png"}
+    assert drawn.keys() - {"time.png"} == names
+    (first, second), points = drawn["pareto_topic_places.png"]
+    assert (first, second) == ("topic", "places")
+    assert points[0]["x"] == trials[0]["metrics"]["validation/topic/accuracy"]
+    assert points[0]["y"] == trials[0]["metrics"]["validation/places/f1"]
+
+
+def test_the_front_is_a_line_through_what_nothing_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(sweep_plots, "save_figure", lambda figure, _: figures.append(figure))
+    scores = [(0.1, 0.9), (0.5, 0.5), (0.9, 0.1), (0.4, 0.4)]
+    points: list[dict[str, Any]] = [{"status": "finished", "x": x, "y": y} for x, y in scores]
+    points.append({"status": "stopped", "x": 1.0, "y": 1.0})  # not trained to its end
+    sweep_plots.trade_off(points, ("topic", "mood"), tmp_path / "front.png")
+    (line,) = figures[0].axes[0].lines
+    assert list(zip(*line.get_data(), strict=True)) == scores[:3]
+
+
+class Resources(HTMLParser):
+    """Everything that a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.found += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data")]
+
+
+def test_the_page_shows_every_picture_and_fetches_nothing(plan: Plan) -> None:
+    folder = SweepFolder(plan.sweep)
+    with folder.claim(plan):
+        write_report(plan, folder, {"search": search_of(6, RATE)}, None, {})
+    pictures = sorted(Path(folder.path).glob("*.png"))
+    assert len(pictures) == 6  # trials, importance, time, three pairs of tasks
+    page = (Path(folder.path) / "report.html").read_text(encoding="utf-8")
+    resources = Resources()
+    resources.feed(page)
+    assert not resources.tags & {"script", "link", "iframe", "object"}
+    assert not re.search(r"url\(|@import", page)
+    shown = []
+    for source in resources.found:
+        kind, data = source.split(",", 1)
+        assert kind == "data:image/png;base64"
+        shown.append(base64.b64decode(data))
+    assert sorted(shown) == sorted(path.read_bytes() for path in pictures)
+    for content in shown:
+        with Image.open(io.BytesIO(content)) as picture:
+            assert np.asarray(picture).std() > 0

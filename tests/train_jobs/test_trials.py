@@ -1,0 +1,57 @@
+"""What the trials of a sweep share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from ray import tune
+
+from mtl_core import features
+from mtl_core.data.prepare import prepare
+from train_jobs.sweep import load_plan
+from train_jobs.trials import Job, run_trial
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+def test_a_frozen_encoder_runs_once_a_text_and_not_once_a_trial(
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {
+        **experiment,
+        "data": [{"demo": True, "limit": 80}],
+        "freeze": {"encoder": True},
+        "scale": {"workers": 1},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    space = {"optim.head_learning_rate": {"loguniform": [1e-3, 1e-1]}}
+    sweep = {"base": "base.yaml", "space": space}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    plan = load_plan(tmp_path / "sweep.yaml")
+
+    write, texts = features._write_states, []
+
+    def counted(model: Any, split: Any, *more: Any) -> Iterator[float]:
+        texts.append(len(split))
+        yield from write(model, split, *more)
+
+    scores: list[dict[str, Any]] = []
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "_write_states", counted)
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(tune, "report", lambda row, checkpoint: scores.append(row))
+    data = prepare(plan.base)
+    job = Job(plan, str(tmp_path / "sweep"), data.labels, data.keys)
+    for number, rate in enumerate((1e-3, 1e-2, 1e-1)):
+        context = SimpleNamespace(get_trial_id=lambda number=number: f"trial_{number}")
+        monkeypatch.setattr(tune, "get_context", lambda context=context: context)
+        run_trial({"optim.head_learning_rate": rate}, job)
+    assert sorted(texts) == sorted(len(data.splits[name]) for name in ("train", "validation"))
+    ends = [row for row in scores if row.get("finished")]
+    assert len(ends) == 3
+    assert len({row["objective_0"] for row in ends}) > 1
