@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from aws import prepare
@@ -27,6 +27,10 @@ moto = pytest.importorskip("moto", reason="moto is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 AMI = "ami-12c6146b"  # one that moto knows: it does not resolve parameters as EC2 does
 WORKERS = ("cpu", "gpu")
+
+
+def client_error(code: str) -> ClientError:
+    return ClientError({"Error": {"Code": code, "Message": "refused"}}, "RunInstances")
 
 
 def read(name: str = "cluster.yaml") -> dict[str, Any]:
@@ -155,8 +159,7 @@ def refused_on_spot(config: dict[str, Any], provider: Any, code: str) -> Any:
     class Refusing:
         def create_instances(self, **request: Any) -> Any:
             if "InstanceMarketOptions" in request:
-                body = {"Error": {"Code": code, "Message": "there is no such machine now"}}
-                raise ClientError(body, "RunInstances")
+                raise client_error(code)
             return real.create_instances(**request)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -265,6 +268,55 @@ def test_secrets_are_the_owner_s_alone_and_stay(account: Account) -> None:
     files = (account.folder / ".multitask-ray").iterdir()
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
     assert not any(secret in account.said for secret in first.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("0.0.0.0/0", "0.0.0.0/0 lets 4,294,967,296 addresses try to log in; name your own"),
+        ("128.0.0.0/1", "or a network of at least 8 bits"),
+        ("203.0.113.7/24", "has host bits set; write ADDRESS/BITS, as 203.0.113.7/32"),
+        ("203.0.113/24", "Expected 4 octets"),
+        ("::/0", "Expected 4 octets"),
+        ("home", "write ADDRESS/BITS"),
+    ],
+)
+def test_who_may_log_in_is_checked_before_anything_is_asked(
+    given: str, says: str, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked.clear()
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["--bucket", "b", "--ssh-from", given])
+    assert stop.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert asked == []
+
+
+def test_one_address_may_be_given_alone() -> None:
+    assert prepare.address_range("203.0.113.7") == "203.0.113.7/32"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (EndpointConnectionError(endpoint_url="-"), "check provider.region in cluster.yaml"),
+        (client_error("InvalidClientTokenId"), "the key is wrong or has expired"),
+        (client_error("UnauthorizedOperation"), "somebody who may make roles has to run this"),
+        (client_error("BucketAlreadyExists"), "choose another --bucket"),
+    ],
+)
+def test_what_aws_refuses_comes_with_what_to_do(
+    error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(prepare, "prepare", refused)
+    arguments = ["--bucket", "b", "--ssh-from", "203.0.113.7", "--cluster"]
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([*arguments, str(ROOT / "cluster.yaml")])
+    assert str(stop.value).startswith(f"error: {error}; ")
+    assert advice in str(stop.value)
 
 
 def test_without_credentials_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
