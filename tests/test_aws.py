@@ -17,6 +17,7 @@ import ray
 import yaml
 from botocore.exceptions import ClientError, EndpointConnectionError
 from ray.autoscaler.node_launch_exception import NodeLaunchException
+from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError
 
 from aws import prepare
 from serve_app.launch import SERVE_ENVIRONMENT
@@ -177,6 +178,12 @@ def allowed(*names: str) -> set[str]:
     return found
 
 
+def in_containers(config: dict[str, Any]) -> dict[str, str]:
+    """The environment that `docker run` gives every node."""
+    options = [option.split(maxsplit=1) for option in config["docker"]["run_options"]]
+    return dict(value.split("=", 1) for flag, value in options if flag == "-e")
+
+
 def test_ray_itself_finds_the_file_valid_and_the_versions_are_the_project_s() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -196,8 +203,16 @@ def test_serve_s_settings_and_the_token_are_there_when_ray_starts_on_every_node(
     for role in ("head", "worker"):
         start = config[f"{role}_start_ray_commands"][1]
         assert "python -m serve_app.environment ray start" in " ".join(start.split())
-    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    environment = in_containers(config)
+    assert environment["RAY_AUTH_MODE"] == "token"
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"])
+    assert config["file_mounts"][str(token.parent)] == str(prepare.SECRETS)
     assert not [name for name in SERVE_ENVIRONMENT if name in str(config)]  # said in one place
+
+
+def test_containers_and_machines_are_of_one_region() -> None:
+    config = read()
+    assert in_containers(config)["AWS_DEFAULT_REGION"] == config["provider"]["region"]
 
 
 def test_every_key_is_explained() -> None:
@@ -238,6 +253,11 @@ def test_every_kind_of_node_starts_with_its_own_role_and_ends(account: Account) 
     assert account.left == [account.machines["head"].id]
 
 
+def test_the_autoscaler_passes_on_what_ec2_says(account: Account) -> None:
+    refused = LaunchNodeError("gpu", 1, "an id", 0, cause=client_error("VcpuLimitExceeded"))
+    assert "VcpuLimitExceeded" in str(refused)
+
+
 def test_where_spot_is_refused_a_machine_on_demand_comes(account: Account) -> None:
     assert account.instead.instance_type == "g5.xlarge"
     assert account.instead.instance_lifecycle is None
@@ -265,6 +285,7 @@ def test_secrets_are_the_owner_s_alone_and_stay(account: Account) -> None:
     first, again = account.secrets
     assert sorted(first) == ["api_keys", "ray_token"]
     assert first == again
+    assert Path(in_containers(read())["RAY_AUTH_TOKEN_PATH"]).name in first
     files = (account.folder / ".multitask-ray").iterdir()
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
     assert not any(secret in account.said for secret in first.values())
@@ -358,6 +379,7 @@ def test_a_quota_of_nothing_is_told_before_anything_starts(
 def test_policies_name_the_account_and_bucket_and_no_wildcard_action() -> None:
     for name in ("head", "worker", "launcher"):
         assert not any("*" in action for action in allowed(name))
+        assert f"`aws/{name}-policy.json`" in (ROOT / "docs/deploy-aws.md").read_text()
     text = "".join(prepare.policies("head", "123456789012", "us-east-1", "my-runs").values())
     assert "arn:aws:s3:::my-runs/*" in text
     assert not any(mark in text for mark in ("ACCOUNT", "REGION", "BUCKET"))
