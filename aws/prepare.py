@@ -7,6 +7,7 @@ addresses, and the secrets; checks credentials, region and quotas. None of it co
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import secrets
 import sys
@@ -27,6 +28,8 @@ QUOTAS = {
     "L-DB2E81BA": ("on-demand G vCPUs (gpu nodes where spot is refused)", 4),
 }
 """Quota code → what it bounds, and the least that a cluster of one node of each kind needs."""
+WIDEST = 8
+"""Bits of the widest range of addresses that may log in: one organisation's."""
 THERE_ALREADY = (
     "BucketAlreadyOwnedByYou",
     "EntityAlreadyExists",
@@ -45,7 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--bucket", required=True, help="S3 bucket for runs; made if not there")
     parser.add_argument(
-        "--ssh-from", required=True, metavar="CIDR", help="who may log in, e.g. 203.0.113.7/32"
+        "--ssh-from",
+        required=True,
+        type=address_range,
+        metavar="CIDR",
+        help="who may log in, e.g. 203.0.113.7/32",
     )
     parser.add_argument("--cluster", default="cluster.yaml", help="(%(default)s)")
     options = parser.parse_args(arguments)
@@ -56,6 +63,22 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except (BotoCoreError, ClientError) as error:
         sys.exit(f"error: {error}{advice(error)}")
+
+
+def address_range(text: str) -> str:
+    """A range of IPv4 addresses, but none so wide that the world is in it."""
+    try:
+        network = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{error}; write ADDRESS/BITS, as 203.0.113.7/32"
+        ) from None
+    if network.prefixlen < WIDEST:
+        raise argparse.ArgumentTypeError(
+            f"{network} lets {network.num_addresses:,} addresses try to log in; name your own "
+            f"(ADDRESS/32), or a network of at least {WIDEST} bits"
+        )
+    return str(network)
 
 
 def prepare(config: dict[str, Any], bucket: str, ssh_from: str) -> None:

@@ -1,7 +1,8 @@
 """Ray clusters that grow and shrink for real, on this machine: Ray's autoscaler with true raylets.
 
-Ray's own fake provider starts a raylet where a cloud would start a machine. All else is what a
-cluster has: token authentication, the dashboard's job server, a head without CPUs.
+Ray's own fake provider starts a raylet where a cloud would start a machine; ours has no GPUs to
+give. All else is what a cluster has: token authentication, the dashboard's job server, a head
+without CPUs.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import psutil
 import yaml
 
 from serve_app.launch import end
+from tests.commands import ROOT
 from tests.servers import free_port
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+PROVIDER = "tests.refusing.NoGpus"
 HEAD_ID = "f" * 51 + "00000"
 HEAD_TYPE = "ray.head.default"  # the provider knows no other
 MEMORY = 100_000_000
@@ -109,6 +111,7 @@ def autoscaling_cluster(
             "RAY_NODE_TYPE_NAME": HEAD_TYPE,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_worker_niceness": "0",
+            "PYTHONPATH": str(ROOT),
         }
         command = [*RAY, "start", "--head", "--block", "--disable-usage-stats"]
         command += ["--port", gcs.rpartition(":")[2], "--num-cpus", "0"]

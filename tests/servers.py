@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,7 @@ def local_server(
     head_call: Any = None,
     log: RequestLog | None = None,
     prefix: str = "",
+    ready: Callable[[], Awaitable[None]] = _always_ready,
     **settings: Any,
 ) -> Iterator[tuple[str, Service]]:
     """The routes on a loopback port of this process, heads included; URL and service.
@@ -120,6 +121,7 @@ def local_server(
         head_call: makes the line to a task's head; in this process when None.
         log: where requests are logged; nowhere when None.
         prefix: path that all routes are under, as behind a proxy.
+        ready: raises ApiError while heads are away.
         settings: of the server.
     """
     chosen = Settings(artifact=str(artifact), **settings)
@@ -135,7 +137,7 @@ def local_server(
     service = Service(model, head_call or local, metrics, chosen.max_waiting, chosen.batch_tokens)
     gate = Gate(service, chosen, keys, log or RequestLog(False))
     port = free_port()
-    app = build_app(Routes(gate, _always_ready))
+    app = build_app(Routes(gate, ready))
     server = uvicorn.Server(
         uvicorn.Config(
             Starlette(routes=[Mount(prefix, app)]) if prefix else app,

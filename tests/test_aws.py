@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from ray.autoscaler.node_launch_exception import NodeLaunchException
+from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError
 
 from aws import prepare
 from serve_app.launch import SERVE_ENVIRONMENT
@@ -27,6 +28,10 @@ moto = pytest.importorskip("moto", reason="moto is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 AMI = "ami-12c6146b"  # one that moto knows: it does not resolve parameters as EC2 does
 WORKERS = ("cpu", "gpu")
+
+
+def client_error(code: str) -> ClientError:
+    return ClientError({"Error": {"Code": code, "Message": "refused"}}, "RunInstances")
 
 
 def read(name: str = "cluster.yaml") -> dict[str, Any]:
@@ -155,8 +160,7 @@ def refused_on_spot(config: dict[str, Any], provider: Any, code: str) -> Any:
     class Refusing:
         def create_instances(self, **request: Any) -> Any:
             if "InstanceMarketOptions" in request:
-                body = {"Error": {"Code": code, "Message": "there is no such machine now"}}
-                raise ClientError(body, "RunInstances")
+                raise client_error(code)
             return real.create_instances(**request)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -172,6 +176,12 @@ def allowed(*names: str) -> set[str]:
             actions = statement["Action"]
             found |= set([actions] if isinstance(actions, str) else actions)
     return found
+
+
+def in_containers(config: dict[str, Any]) -> dict[str, str]:
+    """The environment that `docker run` gives every node."""
+    options = [option.split(maxsplit=1) for option in config["docker"]["run_options"]]
+    return dict(value.split("=", 1) for flag, value in options if flag == "-e")
 
 
 def test_ray_itself_finds_the_file_valid_and_the_versions_are_the_project_s() -> None:
@@ -193,8 +203,16 @@ def test_serve_s_settings_and_the_token_are_there_when_ray_starts_on_every_node(
     for role in ("head", "worker"):
         start = config[f"{role}_start_ray_commands"][1]
         assert "python -m serve_app.environment ray start" in " ".join(start.split())
-    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    environment = in_containers(config)
+    assert environment["RAY_AUTH_MODE"] == "token"
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"])
+    assert config["file_mounts"][str(token.parent)] == str(prepare.SECRETS)
     assert not [name for name in SERVE_ENVIRONMENT if name in str(config)]  # said in one place
+
+
+def test_containers_and_machines_are_of_one_region() -> None:
+    config = read()
+    assert in_containers(config)["AWS_DEFAULT_REGION"] == config["provider"]["region"]
 
 
 def test_every_key_is_explained() -> None:
@@ -235,6 +253,11 @@ def test_every_kind_of_node_starts_with_its_own_role_and_ends(account: Account) 
     assert account.left == [account.machines["head"].id]
 
 
+def test_the_autoscaler_passes_on_what_ec2_says(account: Account) -> None:
+    refused = LaunchNodeError("gpu", 1, "an id", 0, cause=client_error("VcpuLimitExceeded"))
+    assert "VcpuLimitExceeded" in str(refused)
+
+
 def test_where_spot_is_refused_a_machine_on_demand_comes(account: Account) -> None:
     assert account.instead.instance_type == "g5.xlarge"
     assert account.instead.instance_lifecycle is None
@@ -262,9 +285,59 @@ def test_secrets_are_the_owner_s_alone_and_stay(account: Account) -> None:
     first, again = account.secrets
     assert sorted(first) == ["api_keys", "ray_token"]
     assert first == again
+    assert Path(in_containers(read())["RAY_AUTH_TOKEN_PATH"]).name in first
     files = (account.folder / ".multitask-ray").iterdir()
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
     assert not any(secret in account.said for secret in first.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("0.0.0.0/0", "0.0.0.0/0 lets 4,294,967,296 addresses try to log in; name your own"),
+        ("128.0.0.0/1", "or a network of at least 8 bits"),
+        ("203.0.113.7/24", "has host bits set; write ADDRESS/BITS, as 203.0.113.7/32"),
+        ("203.0.113/24", "Expected 4 octets"),
+        ("::/0", "Expected 4 octets"),
+        ("home", "write ADDRESS/BITS"),
+    ],
+)
+def test_who_may_log_in_is_checked_before_anything_is_asked(
+    given: str, says: str, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked.clear()
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["--bucket", "b", "--ssh-from", given])
+    assert stop.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert asked == []
+
+
+def test_one_address_may_be_given_alone() -> None:
+    assert prepare.address_range("203.0.113.7") == "203.0.113.7/32"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (EndpointConnectionError(endpoint_url="-"), "check provider.region in cluster.yaml"),
+        (client_error("InvalidClientTokenId"), "the key is wrong or has expired"),
+        (client_error("UnauthorizedOperation"), "somebody who may make roles has to run this"),
+        (client_error("BucketAlreadyExists"), "choose another --bucket"),
+    ],
+)
+def test_what_aws_refuses_comes_with_what_to_do(
+    error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(prepare, "prepare", refused)
+    arguments = ["--bucket", "b", "--ssh-from", "203.0.113.7", "--cluster"]
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([*arguments, str(ROOT / "cluster.yaml")])
+    assert str(stop.value).startswith(f"error: {error}; ")
+    assert advice in str(stop.value)
 
 
 def test_without_credentials_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -306,6 +379,7 @@ def test_a_quota_of_nothing_is_told_before_anything_starts(
 def test_policies_name_the_account_and_bucket_and_no_wildcard_action() -> None:
     for name in ("head", "worker", "launcher"):
         assert not any("*" in action for action in allowed(name))
+        assert f"`aws/{name}-policy.json`" in (ROOT / "docs/deploy-aws.md").read_text()
     text = "".join(prepare.policies("head", "123456789012", "us-east-1", "my-runs").values())
     assert "arn:aws:s3:::my-runs/*" in text
     assert not any(mark in text for mark in ("ACCOUNT", "REGION", "BUCKET"))

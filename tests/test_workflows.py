@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,29 @@ WORKFLOWS: dict[str, dict[Any, Any]] = {
 }
 JOBS = [job for workflow in WORKFLOWS.values() for job in workflow["jobs"].values()]
 STEPS = [step for job in JOBS for step in job["steps"]]
+
+
+def test_they_follow_github_s_schema() -> None:
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
+    files = [*(ROOT / ".github/workflows").iterdir()]
+    done = subprocess.run(
+        [*check, "vendor.github-workflows", *files], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("step", [s for s in STEPS if "run" in s], ids=lambda step: step["run"])
+def test_the_shell_in_them_is_sound(step: dict[str, Any]) -> None:
+    script = re.sub(r"\$\{\{.*?\}\}", "value", step["run"])  # what GitHub fills in
+    shellcheck = [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "-"]
+    done = subprocess.run(shellcheck, input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_shell_of_the_local_run_is_sound() -> None:
+    shellcheck = [Path(sys.executable).with_name("shellcheck"), ROOT / ".ci/run"]
+    done = subprocess.run(shellcheck, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_make_targets_exist() -> None:

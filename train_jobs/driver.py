@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ray.train import Checkpoint, ScalingConfig
@@ -38,7 +40,7 @@ def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
     log = ProgressLog.remote()  # type: ignore[attr-defined]
     trainer = build_trainer(experiment, folder, data, log)
     follower = Follower(experiment, folder, log)
-    with follower:
+    with follower, stop_as_interrupt():
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
@@ -50,6 +52,20 @@ def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
     checkpoint: Checkpoint | None = result.checkpoint
     assert checkpoint is not None
     return checkpoint
+
+
+@contextmanager
+def stop_as_interrupt() -> Iterator[None]:
+    """Let `ray job stop` (SIGTERM) end a run as Ctrl-C does.
+
+    Ray Train gives back what it reserved for its workers at Ctrl-C alone; else the autoscaler keeps
+    their nodes until the reservation is three minutes old.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_trainer(

@@ -44,6 +44,7 @@ def wait_for_nodes(scale: ScaleConfig, tell: Callable[[str], None]) -> None:
         return
     workers, _, each = worker_resources(scale)
     least = workers if isinstance(workers, int) else workers[0]
+    since = time.time()
     group = placement_group([dict(each)] * least)
     not_yet = Wait(f"no room yet for {least} worker(s) of {_in_words(each)}")
     told, vain_since = "", None
@@ -51,7 +52,7 @@ def wait_for_nodes(scale: ScaleConfig, tell: Callable[[str], None]) -> None:
         while not group.wait(1):
             wait = not_yet
             with contextlib.suppress(Exception):  # what cannot be asked now is asked again
-                wait = why_workers_wait() or not_yet
+                wait = why_workers_wait(since) or not_yet
             if wait.reason != told:
                 told = wait.reason
                 tell(f"waiting: {told}")
@@ -68,11 +69,14 @@ def wait_for_nodes(scale: ScaleConfig, tell: Callable[[str], None]) -> None:
         remove_placement_group(group)
 
 
-def why_workers_wait() -> Wait | None:
+def why_workers_wait(since: float) -> Wait | None:
     """None while nothing waits, while nodes are on their way, and where no autoscaler tells.
 
     `ray status` prints the same for a person. An autoscaler calls infeasible what exceeds
     max_workers just now, too; so only on a cluster without other nodes is it final.
+
+    Args:
+        since: seconds since the epoch; what a cloud refused before, the autoscaler tells for ever.
     """
     from ray import _raylet
     from ray.core.generated import autoscaler_pb2
@@ -82,18 +86,19 @@ def why_workers_wait() -> Wait | None:
     reply = messages.GetClusterStatusReply()
     reply.ParseFromString(client.get_cluster_status(timeout_s=10))
     state = reply.autoscaling_state
-    on_the_way = bool(state.pending_instance_requests or state.pending_instances)
-    if state.failed_instance_requests and not on_the_way:
-        failed = state.failed_instance_requests[-1]
-        return Wait(f"a node of type {failed.ray_node_type_name} cannot be had: {failed.reason}")
     missing = _infeasible(state)
-    if not missing:
-        return None
-    nodes = reply.cluster_resource_state.node_states
-    others = [n for n in nodes if n.status != messages.DEAD and HEAD not in n.total_resources]
-    if on_the_way or others:
-        return Wait(f"no room for {missing} before other work ends")
-    return Wait(f"no node that this cluster may start has room for {missing}", in_vain=True)
+    if missing:
+        nodes = reply.cluster_resource_state.node_states
+        others = [n for n in nodes if n.status != messages.DEAD and HEAD not in n.total_resources]
+        if state.pending_instance_requests or state.pending_instances or others:
+            return Wait(f"no room for {missing} before other work ends")
+        return Wait(f"no node that this cluster may start has room for {missing}", in_vain=True)
+    refused = [each for each in state.failed_instance_requests if each.failed_ts >= int(since)]
+    # What is refused is asked for again at once, so only a node that starts is on its way.
+    if refused and not state.pending_instances:
+        last = max(refused, key=lambda each: each.failed_ts)
+        return Wait(f"a node of type {last.ray_node_type_name} cannot be had: {last.reason}")
+    return None
 
 
 def _infeasible(state: Any) -> str:

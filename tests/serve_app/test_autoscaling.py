@@ -1,4 +1,4 @@
-"""Serving on a cluster that grows: load brings replicas of the encoder and nodes under them."""
+"""Serving on a cluster that grows: load brings replicas, and nodes under them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ from serve_app.__main__ import main
 from serve_app.launch import SERVE_ENVIRONMENT
 from serve_app.ports import own_haproxy_ports
 from tests.clusters import AutoscalingCluster, autoscaling_cluster
-from tests.commands import ROOT
 from tests.servers import call, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 QUICK = {
     "min_replicas": 1,
     "max_replicas": 3,
-    "target_ongoing_requests": 2,
     "upscale_delay_s": 1,
     "downscale_delay_s": 3,
     "look_back_period_s": 2,
@@ -35,18 +34,57 @@ QUICK = {
 }
 
 
-def quick_config(artifact: Path, folder: Path, port: int) -> Path:
-    """What the command writes for `serve deploy`, with an autoscaler of seconds, not minutes."""
-    file = folder / "serve_config.yaml"
-    main(["--artifact", str(artifact), "--port", str(port), "--write-config", str(file)])
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    config["proxy_location"] = "HeadOnly"  # all nodes have one address here, and one such port
-    for application in config["applications"]:
-        (deployment,) = application["deployments"]
-        least = {"target_ongoing_requests": 1000} if deployment["name"] != "encoder" else {}
-        deployment["autoscaling_config"] = {**QUICK, **least}
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return file
+HEADS = ("head-topic", "head-mood", "head-entities")
+ONE_EACH = dict.fromkeys(("encoder", *HEADS), 1)
+
+
+@dataclass(frozen=True)
+class Served:
+    """An artifact on a cluster of up to four nodes."""
+
+    cluster: AutoscalingCluster
+    url: str
+    artifact: Path
+    folder: Path
+
+    def deploy(self, **targets: float) -> None:
+        """`serve deploy`, with autoscalers of seconds, not minutes.
+
+        Args:
+            targets: requests in work a replica from which a deployment grows; all others stay.
+        """
+        file = self.folder / "serve_config.yaml"
+        port = self.url.rpartition(":")[2]
+        main(["--artifact", str(self.artifact), "--port", port, "--write-config", str(file)])
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config["proxy_location"] = "HeadOnly"  # all nodes have one address here, and one such port
+        for application in config["applications"]:
+            (deployment,) = application["deployments"]
+            target = targets.get(deployment["name"].replace("-", "_"), 1000)
+            deployment["autoscaling_config"] = {**QUICK, "target_ongoing_requests": target}
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file)],
+            env={**self.cluster.environment, "RAY_DASHBOARD_ADDRESS": self.cluster.dashboard},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        wait_for(self.cluster, lambda found: found == ONE_EACH, 90)
+
+    def answers(self) -> bool:
+        return call(f"{self.url}/v1/predict", {"inputs": "the song on a playlist"}).status == 200
+
+
+@pytest.fixture(scope="module")
+def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    cpu = {"resources": {"CPU": 1}, "max_workers": 4}
+    url = f"http://127.0.0.1:{free_port()}"
+    with autoscaling_cluster({"cpu": cpu}, **SERVE_ENVIRONMENT, **own_haproxy_ports()) as cluster:
+        yield Served(cluster, url, artifact, tmp_path_factory.mktemp("deployed"))
 
 
 def replicas(cluster: AutoscalingCluster) -> dict[str, dict[str, str]]:
@@ -99,38 +137,29 @@ def load(url: str) -> Iterator[list[int]]:
 
 
 def test_load_brings_encoder_replicas_and_nodes_and_its_end_takes_them_away(
-    artifact: Path, tmp_path: Path
+    served: Served,
 ) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    config = quick_config(artifact, tmp_path, port)
-    cpu = {"resources": {"CPU": 1}, "max_workers": 4}
-    serve = {**SERVE_ENVIRONMENT, **own_haproxy_ports(), "PYTHONPATH": str(ROOT)}
-    with autoscaling_cluster({"cpu": cpu}, **serve) as cluster:
-        deployed = subprocess.run(
-            [sys.executable, "-m", "ray.serve.scripts", "deploy", str(config)],
-            env={**cluster.environment, "RAY_DASHBOARD_ADDRESS": cluster.dashboard},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert deployed.returncode == 0, deployed.stderr
-        heads = {"head-topic", "head-mood", "head-entities"}
-        one_each = dict.fromkeys(("encoder", *heads), 1)
-        wait_for(cluster, lambda found: found == one_each, 90)
-        assert cluster.nodes() == 2  # a CPU for the encoder, and tenths of one for three heads
-        assert call(f"{url}/v1/predict", {"inputs": "the song on a playlist"}).status == 200
+    served.deploy(encoder=2)
+    assert served.cluster.nodes() == 2  # a CPU for the encoder, and tenths of one for three heads
+    assert served.answers()
+    with load(served.url) as statuses:
+        found = wait_for(served.cluster, lambda found: found["encoder"] == 3, 60)
+        assert len(set(found["encoder"].values())) == 3
+        assert {name: len(found[name]) for name in HEADS} == dict.fromkeys(HEADS, 1)
+        assert served.cluster.nodes() == 4
+    assert set(statuses) <= {200, 429}
+    assert statuses.count(200) > 16
 
-        with load(url) as statuses:
-            found = wait_for(cluster, lambda found: found["encoder"] == 3, 60)
-            assert len(set(found["encoder"].values())) == 3
-            assert {name: len(found[name]) for name in heads} == dict.fromkeys(heads, 1)
-            assert cluster.nodes() == 4
-        assert set(statuses) <= {200, 429}
-        assert statuses.count(200) > 16
+    wait_for(served.cluster, lambda found: found == ONE_EACH, 60)
+    served.cluster.wait_for_nodes(2)
+    assert served.answers()
 
-        wait_for(cluster, lambda found: found == one_each, 60)
-        cluster.wait_for_nodes(2)
-        assert call(f"{url}/v1/predict", {"inputs": "the song on a playlist"}).status == 200
+
+def test_a_head_grows_apart_from_the_encoder_and_the_other_heads(served: Served) -> None:
+    served.deploy(head_topic=0.02)
+    with load(served.url) as statuses:
+        wait_for(served.cluster, lambda found: found == {**ONE_EACH, "head-topic": 3}, 60)
+        assert served.cluster.nodes() == 2
+    assert set(statuses) <= {200, 429}
+    wait_for(served.cluster, lambda found: found == ONE_EACH, 60)
+    assert served.answers()

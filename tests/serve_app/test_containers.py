@@ -22,8 +22,9 @@ import pytest
 import yaml
 
 import serve_app.__main__
+from serve_app.errors import unavailable
 from serve_app.launch import SERVE_ENVIRONMENT
-from tests.servers import call, free_port
+from tests.servers import call, free_port, local_server
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker/docker-compose.yml").read_text(encoding="utf-8"))
@@ -77,12 +78,35 @@ def test_the_base_is_pinned_to_a_full_version() -> None:
 
 def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
     copies = [rest for stage in stages().values() for word, rest in stage if word == "COPY"]
-    sources = {s for c in copies if "--from" not in c for s in shlex.split(c)[:-1]}
+    words = [w for c in copies if "--from" not in c for w in shlex.split(c)[:-1]]
+    sources = {word for word in words if not word.startswith("--")}
     assert {"pyproject.toml", "constraints.txt", "serve_app"} <= sources
     for source in sources:
         assert (ROOT / source).exists(), source
         assert sent_to_the_builder(source), source
     assert not any(map(sent_to_the_builder, (".git", ".venv", "runs", "tests", "docker")))
+
+
+def test_the_dockerfile_has_no_known_mistake() -> None:
+    hadolint = [Path(sys.executable).with_name("hadolint"), ROOT / "docker/Dockerfile"]
+    done = subprocess.run(hadolint, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_compose_file_follows_its_schema() -> None:
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    file = ROOT / "docker/docker-compose.yml"
+    done = subprocess.run([*check, file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_jupyter_has_the_notebooks_as_its_user_s_and_what_they_link_to() -> None:
+    copies = [*instructions("jupyter", "COPY")]
+    assert "--chown=mtl notebooks ./notebooks" in copies
+    (quickstart,) = (ROOT / "notebooks").glob("*.ipynb")
+    linked = set(re.findall(r"\]\(\.\./(\w+)/", quickstart.read_text(encoding="utf-8")))
+    assert linked == {"docs"}
+    assert "docs ./docs" in copies
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -138,6 +162,31 @@ def test_the_image_refuses_to_serve_without_a_key(
     monkeypatch.delenv("MTL_API_KEYS", raising=False)
     with pytest.raises(ValueError, match="without a key"):
         serve_app.__main__.main([option, artifact, host_option, host])
+
+
+def healthy(target: str, url: str) -> bool:
+    """Run a target's health check, as it stands in the image, against a server elsewhere."""
+    _, _, check = [*instructions(target, "HEALTHCHECK")][-1].partition(" CMD ")
+    python, *arguments = json.loads(check)
+    assert python == "python"
+    words = [re.sub(r"http://127\.0\.0\.1:\d+", url, word) for word in arguments]
+    done = subprocess.run([sys.executable, *words], stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode in (0, 1)  # Docker reserves the others
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_a_container_is_healthy_while_it_serves(target: str, local_url: str) -> None:
+    assert healthy(target, local_url)
+    assert not healthy(target, f"http://127.0.0.1:{free_port()}")
+
+
+def test_a_container_whose_heads_are_away_is_not_healthy(artifact: Path) -> None:
+    async def no_heads() -> None:
+        raise unavailable("head-topic does not answer")
+
+    with local_server(artifact, runtime="torch-fp32", ready=no_heads) as (url, _):
+        assert not healthy("cpu", url)
 
 
 def test_published_ports_are_this_machines_alone() -> None:
@@ -205,6 +254,7 @@ def test_the_image_serves_from_a_fresh_environment(tmp_path: Path, artifact: Pat
             url = f"http://127.0.0.1:{port}/v1/predict"
             assert call(url, {"inputs": "hello"}).status == 401
             assert call(url, {"inputs": "hello"}, key="first").status == 200
+            assert healthy("cpu", f"http://127.0.0.1:{port}")
         finally:
             process.terminate()
             assert process.wait(90) == 0
