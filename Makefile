@@ -13,7 +13,7 @@ export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve up down wheel test test-fast lint types notebook check docker-check format bench-snips bench-pair bench-train bench-weighting bench-serve bench-sweep docs clean
+.PHONY: help venv demo serve up down wheel test test-fast lint types notebook check docker-check readme-check format bench-snips bench-pair bench-train bench-weighting bench-serve bench-sweep docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ check: lint types test ## Everything a change must pass: lint, types, test
 
 docker-check: $(STAMP) ## Install and start in a fresh environment what the image does (minutes; TORCH_INDEX=URL)
 	DOCKER_CHECK=1 $(BIN)/python -m pytest -q tests/serve_app/test_containers.py
+
+readme-check: demo ## Train the demo, then run the README's commands on it (minutes)
+	README_CHECK=1 $(BIN)/python -m pytest -q tests/test_readme.py
 
 format: $(STAMP) ## Sort imports, apply safe fixes, format
 	$(BIN)/ruff check --fix .

@@ -50,7 +50,7 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
     runs = " ".join(step.get("run", "") for step in STEPS)
     used = set(re.findall(r"\bmake ([a-z-]+)", runs))
-    assert {"check", "notebook", "demo", "up", "down"} <= used <= targets
+    assert {"check", "notebook", "demo", "readme-check", "up", "down"} <= used <= targets
 
 
 def test_pythons_are_those_of_pyproject() -> None:
