@@ -7,17 +7,11 @@ from typing import Any
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
-from train_jobs.machines import tell_why_launches_fail
-
 QUOTA = "You have requested more vCPU capacity than your current vCPU limit of 0 allows"
 
 
 class NoGpus(FakeMultiNodeProvider):
     """Raylets where a cloud would start machines, and what EC2 says where the quota is used up."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        tell_why_launches_fail()
 
     def create_node_with_resources_and_labels(
         self, node_config: Any, tags: Any, count: int, resources: dict[str, float], labels: Any

@@ -17,7 +17,6 @@ import ray
 import yaml
 from botocore.exceptions import ClientError, EndpointConnectionError
 from ray.autoscaler.node_launch_exception import NodeLaunchException
-from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError
 
 from aws import prepare
 from serve_app.launch import SERVE_ENVIRONMENT
@@ -251,11 +250,6 @@ def test_every_kind_of_node_starts_with_its_own_role_and_ends(account: Account) 
         assert (machine.instance_lifecycle == "spot") == (kind == "gpu")
         assert machine.metadata_options["HttpTokens"] == "required"
     assert account.left == [account.machines["head"].id]
-
-
-def test_the_autoscaler_passes_on_what_ec2_says(account: Account) -> None:
-    refused = LaunchNodeError("gpu", 1, "an id", 0, cause=client_error("VcpuLimitExceeded"))
-    assert "VcpuLimitExceeded" in str(refused)
 
 
 def test_where_spot_is_refused_a_machine_on_demand_comes(account: Account) -> None:

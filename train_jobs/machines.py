@@ -10,7 +10,6 @@ from typing import Any
 
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
-from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError
 
 SPOT_REFUSED = (
     "InsufficientInstanceCapacity",
@@ -25,10 +24,6 @@ SPOT_REFUSED = (
 class SpotFirst(AWSNodeProvider):
     """Ray's AWS provider with a second try."""
 
-    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
-        super().__init__(provider_config, cluster_name)
-        tell_why_launches_fail()
-
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> Any:
         """Start machines; a spot machine that AWS refuses in every zone is started on demand."""
         try:
@@ -39,8 +34,3 @@ class SpotFirst(AWSNodeProvider):
             print(f"no spot machine ({error.category}: {error.description}): on demand instead")
         on_demand = {k: v for k, v in node_config.items() if k != "InstanceMarketOptions"}
         return super().create_node(on_demand, tags, count)
-
-
-def tell_why_launches_fail() -> None:
-    """Have the autoscaler pass on a provider's reason; Ray 2.60 tells only that a launch failed."""
-    LaunchNodeError.__str__ = lambda error: str(error.__cause__)  # type: ignore[method-assign]

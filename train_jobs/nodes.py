@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -18,6 +20,9 @@ from train_jobs.cluster import worker_resources
 
 VAIN_SECONDS = 10.0
 """How long the autoscaler has to repeat that no node can come before a run gives up."""
+
+LOG_BYTES = 1 << 16
+"""Of the autoscaler's log, from its end."""
 
 HEAD = "node:__internal_head__"
 
@@ -97,8 +102,22 @@ def why_workers_wait(since: float) -> Wait | None:
     # What is refused is asked for again at once, so only a node that starts is on its way.
     if refused and not state.pending_instances:
         last = max(refused, key=lambda each: each.failed_ts)
-        return Wait(f"a node of type {last.ray_node_type_name} cannot be had: {last.reason}")
+        kind = last.ray_node_type_name
+        return Wait(f"a node of type {kind} cannot be had: {_refusal(kind)}")
     return None
+
+
+def _refusal(kind: str) -> str:
+    """The cloud's own words, which Ray 2.60 writes to the autoscaler's log on the head alone."""
+    node = cast(Any, ray)._private.worker.global_worker.node
+    log = Path(node.get_logs_dir_path(), "monitor.log")
+    said = []
+    if log.is_file():
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_BYTES))
+            text = file.read().decode(errors="replace")
+        said = re.findall(rf"Failed to launch \d+ nodes of type {re.escape(kind)}: (.*)", text)
+    return said[-1] if said else "`ray monitor` tells why"
 
 
 def _infeasible(state: Any) -> str:
