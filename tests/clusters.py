@@ -73,7 +73,8 @@ class AutoscalingCluster:
         raylet = workers[-1].parent()
         assert raylet is not None
         assert raylet.name() == "raylet"
-        raylet.kill()
+        for process in [raylet, *raylet.children(recursive=True)]:
+            process.kill()
 
     def wait_for_nodes(self, count: int, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds

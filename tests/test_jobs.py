@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from botocore.exceptions import ClientError
 
+from aws.prepare import policies
 from tests.clusters import RAY, AutoscalingCluster, autoscaling_cluster, job_id
 from tests.commands import ROOT, run, wait_for
-from tests.s3_server import s3_server
+from tests.refusing import QUOTA
+from tests.s3_server import s3_client, s3_server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 RUN = "s3://bucket/runs/demo"
@@ -29,6 +33,8 @@ class User:
     s3: Any
     submit: list[str]
     """`ray job submit` with what leads it to the bucket."""
+    rights: dict[str, str]
+    """Keys of what jobs may do there: what `aws.prepare` lets workers do."""
 
     def job(self, *command: str) -> subprocess.CompletedProcess[str]:
         return self.cluster.ray(*self.submit, "--", "python", "-m", *command, cwd=self.folder)
@@ -38,18 +44,29 @@ class User:
         return [item["Key"].removeprefix("runs/demo/") for item in found]
 
     def checkpoints(self) -> set[str]:
-        return {key.split("/")[0] for key in self.stored() if key.startswith("checkpoint_2")}
+        """Those that a worker would go on from."""
+        snapshot = "checkpoint_manager_snapshot.json"
+        if snapshot not in self.stored():
+            return set()
+        body = self.s3.get_object(Bucket="bucket", Key=f"runs/demo/{snapshot}")["Body"].read()
+        return set(re.findall(r"checkpoint_2[\d._-]+", body.decode()))
 
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
-    """Nodes of one CPU: two workers of a run need two of them."""
+    """Nodes of one CPU: two workers of a run need two of them. No node has a GPU to give."""
     folder = tmp_path_factory.mktemp("elsewhere")
     cpu = {"resources": {"CPU": 1}, "max_workers": 2}
-    with s3_server("bucket") as (client, environment), autoscaling_cluster({"cpu": cpu}) as cluster:
+    gpu = {"resources": {"CPU": 1, "GPU": 1}, "max_workers": 2}
+    kinds = {"cpu": cpu, "gpu": gpu}
+    policy = policies("worker", "123456789012", "us-east-1", "bucket")["worker"]
+    with (
+        s3_server("bucket", policy) as (client, environment),
+        autoscaling_cluster(kinds) as cluster,
+    ):
         runtime = json.dumps({"env_vars": environment})
         submit = ["job", "submit", "--working-dir", str(ROOT), "--runtime-env-json", runtime]
-        yield User(cluster, folder, client, submit)
+        yield User(cluster, folder, client, submit, environment)
 
 
 def train_command(encoder: Path) -> list[str]:
@@ -90,13 +107,24 @@ def read_until(process: subprocess.Popen[str], want: Callable[[str], Any]) -> st
 
 
 def test_a_run_whose_workers_no_node_can_hold_is_refused(user: User) -> None:
-    gpu = ("--set", "scale.gpu=true")
-    done = user.job("train_jobs.train", "--config", "train_jobs/configs/demo.yaml", *gpu)
+    wide = ("--set", "scale.cpus_per_worker=2")
+    done = user.job("train_jobs.train", "--config", "train_jobs/configs/demo.yaml", *wide)
     assert done.returncode != 0
     assert "error: scale: no node that this cluster may start has room for 2 worker(s)" in (
         done.stdout
     )
     assert "Traceback" not in done.stdout
+    assert user.cluster.nodes() == 0
+
+
+def test_a_run_tells_why_the_cloud_refuses_its_nodes(user: User) -> None:
+    config = ["train_jobs.train", "--config", "train_jobs/configs/demo.yaml"]
+    process = submitted(user, [*config, "--set", "scale.gpu=true"])
+    said = read_until(process, lambda line: "cannot be had" in line)
+    reason = f"Node Launch Exception (VcpuLimitExceeded): {QUOTA}"
+    assert f"waiting: a node of type gpu cannot be had: {reason}" in said
+    assert user.cluster.ray("job", "stop", job_id(said), cwd=user.folder).returncode == 0
+    assert "Traceback" not in said + process.communicate(timeout=60)[0]
     assert user.cluster.nodes() == 0
 
 
@@ -116,20 +144,22 @@ def test_a_run_brings_nodes_and_survives_a_stop_and_a_lost_node(
     said = process.communicate(timeout=60)[0]
     assert "stopped" in said.lower()  # for which Ray's own exit code is 0
     assert "artifact/manifest.json" not in user.stored()
+    user.cluster.wait_for_nodes(0)  # long before Ray's reservation of three minutes would end
 
     before = user.checkpoints()
     process = submitted(user, [*command, "--resume"])
     said = read_until(process, lambda line: "2 worker(s) on cpu, from step" in line)
     assert f"resuming {RUN}" in said
     assert "from step 0" not in said
-    wait_for(lambda: not user.checkpoints() <= before, process)  # one of this second start's own
+    wait_for(lambda: user.checkpoints() - before, process)  # one of this second start's own
     user.cluster.lose_a_node()
     said += process.communicate(timeout=150)[0]
     assert process.returncode == 0, said
     starts = [int(step) for step in re.findall(r"worker\(s\) on cpu, from step (\d+)", said)]
     assert len(starts) == 2, said
-    assert starts[1] >= starts[0] > 0
+    assert starts[1] > starts[0] > 0
     assert "artifact/manifest.json" in user.stored()
+    user.cluster.wait_for_nodes(0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -150,6 +180,20 @@ def test_its_artifact_is_scored_and_predicts_from_the_bucket(user: User) -> None
     assert {"predicted_sentiment", "predicted_entities"} <= set(answers[0])
 
 
+def test_a_worker_s_rights_are_these_alone(user: User) -> None:
+    worker = s3_client(user.rights)
+    assert worker.list_objects_v2(Bucket="bucket")["KeyCount"]
+    for ask in (
+        worker.list_buckets,
+        lambda: worker.create_bucket(Bucket="another"),
+        lambda: worker.get_object(Bucket="another", Key="key"),
+        lambda: worker.delete_bucket(Bucket="bucket"),
+        lambda: worker.put_object_acl(Bucket="bucket", Key="in.jsonl", ACL="public-read"),
+    ):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            ask()
+
+
 @pytest.mark.parametrize("token", ["", "0" * 64])
 def test_without_the_cluster_s_token_nothing_is_submitted(user: User, token: str) -> None:
     home = {"HOME": str(user.folder), "RAY_AUTH_TOKEN": token}
@@ -167,3 +211,32 @@ def test_a_command_of_ours_says_that_the_token_is_missing_or_wrong(user: User, t
     assert f"error: cannot reach the cluster at RAY_ADDRESS={user.cluster.gcs}" in done.stderr
     assert "token" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_ray_than_the_cluster_s_is_named(user: User) -> None:
+    older = user.folder / "older"
+    older.mkdir()
+    (older / "sitecustomize.py").write_text("import ray\nray.__version__ = '2.59.0'\n")
+    environment = {**user.cluster.environment, "PYTHONPATH": f"{older}:{ROOT}"}
+    config = ("--config", "train_jobs/configs/demo.yaml", "--set", f"output_dir={user.folder}")
+    done = run("train", *config, address=user.cluster.gcs, **environment)
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())
+    assert f"error: cannot reach the cluster at RAY_ADDRESS={user.cluster.gcs}: Version" in said
+    assert f"Ray: {ray.__version__}" in said
+    assert "Ray: 2.59.0" in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_too_large_to_upload_is_refused_with_what_to_do(
+    user: User, tmp_path: Path
+) -> None:
+    with (tmp_path / "model.bin").open("wb") as file:
+        file.truncate(101 << 20)
+    submit = ("job", "submit", "--working-dir", str(tmp_path), "--", "true")
+    done = user.cluster.ray(*submit, cwd=user.folder)
+    assert done.returncode != 0
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "status code 413: Maximum request body size 104857600 exceeded" in said
+    assert "model.bin is very large" in said
+    assert "Consider adding this file to the 'excludes' list" in said

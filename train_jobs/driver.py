@@ -24,7 +24,7 @@ from mtl_core.errors import TrainingError
 from train_jobs.cluster import worker_resources
 from train_jobs.follower import Follower
 from train_jobs.nodes import wait_for_nodes
-from train_jobs.progress import ProgressLog
+from train_jobs.progress import progress_log
 from train_jobs.runs import RunFolder
 from train_jobs.worker import WorkerSession, train_worker
 
@@ -37,7 +37,7 @@ def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
         TrainingError: training cannot go on.
     """
     wait_for_nodes(experiment.scale, print)
-    log = ProgressLog.remote()  # type: ignore[attr-defined]
+    log = progress_log()
     trainer = build_trainer(experiment, folder, data, log)
     follower = Follower(experiment, folder, log)
     with follower, stop_as_interrupt():

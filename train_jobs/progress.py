@@ -20,3 +20,9 @@ class ProgressLog:
     def drain(self) -> list[tuple[str, dict[str, Any]]]:
         rows, self.rows = self.rows, []
         return rows
+
+
+def progress_log() -> Any:
+    """A log on the driver's own node: on another it would be lost with that node."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ProgressLog.options(label_selector=here).remote()  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from mtl_core.data.prepare import Data, prepare, reopen
 from mtl_core.metrics import PRIMARY
 from mtl_core.world import World
 from train_jobs.driver import build_trainer
-from train_jobs.progress import ProgressLog
+from train_jobs.progress import progress_log
 from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan
 from train_jobs.worker import WorkerSession
@@ -182,7 +182,7 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
         build_trainer(named, folder, data, None, session=session).fit()
         failure = session.failure
     else:
-        log = ProgressLog.remote()  # type: ignore[attr-defined]
+        log = progress_log()
         trainer = build_trainer(named, folder, data, log, callbacks=[ReportToTune(scorer)])
         result = trainer.fit()
         told = ray.get(log.drain.remote())
