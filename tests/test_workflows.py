@@ -22,21 +22,14 @@ JOBS = [job for workflow in WORKFLOWS.values() for job in workflow["jobs"].value
 STEPS = [step for job in JOBS for step in job["steps"]]
 
 
-def test_they_follow_github_s_schema() -> None:
-    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
-    files = [*(ROOT / ".github/workflows").iterdir()]
-    done = subprocess.run(
-        [*check, "vendor.github-workflows", *files], capture_output=True, text=True, check=False
-    )
+def test_actionlint_finds_nothing_in_them() -> None:
+    """It has shellcheck look at their scripts, and without one says so and goes on."""
+    tools = Path(sys.executable).parent
+    files = sorted((ROOT / ".github/workflows").iterdir())
+    command = [tools / "actionlint", "-verbose", "-shellcheck", tools / "shellcheck", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize("step", [s for s in STEPS if "run" in s], ids=lambda step: step["run"])
-def test_the_shell_in_them_is_sound(step: dict[str, Any]) -> None:
-    script = re.sub(r"\$\{\{.*?\}\}", "value", step["run"])  # what GitHub fills in
-    shellcheck = [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "-"]
-    done = subprocess.run(shellcheck, input=script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    assert 'Rule "shellcheck" was disabled' not in done.stderr
 
 
 def test_the_shell_of_the_local_run_is_sound() -> None:
