@@ -9,13 +9,15 @@ HAProxy shares a port with another one without a word.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
-from contextlib import ExitStack
+from contextlib import suppress
 from typing import Any
 
 from mtl_core.data.cache import cache_root
 
+QUIET_PORTS = range(20_000, 32_000)
 LOOPBACK_HAPROXY = """#!/bin/sh
 for argument; do [ "$before" = -f ] && config=$argument; before=$argument; done
 [ -n "$config" ] && sed -i -e '/^frontend prometheus/,/^frontend http/s/bind :/bind 127.0.0.1:/' \\
@@ -43,12 +45,19 @@ def loopback_haproxy() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody has, none of them twice."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports of this machine that nobody has, none of them twice.
+
+    They lie between those of Ray's workers and those that systems hand out to whoever asks for any,
+    so that none is taken by chance before it is used.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(QUIET_PORTS, len(QUIET_PORTS)):
+        if len(found) == count:
+            break
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 def own_haproxy_ports() -> dict[str, str]:

@@ -26,8 +26,8 @@ import psutil
 import yaml
 
 from serve_app.launch import end
+from serve_app.ports import free_ports
 from tests.commands import ROOT
-from tests.servers import free_port
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PROVIDER = "tests.refusing.NoGpus"
@@ -93,7 +93,8 @@ def autoscaling_cluster(
         node_types: name → resources and bounds.
         environment: set where Ray starts, on every node, as in a container's run_options.
     """
-    gcs, dashboard = f"127.0.0.1:{free_port()}", free_port()
+    gcs_port, dashboard = free_ports(2)
+    gcs = f"127.0.0.1:{gcs_port}"
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets: short paths
         config = Path(folder, "cluster.yaml")
         config.write_text(yaml.safe_dump(_autoscaling_config(gcs, node_types)), encoding="utf-8")
@@ -115,7 +116,7 @@ def autoscaling_cluster(
             "PYTHONPATH": str(ROOT),
         }
         command = [*RAY, "start", "--head", "--block", "--disable-usage-stats"]
-        command += ["--port", gcs.rpartition(":")[2], "--num-cpus", "0"]
+        command += ["--port", str(gcs_port), "--num-cpus", "0"]
         command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
         command += ["--dashboard-agent-listen-port", "0", "--object-store-memory", str(MEMORY)]
         command += ["--autoscaling-config", str(config), "--temp-dir", f"{folder}/ray"]

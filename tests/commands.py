@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mtl_core.artifact import read_manifest
+from tests import preloaded
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +22,14 @@ ROOT = Path(__file__).parents[1]
 def run(
     command: str, *arguments: str, address: str | None = None, folder: Path = ROOT, **env: str
 ) -> Any:
-    """Run `python -m train_jobs.<command>` as a user would and return the finished process."""
+    """Run `python -m train_jobs.<command>` as a user would and return the finished process.
+
+    With an environment of its own, which libraries may read as they are imported, or in another
+    folder it is started from nothing; else it is a fork that has the libraries already.
+    """
+    if folder == ROOT and not env:
+        module = f"train_jobs.{command}"
+        return preloaded.run(module, arguments, folder, environment(address), 240)
     return subprocess.run(
         [sys.executable, "-m", f"train_jobs.{command}", *arguments],
         cwd=folder,

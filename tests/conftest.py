@@ -22,6 +22,8 @@ os.environ.update(
 _SESSION_CACHE = tempfile.TemporaryDirectory(prefix="mtl-cache-")
 os.environ["MTL_CACHE"] = _SESSION_CACHE.name
 
+LONGEST = ("test_jobs.py", "test_train.py", "test_tune.py", "test_autoscaling.py", "test_faults.py")
+"""Files of minutes. Where files run beside each other, none of them must be the last to begin."""
 HIDDEN_SIZE = 32
 NUM_LAYERS = 3
 POSITIONS = 130
@@ -42,6 +44,11 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 48,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

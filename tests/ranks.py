@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.loop import TrainingError, fit
 from mtl_core.state import TrainState
 from mtl_core.world import World
+from serve_app.ports import free_ports
 from tests.small_runs import begin, first_gradients, weights
 
 STEPS = 20
@@ -40,14 +40,8 @@ class Jobs:
 
 def run_ranks(jobs: Jobs) -> None:
     """Start as many processes as the largest group needs; results stand in `jobs.folder`."""
-    ports = [free_port() for _ in SIZES]
+    ports = free_ports(len(SIZES))
     torch.multiprocessing.spawn(_process, args=(jobs, ports), nprocs=max(SIZES))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _process(rank: int, jobs: Jobs, ports: list[int]) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from serve_app.gate import Gate
 from serve_app.heads import HeadCall, LocalHead
 from serve_app.loaded import load_artifact
 from serve_app.metrics import Metrics
+from serve_app.ports import free_ports
 from serve_app.requestlog import RequestLog
 from serve_app.routes import Routes
 from serve_app.service import Service
@@ -44,12 +44,6 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: Any
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def call(
@@ -136,7 +130,7 @@ def local_server(
 
     service = Service(model, head_call or local, metrics, chosen.max_waiting, chosen.batch_tokens)
     gate = Gate(service, chosen, keys, log or RequestLog(False))
-    port = free_port()
+    port = free_ports(1)[0]
     app = build_app(Routes(gate, ready))
     server = uvicorn.Server(
         uvicorn.Config(
@@ -194,7 +188,7 @@ def real_server(
     artifact: Path, folder: Path, *arguments: str, env: Mapping[str, str] | None = None
 ) -> Iterator[RealServer]:
     """The command as users run it, until it says that it is ready; stopped afterwards."""
-    port = free_port()
+    port = free_ports(1)[0]
     log = folder / f"server-{port}.log"
     command = [sys.executable, "-m", "serve_app", "--artifact", str(artifact)]
     with log.open("w", encoding="utf-8") as output:

@@ -45,16 +45,8 @@ def forked_workers() -> Iterator[str | None]:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen(128)  # whoever asks before the libraries are loaded waits
-            number = listener.fileno()
             # Only the server keeps the socket: whoever asks after its end is refused, not kept.
-            server = subprocess.Popen(
-                [sys.executable, "-m", "train_jobs.forks", str(number)],
-                pass_fds=[number],
-                stdin=subprocess.PIPE,  # closed by the system when this process is gone
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the driver
-            )
+            server = start_server(listener.fileno())
         try:
             # It imports hardly anything, so without a site it starts in a hundredth of a second.
             quick = ("-I", "-S", "-X", "utf8")
@@ -62,6 +54,18 @@ def forked_workers() -> Iterator[str | None]:
         finally:
             server.kill()
             server.communicate()
+
+
+def start_server(number: int) -> subprocess.Popen[bytes]:
+    """Start the process that forks, with the file descriptor of a socket that listens."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "train_jobs.forks", str(number)],
+        pass_fds=[number],
+        stdin=subprocess.PIPE,  # closed by the system when this process is gone
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the driver
+    )
 
 
 def serve(number: int) -> None:

@@ -25,6 +25,7 @@ from mtl_core.config import ConfigError
 from mtl_core.predictor import Predictor
 from mtl_core.storage import download, exists, fetch, upload
 from train_jobs.cluster import ray_cluster
+from train_jobs.forks import forked_workers
 from train_jobs.tables import (
     ROWS_AT_ONCE,
     Row,
@@ -164,7 +165,8 @@ def predict_file(
     known = {name: kind for name, kind in types.items() if not name.startswith("predicted_")}
     written = bad = 0
     with (
-        ray_cluster(),
+        forked_workers() as python,
+        ray_cluster(python),
         closing(_answers(artifact, source, column, tasks, workers)) as answers,
         TableWriter(target, known) as output,
         TableWriter(side) as rejected,

@@ -19,9 +19,9 @@ import yaml
 
 from serve_app.__main__ import main
 from serve_app.launch import SERVE_ENVIRONMENT
-from serve_app.ports import own_haproxy_ports
+from serve_app.ports import free_ports, own_haproxy_ports
 from tests.clusters import AutoscalingCluster, autoscaling_cluster
-from tests.servers import call, free_port
+from tests.servers import call
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 QUICK = {
@@ -82,7 +82,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     cpu = {"resources": {"CPU": 1}, "max_workers": 4}
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with autoscaling_cluster({"cpu": cpu}, **SERVE_ENVIRONMENT, **own_haproxy_ports()) as cluster:
         yield Served(cluster, url, artifact, tmp_path_factory.mktemp("deployed"))
 

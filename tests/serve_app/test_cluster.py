@@ -20,7 +20,7 @@ import pytest
 from mtl_core.predictor import Predictor
 from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve_app.ports import free_ports, own_haproxy_ports
-from tests.servers import Answer, call, free_port
+from tests.servers import Answer, call
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
 TEXT = "Maria Lopez had the food at the table in Berlin wonderful"
@@ -125,7 +125,7 @@ def predict(url: str, *texts: str) -> Answer:
 def test_serve_deploy_and_the_command_bring_a_cluster_to_what_they_are_told(
     cluster: Cluster, artifact: Path, predictor: Predictor, tmp_path: Path
 ) -> None:
-    port, file = free_port(), tmp_path / "serve_config.yaml"
+    port, file = free_ports(1)[0], tmp_path / "serve_config.yaml"
     url = f"http://127.0.0.1:{port}"
     asked = ["--artifact", artifact, "--port", str(port), "--set", "runtime=torch-fp32"]
     written = cluster.serve_app(*asked, "--write-config", file)
@@ -149,7 +149,7 @@ def test_serve_deploy_and_the_command_bring_a_cluster_to_what_they_are_told(
     assert predict(url, *[TEXT] * 3).status == 413
     assert predict(url, *[TEXT] * 2).status == 200
 
-    elsewhere = cluster.serve_app(*asked[:2], "--port", str(free_port()))
+    elsewhere = cluster.serve_app(*asked[:2], "--port", str(free_ports(1)[0]))
     assert elsewhere.returncode == 1
     assert f"Serve runs on this cluster already, on 127.0.0.1:{port}" in elsewhere.stderr
 
@@ -172,7 +172,7 @@ finally:
 
 
 def test_a_replica_refuses_to_start_where_others_could_ask_without_a_key(artifact: Path) -> None:
-    port = free_port()
+    port = free_ports(1)[0]
     env = {name: value for name, value in os.environ.items() if name != "MTL_API_KEYS"}
     done = subprocess.run(
         [sys.executable, "-c", UNGUARDED, str(artifact), str(port)],
@@ -196,6 +196,6 @@ def test_a_ray_that_is_not_there_is_named_at_once(
     from serve_app.launch import start_ray
 
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_ports(1)[0]}")
     with pytest.raises(ConfigError, match="no Ray listens there"):
-        start_ray("127.0.0.1", free_port())
+        start_ray("127.0.0.1", free_ports(1)[0])

@@ -21,7 +21,7 @@ from serve_app.__main__ import main
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
 from serve_app.launch import SERVE_ENVIRONMENT
-from tests.servers import free_port
+from serve_app.ports import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +132,7 @@ def test_a_taken_port_is_named_before_anything_starts(artifact: Path, busy_port:
 
 def test_a_host_that_is_not_of_this_machine_is_named(artifact: Path) -> None:
     arguments = ("--artifact", artifact, "--host", "192.0.2.199", "--insecure")
-    assert "192.0.2.199" in refused(*arguments, "--port", str(free_port()))
+    assert "192.0.2.199" in refused(*arguments, "--port", str(free_ports(1)[0]))
 
 
 def test_a_cluster_needs_a_port_by_number(
@@ -153,7 +153,7 @@ def test_a_damaged_artifact_is_refused(artifact: Path, tmp_path: Path, damage: s
     copy = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     file = copy / ("manifest.json" if damage == "manifest" else "heads/mood/head.safetensors")
     file.write_bytes(file.read_bytes()[:-20])
-    message = refused("--artifact", copy, "--port", str(free_port()))
+    message = refused("--artifact", copy, "--port", str(free_ports(1)[0]))
     assert file.name in message
 
 

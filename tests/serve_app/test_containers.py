@@ -24,7 +24,8 @@ import yaml
 import serve_app.__main__
 from serve_app.errors import unavailable
 from serve_app.launch import SERVE_ENVIRONMENT
-from tests.servers import call, free_port, local_server
+from serve_app.ports import free_ports
+from tests.servers import call, local_server
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker/docker-compose.yml").read_text(encoding="utf-8"))
@@ -178,7 +179,7 @@ def healthy(target: str, url: str) -> bool:
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
 def test_a_container_is_healthy_while_it_serves(target: str, local_url: str) -> None:
     assert healthy(target, local_url)
-    assert not healthy(target, f"http://127.0.0.1:{free_port()}")
+    assert not healthy(target, f"http://127.0.0.1:{free_ports(1)[0]}")
 
 
 def test_a_container_whose_heads_are_away_is_not_healthy(artifact: Path) -> None:
@@ -242,7 +243,7 @@ def test_the_image_serves_from_a_fresh_environment(tmp_path: Path, artifact: Pat
     served = tmp_path / "runs/demo/artifact"
     served.parent.mkdir(parents=True)
     served.symlink_to(artifact)
-    port = free_port()
+    port = free_ports(1)[0]
     environment |= {"PYTHONPATH": str(ROOT), "MTL_API_KEYS": "first"}
     start = [*command("cpu"), "--port", str(port)]
     with subprocess.Popen(

@@ -50,12 +50,10 @@ def experiment(tiny_encoders: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, ray_address: str, experiment: dict[str, Any]
-) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, experiment: dict[str, Any]) -> Path:
     """The folder of an undisturbed run: config, runs/small and its artifact."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = run("train", "--config", str(write_config(folder, experiment)), address=ray_address)
+    done = run("train", "--config", str(write_config(folder, experiment)))
     assert done.returncode == 0, done.stderr
     (folder / "output.txt").write_text(done.stdout)
     return folder

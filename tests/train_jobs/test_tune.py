@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -164,12 +165,12 @@ def test_what_this_machine_cannot_hold_is_refused_and_leaves_no_folder(
 
 
 def test_a_search_whose_time_is_over_goes_on_when_it_gets_more(
-    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     """A thousand short trials never end within the time that they get."""
     budget = {"trials": 1000, "concurrency": 1, "minutes": 0.25}
     path = write_sweep(tmp_path, experiment, budget=budget, seeds=1)
-    done = run("tune", "--config", str(path), address=ray_address)
+    done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
     assert "0.25 minutes are over" in done.stdout
     assert "WARNING" not in done.stderr
@@ -178,11 +179,11 @@ def test_a_search_whose_time_is_over_goes_on_when_it_gets_more(
     assert 2 <= len(ended) < 500
     assert (first[first["phase"] == "best"]["status"] == "finished").all()
 
-    done = run("tune", "--config", str(path), address=ray_address)
+    done = run("tune", "--config", str(path))
     assert "is finished" in done.stdout
 
     more = ("--set", "budget.minutes=0.4", "--set", "budget.concurrency=2")
-    done = run("tune", "--config", str(path), *more, address=ray_address)
+    done = run("tune", "--config", str(path), *more)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
     assert "0.4 minutes are over" in done.stdout
@@ -236,7 +237,7 @@ def test_trials_that_run_out_of_memory_are_recorded_with_that_reason(
 
 
 def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
-    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+    tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     path = write_sweep(
         tmp_path,
@@ -245,7 +246,7 @@ def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
         budget={"trials": 2},
         seeds=1,
     )
-    done = run("tune", "--config", str(path), address=ray_address)
+    done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
     assert (trials_of(tmp_path)["status"] == "finished").all()
     (state,) = (tmp_path / "sweeps/sweep/search").glob("experiment_state-*.json")
@@ -302,9 +303,12 @@ def test_a_killed_driver_and_a_killed_trial_cost_nothing_but_time(
 
 def trial_processes() -> list[psutil.Process]:
     """Ray names a process after the actor in it; these are of the cluster of these tests."""
-    mine = psutil.Process().children(recursive=True)
-    titles = ("ray::run_trial", "ray::ImplicitFunc")
-    return [p for p in mine if any(part.startswith(titles) for part in p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended while it was looked at
+            if " ".join(process.cmdline()).startswith(("ray::run_trial", "ray::ImplicitFunc")):
+                found.append(process)
+    return found
 
 
 def read_until(process: subprocess.Popen[str], wanted: str) -> None:
