@@ -1,6 +1,6 @@
 """Frozen parts run once: token states at the freeze boundary, one encoder pass a text.
 
-The states stand in one mapped file per (encoder, boundary, texts), shared by the processes of a
+The states stand in one file per (encoder, boundary, texts), shared by the processes of a
 machine and by later runs over the same data. Shapes: H hidden units.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +29,36 @@ from mtl_core.freezing import cacheable_layers
 from mtl_core.model import Batch, MultiTaskModel
 
 
-@dataclass(frozen=True)
 class FeatureCache:
-    """States of every token of a split after `depth` layers."""
+    """States of every token of a split after `depth` layers, read from disk as they are needed.
 
-    states: NDArray[np.float16] | NDArray[np.float32]
-    """(all tokens, H), mapped from disk."""
-    depth: int
+    The file is not mapped: the pages a process has seen would count as its memory.
+    """
+
+    def __init__(self, path: Path, depth: int) -> None:
+        header = np.load(path, mmap_mode="r")
+        self.depth = depth
+        self.dtype, self.hidden, self.offset = header.dtype, header.shape[1], header.offset
+        self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+
+    def tokens(self, first: int, last: int) -> NDArray[np.float16] | NDArray[np.float32]:
+        """(last - first, H) states of a run of the split's tokens."""
+        size = self.hidden * self.dtype.itemsize
+        content = os.pread(self.file, (last - first) * size, self.offset + first * size)
+        return np.frombuffer(content, self.dtype).reshape(-1, self.hidden)
 
     def attach(self, batch: Batch, split: EncodedSplit, rows: Rows) -> Batch:
         """The batch with its states, so that the layers below them need not run."""
-        inside = batch.attention_mask.numpy().astype(bool)
-        states = np.zeros((*inside.shape, self.states.shape[1]), dtype=np.float32)
-        flat = np.concatenate([np.arange(split.starts[r], split.starts[r + 1]) for r in rows])
-        states[inside] = self.states[flat]
+        states = np.zeros((*batch.input_ids.shape, self.hidden), dtype=np.float32)
+        for place, (first, last) in zip(states, ranges(split, rows), strict=True):
+            place[: last - first] = self.tokens(first, last)
         return replace(batch, states=torch.from_numpy(states), states_depth=self.depth)
+
+
+def ranges(split: EncodedSplit, rows: Rows) -> list[tuple[int, int]]:
+    """Each row's first token in the split's flat arrays, and the one behind its last."""
+    return list(zip(split.starts[rows].tolist(), split.starts[rows + 1].tolist(), strict=True))
 
 
 def cached_layers(
@@ -65,7 +82,7 @@ def cache_file(
     digest.update(model.encoder.transformer.config.to_json_string().encode())
     for name, tensor in model.encoder.lower_part(depth).state_dict().items():
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()))
     return cache_root() / "features" / f"{digest.hexdigest()[:32]}.npy"
 
 
@@ -111,16 +128,20 @@ def _write_states(
     done = 0
     encoder.eval()
     try:
-        states = np.lib.format.open_memmap(partial, "w+", dtype, (len(split.input_ids), hidden))
-        for rows in evaluation_batches(split):
-            batch = collate(split, rows, pad_id(model), frozenset(), without_labels=True).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                output = encoder.lower(depth, batch.input_ids, batch.attention_mask)
-            flat = np.concatenate([np.arange(split.starts[r], split.starts[r + 1]) for r in rows])
-            states[flat] = output[batch.attention_mask.bool()].float().cpu().numpy()
-            done += len(flat)
-            yield done / max(len(split.input_ids), 1)
-        states.flush()
+        shape = (len(split.input_ids), hidden)
+        offset = np.lib.format.open_memmap(partial, "w+", dtype, shape).offset
+        with partial.open("r+b") as file:
+            for rows in evaluation_batches(split):
+                batch = collate(split, rows, pad_id(model), frozenset(), without_labels=True)
+                batch = batch.to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                    output = encoder.lower(depth, batch.input_ids, batch.attention_mask)
+                states = output.float().cpu().numpy().astype(dtype, copy=False)
+                for row, (first, last) in zip(states, ranges(split, rows), strict=True):
+                    file.seek(offset + first * hidden * dtype.itemsize)
+                    file.write(row[: last - first].data)
+                    done += last - first
+                yield done / max(len(split.input_ids), 1)
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -130,7 +151,7 @@ def open_cache(path: Path, depth: int) -> FeatureCache | None:
     """The cache at `path` if it has been built."""
     if not path.is_file():
         return None
-    return FeatureCache(np.load(path, mmap_mode="r"), depth)
+    return FeatureCache(path, depth)
 
 
 @torch.no_grad()

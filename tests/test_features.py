@@ -111,11 +111,25 @@ def test_a_half_precision_cache_is_close(folders: dict[str, Path], tmp_path: Pat
     model = model_of(folders["bert"])
     split = split_for(model)
     cache = build(model, split, tmp_path / "states.npy", 3, "float16")
-    assert cache.states.dtype == np.float16
+    assert cache.dtype == np.float16
     apply_freezing(model, FreezeConfig(encoder=True), 0)
     plain, _ = losses_and_gradients(model, split, None)
     cached, _ = losses_and_gradients(model, split, cache)
     assert cached == pytest.approx(plain, rel=1e-2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_cache_adds_nothing_to_a_process_s_memory(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = model_of(folders["bert"])
+    split = split_for(model)
+    path = tmp_path / "states.npy"
+    cache = build(model, split, path, 3)
+    rows = np.arange(len(split))
+    batch = collate(split, rows, features.pad_id(model), frozenset(), without_labels=True)
+    assert cache.attach(batch, split, rows).states is not None
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_the_encoder_passes_once_per_batch_in_all_not_per_epoch(
@@ -265,4 +279,5 @@ def test_states_that_another_process_computes_are_waited_for(
     assert model.encoder.num_passes == passes
     found = features.open_cache(wanted, 2)
     assert found is not None
-    np.testing.assert_array_equal(found.states, made.states)
+    for first, last in features.ranges(split, np.arange(len(split))):
+        np.testing.assert_array_equal(found.tokens(first, last), made.tokens(first, last))

@@ -127,7 +127,7 @@ def shard(rows: Rows, lengths: NDArray[np.int64], rank: int, world_size: int) ->
     return ordered[rank::world_size]
 
 
-def evaluation_batches(split: EncodedSplit, batch_tokens: int = 4096) -> Iterator[Rows]:
+def evaluation_batches(split: EncodedSplit, batch_tokens: int = 2048) -> Iterator[Rows]:
     """All rows in order of length, in batches of about so many padded tokens."""
     order = np.argsort(split.lengths, kind="stable")
     first = 0

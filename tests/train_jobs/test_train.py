@@ -199,7 +199,7 @@ def test_after_ctrl_c_and_after_the_driver_was_killed_the_same_command_goes_on(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     with contextlib.suppress(ProcessLookupError):  # Ray, which goes with the driver, ended it
-        os.kill(row["pid"], signal.SIGCONT)
+        os.kill(row["pid"], signal.SIGKILL)
     assert not (tmp_path / "runs/small/artifact").exists()
     resumed = run("train", "--config", str(config), "--resume")
     assert resumed.returncode == 0, resumed.stderr
