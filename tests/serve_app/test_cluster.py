@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +69,17 @@ def ray_start(ports: Sequence[int], folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """`ray start` with a token, in the environment that docs/serving.md tells to set."""
-    folder = tmp_path_factory.mktemp("ray")
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder,  # sockets: short paths
+        cluster_in(Path(folder)) as running,
+    ):
+        yield running
+
+
+@contextmanager
+def cluster_in(folder: Path) -> Iterator[Cluster]:
     ports = free_ports(8)
     log = folder / "ray.log"
     env = {**os.environ, **SERVE_ENVIRONMENT, **LOCAL_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
