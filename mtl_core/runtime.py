@@ -21,7 +21,7 @@ from mtl_core.artifact import atomic_folder, read_manifest
 from mtl_core.config import ConfigError
 from mtl_core.data.cache import cache_root
 from mtl_core.encoder import SentenceEncoder
-from mtl_core.loop import use_bf16
+from mtl_core.loop import bound_kernel_caches, use_bf16
 from mtl_core.model import MultiTaskModel
 
 RuntimeName = Literal[
@@ -58,6 +58,7 @@ class TorchRuntime:
         self.bf16 = bf16
         self.exact = not bf16
         self.name = f"torch-{'bf16' if bf16 else 'fp32'}"
+        bound_kernel_caches()
 
     @torch.inference_mode()
     def __call__(

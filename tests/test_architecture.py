@@ -132,6 +132,7 @@ def test_a_package_does_not_import(package: str, forbidden: set[str]) -> None:
     assert not found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_importing_every_module_has_no_side_effects(package: str, tmp_path: Path) -> None:
     names = [

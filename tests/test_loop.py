@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -489,3 +490,42 @@ def test_a_tiny_model_learns_32_texts_by_heart(bert: Path) -> None:
     assert best["validation/topic/accuracy"] == 1.0
     assert best["validation/mood/micro_f1"] > 0.98
     assert best["validation/entities/f1"] > 0.98
+
+
+GROWTH = """
+import sys
+import torch
+from mtl_core.loop import bound_kernel_caches
+
+def memory():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+if sys.argv[1] == "bounded":
+    bound_kernel_caches()
+layer = torch.nn.Linear(64, 64)
+before = memory()
+with torch.autocast("cpu", torch.bfloat16):
+    for rows in range(32, 632):
+        layer(torch.randn(rows, 64)).sum().backward()
+print(memory() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.skipif(not use_bf16("auto", torch.device("cpu")), reason="no bf16 on this CPU")
+def test_memory_does_not_grow_with_the_shapes_of_batches() -> None:
+    ours = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    free, bounded = (
+        int(
+            subprocess.check_output(
+                [sys.executable, "-c", GROWTH, how],
+                cwd=Path(__file__).parents[1],
+                env=environment,
+            )
+        )
+        for how in ("free", "bounded")
+    )
+    assert bounded < free / 3
