@@ -82,7 +82,7 @@ def cache_file(
     digest.update(model.encoder.transformer.config.to_json_string().encode())
     for name, tensor in model.encoder.lower_part(depth).state_dict().items():
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()))
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
     return cache_root() / "features" / f"{digest.hexdigest()[:32]}.npy"
 
 

@@ -15,6 +15,8 @@ from mtl_core.encoder import SentenceEncoder
 from mtl_core.heads import Head
 from mtl_core.weighting import Weighting
 
+FEW_SHAPES = 64
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -102,5 +104,18 @@ class MultiTaskModel(nn.Module):
         for task, labelled in batch.labelled.items():
             head = self.head(task)
             source = pooled if head.level == "sentence" else flat
-            logits[task] = head(source.index_select(0, labelled.positions))
+            logits[task] = head(source.index_select(0, rounded(labelled.positions)))
+            logits[task] = logits[task][: len(labelled.positions)]
         return logits
+
+
+def rounded(positions: Tensor) -> Tensor:
+    """(N,) positions, the first again and again until there are a multiple of `FEW_SHAPES`.
+
+    Hardly two batches have as many labels, and for every new shape of a product oneDNN makes a
+    kernel and keeps it. What is computed for the added ones is dropped, so gradients stay the same.
+    """
+    missing = -len(positions) % FEW_SHAPES
+    if not missing or not len(positions):
+        return positions
+    return torch.cat([positions, positions[:1].expand(missing)])
