@@ -1,4 +1,7 @@
-"""The README's commands, run as they stand on what `make demo` trained: `make readme-check`."""
+"""Commands of the README and docs/usage.md, run as they stand on what `make demo` trained.
+
+`make readme-check` runs them; test_docs looks at those of the other pages.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.commands import ROOT, environment
 from tests.servers import real_server
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+USAGE = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
 DEMO = ROOT / "runs/demo"
 
 pytestmark = [
@@ -30,8 +35,20 @@ def section(title: str) -> str:
     return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def commands(title: str) -> list[str]:
-    return re.findall(r"^    (python -m .*)$", section(title), re.MULTILINE)
+def commands(text: str) -> list[str]:
+    """Those that end by themselves and need nobody's account."""
+    found = re.findall(r"^    (python -m .*)$", text, re.MULTILINE)
+    servers = re.compile(r"python -m serve_app(?!.*--(ask|write-config))(?!\.)")
+    return [c for c in found if "aws.prepare" not in c and not servers.match(c)]
+
+
+COMMANDS = dict.fromkeys(
+    [
+        *commands(section("Use what it learned")),
+        *commands(section("Find better settings")),
+        *commands(USAGE),
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +58,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs").mkdir()
     (folder / "runs/demo").symlink_to(DEMO)
     (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
+    (folder / "train_jobs").mkdir()
+    (folder / "train_jobs/configs").symlink_to(ROOT / "train_jobs/configs")
     (folder / "in.jsonl").write_text('{"text": "The food was cold."}\n', encoding="utf-8")
+    labelled = '{"text": "The food was cold.", "sentiment": "negative"}\n'
+    (folder / "other.jsonl").write_text(labelled, encoding="utf-8")
+    own = yaml.safe_load((ROOT / "train_jobs/configs/demo.yaml").read_text(encoding="utf-8"))
+    own |= {"name": "my", "data": [{"demo": True, "limit": 100}]}
+    (folder / "my.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
     return folder
 
 
-@pytest.mark.parametrize(
-    "command", [*commands("Use what it learned"), *commands("Find better settings")]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(command: str, folder: Path) -> None:
     arguments = [sys.executable, *shlex.split(command)[1:]]
     assert subprocess.run(arguments, cwd=folder, env=environment(None), check=False).returncode == 0
