@@ -58,8 +58,8 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 def bound_kernel_caches() -> None:
     """Have PyTorch keep the last 64 kernels for bf16 on CPUs, not 1,024; what the user set stays.
 
-    oneDNN makes one for each shape of a product, and batches come in hundreds: after an epoch of
-    SNIPS they held 600 MB. Read at the first such product of a process.
+    oneDNN makes one for each shape of a product, and batches come in hundreds of shapes, so that a
+    worker would grow with every step. Read at the first such product of a process.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")

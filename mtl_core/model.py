@@ -15,8 +15,6 @@ from mtl_core.encoder import SentenceEncoder
 from mtl_core.heads import Head
 from mtl_core.weighting import Weighting
 
-FEW_SHAPES = 64
-
 
 @dataclass(frozen=True)
 class Labelled:
@@ -104,22 +102,5 @@ class MultiTaskModel(nn.Module):
         for task, labelled in batch.labelled.items():
             head = self.head(task)
             source = pooled if head.level == "sentence" else flat
-            positions = labelled.positions
-            if torch.is_autocast_enabled(source.device.type):
-                positions = rounded(positions)
-            found = head(source.index_select(0, positions))
-            logits[task] = found[: len(labelled.positions)]
+            logits[task] = head(source.index_select(0, labelled.positions))
         return logits
-
-
-def rounded(positions: Tensor) -> Tensor:
-    """(N,) positions, the first again and again until there are a multiple of `FEW_SHAPES`.
-
-    Hardly two batches have as many labels, and for every new shape of a product in bf16 oneDNN
-    makes a kernel and keeps it. What is computed for the added ones is dropped, so gradients stay
-    the same but for the order of their sums.
-    """
-    missing = -len(positions) % FEW_SHAPES
-    if not missing or not len(positions):
-        return positions
-    return torch.cat([positions, positions[:1].expand(missing)])

@@ -1,8 +1,8 @@
 """Commands as forks of one process that has the libraries loaded: the same code, seconds earlier.
 
-Each of the tests' hundred commands, and each process that forks the workers of one, would spend
-four seconds of a CPU on the same imports. Everything behind the imports is as it ever is: a process
-of its own, with its arguments, environment, folder and streams.
+Each command of the tests, and each process that forks the workers of one, would spend four seconds
+of a CPU on the same imports. Everything behind the imports is as it ever is: a process of its own,
+with its arguments, environment, folder and streams.
 
     python -m tests.preloaded DESCRIPTOR        what forks, on a socket that listens
 """
@@ -62,15 +62,16 @@ def run(
         tempfile.TemporaryFile() as err,
         open(os.devnull, "rb") as nothing,
         socket.socket(socket.AF_UNIX) as connection,
+        connection.makefile() as told,
     ):
         connection.connect(server())
         streams = [nothing.fileno(), out.fileno(), err.fileno()]
         connection.sendall(request[socket.send_fds(connection, [request], streams) :])
         connection.shutdown(socket.SHUT_WR)
-        pid = int(connection.recv(64))
         connection.settimeout(timeout)
+        pid = int(told.readline())
         try:
-            status = int(connection.recv(64))
+            status = int(told.readline())
         except TimeoutError:
             os.kill(pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired(command, timeout) from None
@@ -106,9 +107,9 @@ def serve(number: int) -> None:
 def keep(connection: socket.socket) -> None:
     """Fork the command, tell its pid and, when it has ended, its status; returns in the fork."""
     if child := os.fork():
-        connection.sendall(str(child).encode())
+        connection.sendall(f"{child}\n".encode())
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        connection.sendall(str(status).encode())
+        connection.sendall(f"{status}\n".encode())
         os._exit(0)
 
 

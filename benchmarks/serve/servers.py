@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from benchmarks.environments import environment
 from mtl_core.encoder import resolve_model
+from serve_app.ports import free_ports
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 START_SECONDS = 240
@@ -112,7 +112,7 @@ def running(name: str, artifact: Path, logs: Path) -> Iterator[Running]:
     Raises:
         ServerError: it ended or was not ready in time.
     """
-    server, port = SERVERS[name], _free_port()
+    server, port = SERVERS[name], free_ports(1)[0]
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **server.settings}
     variables["ARTIFACT"] = str(artifact)
     log = logs / f"{name}.log"
@@ -185,10 +185,3 @@ def _request(port: int, method: str, route: str, body: bytes | None = None) -> t
         return response.status, response.read()
     finally:
         connection.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

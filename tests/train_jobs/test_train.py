@@ -184,24 +184,25 @@ def test_a_killed_worker_costs_nothing_but_time_and_nobody_else_may_start_the_na
 
 
 def test_after_ctrl_c_and_after_the_driver_was_killed_the_same_command_goes_on(
-    finished: Path, tmp_path: Path, experiment: dict[str, Any]
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
+    """On a Ray that outlives its drivers, as a cluster does."""
     config = write_config(tmp_path, experiment)
-    process = start("train", "--config", str(config))
+    process = start("train", "--config", str(config), address=ray_address)
     wait_for(lambda: announced(tmp_path, 30), process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
     assert "run the same command again" in output
-    process = start("train", "--config", str(config))
+    process = start("train", "--config", str(config), address=ray_address)
     row = freeze_inside_an_epoch(tmp_path, process, starts=2)
     assert row["step"] > 0, "Ctrl-C left no checkpoint"
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    with contextlib.suppress(ProcessLookupError):  # Ray, which goes with the driver, ended it
-        os.kill(row["pid"], signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # where Ray has done so already
+        os.kill(row["pid"], signal.SIGKILL)  # before it can go on to the epoch's end
     assert not (tmp_path / "runs/small/artifact").exists()
-    resumed = run("train", "--config", str(config), "--resume")
+    resumed = run("train", "--config", str(config), "--resume", address=ray_address)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
     assert_resumed_inside_an_epoch(tmp_path)
