@@ -185,7 +185,11 @@ def heads(server: RealServer, task: str) -> list[psutil.Process]:
 
 @contextmanager
 def real_server(
-    artifact: Path, folder: Path, *arguments: str, env: Mapping[str, str] | None = None
+    artifact: Path,
+    folder: Path,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> Iterator[RealServer]:
     """The command as users run it, until it says that it is ready; stopped afterwards."""
     port = free_ports(1)[0]
@@ -195,6 +199,7 @@ def real_server(
         process = subprocess.Popen(
             [*command, "--port", str(port), *arguments],
             env={**os.environ, "RAY_AUTH_MODE": "disabled", **(env or {})},
+            cwd=cwd,
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,

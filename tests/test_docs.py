@@ -18,11 +18,12 @@ from docs.make_reference import pages
 from mtl_core.config import load_experiment, parse_experiment
 from serve_app import environment, optimize
 from serve_app.metrics import Metrics
+from tests.pages import PAGES, Tried, tried
+from tests.pages import commands as every_command
 from train_jobs import evaluate, predict, similarity, train, tune
 from train_jobs.sweep import Sweep
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS: dict[str, Any] = {
     "train_jobs.train": train,
     "train_jobs.evaluate": evaluate,
@@ -100,6 +101,10 @@ def test_commands_in_the_pages_name_existing_options(
             assert argument in known, argument
         if argument.startswith(("train_jobs/configs/", "tune_configs/")):
             assert (ROOT / argument).is_file()
+
+
+def test_every_command_in_the_pages_is_tried() -> None:
+    assert {tried(command) for command in every_command()} == set(Tried)
 
 
 def test_make_targets_in_the_pages_exist() -> None:

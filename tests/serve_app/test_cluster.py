@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from mtl_core.predictor import Predictor
 from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
-from serve_app.ports import free_ports, own_haproxy_ports
+from serve_app.ports import free_ports
+from tests.head_node import HeadNode, head_node, wait_for
 from tests.servers import Answer, call
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -29,96 +24,12 @@ TEXT = "Maria Lopez had the food at the table in Berlin wonderful"
 ROOT = Path(__file__).parents[2]
 
 
-@dataclass
-class Cluster:
-    """A head node, and what reaches it."""
-
-    process: subprocess.Popen[str]
-    env: dict[str, str]
-    dashboard: str
-
-    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            list(map(str, command)),
-            env=self.env,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    def serve_app(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", "serve_app", *arguments)
-
-    def serve_deploy(self, file: Path) -> None:
-        """As a user at the head node types it."""
-        serve = Path(sys.executable).with_name("serve")
-        done = self.run(serve, "deploy", "--address", self.dashboard, file)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-
-def ray_start(ports: Sequence[int], folder: Path) -> list[str]:
-    """A head node on loopback that keeps to ports of its own and ends with its process."""
-    names = "port dashboard-port dashboard-agent-listen-port dashboard-agent-grpc-port"
-    names += " ray-client-server-port metrics-export-port node-manager-port object-manager-port"
-    chosen = [f"--{name}={port}" for name, port in zip(names.split(), ports, strict=True)]
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *chosen]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=4"]
-    return [*command, f"--temp-dir={folder}", "--disable-usage-stats"]
-
-
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster() -> Iterator[HeadNode]:
     """`ray start` with a token, in the environment that docs/serving.md tells to set."""
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder,  # sockets: short paths
-        cluster_in(Path(folder)) as running,
-    ):
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-for-this-test-alone-0123456789"}
+    with head_node({**SERVE_ENVIRONMENT, **LOCAL_ENVIRONMENT, **token}) as running:
         yield running
-
-
-@contextmanager
-def cluster_in(folder: Path) -> Iterator[Cluster]:
-    ports = free_ports(8)
-    log = folder / "ray.log"
-    env = {**os.environ, **SERVE_ENVIRONMENT, **LOCAL_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    env |= own_haproxy_ports()
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-for-this-test-alone-0123456789"}
-    env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
-    env.pop("RAY_ADDRESS", None)
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            ray_start(ports, folder), env=env, stdout=output, stderr=subprocess.STDOUT, text=True
-        )
-    env["RAY_ADDRESS"] = f"127.0.0.1:{ports[0]}"
-    running = Cluster(process, env, f"http://127.0.0.1:{ports[1]}")
-    try:
-        while "Ray runtime started" not in (said := log.read_text(encoding="utf-8")):
-            assert process.poll() is None, said
-            time.sleep(0.2)
-        wait_for(lambda: listens(ports[1]))
-        yield running
-    finally:
-        family = [process, *psutil.Process(process.pid).children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        _, left = psutil.wait_procs(family[1:], timeout=5)  # type: ignore[arg-type]
-        for survivor in left:
-            survivor.kill()
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.2)
-    return found
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def ready(url: str) -> bool:
@@ -133,7 +44,7 @@ def predict(url: str, *texts: str) -> Answer:
 
 
 def test_serve_deploy_and_the_command_bring_a_cluster_to_what_they_are_told(
-    cluster: Cluster, artifact: Path, predictor: Predictor, tmp_path: Path
+    cluster: HeadNode, artifact: Path, predictor: Predictor, tmp_path: Path
 ) -> None:
     port, file = free_ports(1)[0], tmp_path / "serve_config.yaml"
     url = f"http://127.0.0.1:{port}"
