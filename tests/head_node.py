@@ -51,7 +51,7 @@ class HeadNode:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-RAY_START = (str(Path(sys.executable).with_name("ray")), "start", "--head")
+RAY_START = ("ray", "start", "--head")
 
 
 @contextmanager
@@ -66,6 +66,7 @@ def head_node(
     """
     ports = free_ports(8)
     env = {**os.environ, "PYTHONPATH": str(ROOT), **own_haproxy_ports(), **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all on the loopback address
     env.pop("RAY_ADDRESS", None)
@@ -88,12 +89,18 @@ def head_node(
             wait_for(lambda: listens(ports[1]))
             yield HeadNode(process, env, gcs, f"http://127.0.0.1:{ports[1]}")
         finally:
-            family = [process, *psutil.Process(process.pid).children(recursive=True)]
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-            _, left = psutil.wait_procs(family[1:], timeout=5)  # type: ignore[arg-type]
-            for survivor in left:
-                survivor.kill()
+            if process.poll() is None:
+                _stop(process)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Have it end as Ctrl-C does, and kill what it leaves."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    _, left = psutil.wait_procs(children, timeout=5)
+    for survivor in left:
+        survivor.kill()
 
 
 def _own_places(ports: Sequence[int], folder: str) -> list[str]:
