@@ -72,7 +72,7 @@ check: lint types test ## Everything a change must pass: lint, types, test
 docker-check: $(STAMP) ## Install and start in a fresh environment what the image does (minutes; TORCH_INDEX=URL)
 	DOCKER_CHECK=1 $(BIN)/python -m pytest -q tests/serve_app/test_containers.py
 
-readme-check: demo ## Train the demo, then run on it what README and docs say (20 minutes)
+readme-check: demo ## Train the demo, then run on it what README and docs say (15 minutes; with MTL_DATA benchmarks too, 35)
 	README_CHECK=1 $(BIN)/python -m pytest -q tests/test_pages.py
 
 format: $(STAMP) ## Sort imports, apply safe fixes, format
