@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from mtl_core.artifact import ArtifactError, load_parts, read_manifest
@@ -53,11 +54,18 @@ def build_model(experiment: Experiment, labels: Mapping[str, tuple[str, ...]]) -
     return MultiTaskModel(encoder, heads, build_weighting(experiment))
 
 
-def fit_to_data(model: MultiTaskModel, experiment: Experiment, train: EncodedSplit) -> None:
-    """Take from the training split what learning needs: label counts, and which words occur."""
+def fit_to_data(model: MultiTaskModel, experiment: Experiment, train: EncodedSplit | None) -> None:
+    """Take from the training split what learning needs: label counts, and which words occur.
+
+    Where train comes in shards neither is known: every row of the embedding table learns.
+    """
     for task in experiment.tasks:
         head = model.head(task)
-        head.set_label_counts(train.output_counts(task, head.num_outputs))
+        uncounted = np.ones(head.num_outputs, dtype=np.int64)
+        counts = train.output_counts(task, head.num_outputs) if train is not None else uncounted
+        head.set_label_counts(counts)
+    if train is None:
+        return
     last = experiment.training.epochs - 1
     if not freezes_embeddings(experiment.freeze, model.encoder.num_layers, last):
         learn_rows(model.encoder.transformer, train.input_ids)

@@ -186,6 +186,9 @@ class TrainingConfig(Config):
     """Texts per batch over all workers."""
     batch_tokens: PositiveInt | None = None
     """Tokens per batch, about so many, instead of a number of texts."""
+    shard_texts: PositiveInt | None = None
+    """For corpora too large to hold: read, tokenise and shuffle about so many training texts at a
+    time, while the ones before are trained on. JSONL, Parquet and Hub datasets."""
     accumulation: PositiveInt = 1
     """Batches whose gradients are summed into one optimiser step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -255,6 +258,23 @@ class Experiment(Config):
         for name in self.freeze.heads:
             if name not in self.tasks:
                 raise ValueError(f"freeze.heads: {_unknown(name, self.tasks)}")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_suffice(self) -> Self:
+        if self.training.shard_texts is None:
+            return self
+        for name, task in self.tasks.items():
+            if task.class_weights == "balanced":
+                raise ValueError(
+                    f"tasks.{name}.class_weights: `balanced` needs to count the whole corpus, "
+                    "which training.shard_texts never reads at once; give a number a label"
+                )
+        for index, source in enumerate(self.data):
+            if source.limit is not None:
+                raise ValueError(
+                    f"data.{index}.limit: training.shard_texts goes through all rows; drop one"
+                )
         return self
 
     @model_validator(mode="after")

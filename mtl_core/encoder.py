@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from mtl_core.config import EncoderConfig
+from mtl_core.config import EncoderConfig, Experiment
 from mtl_core.errors import EncoderError as EncoderError
 
 Pooling = Literal["mean", "cls", "max"]
@@ -77,6 +77,17 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
             "character offsets that only fast tokenizers give"
         )
     return tokenizer
+
+
+def tokenizer_of(experiment: Experiment) -> Any:
+    """The tokenizer that an experiment's encoder goes with.
+
+    Raises:
+        EncoderError: it cannot be loaded.
+    """
+    if experiment.init_from is not None:
+        return load_tokenizer(f"{experiment.init_from}/encoder")
+    return load_tokenizer(experiment.encoder.model, experiment.encoder.revision)
 
 
 def _revision(revision: str | None) -> dict[str, Any]:

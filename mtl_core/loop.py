@@ -24,7 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mtl_core import features, freezing, optim
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, Schedule, collate, shard
+from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import Data
+from mtl_core.data.shards import ShardLoader, Whole
 from mtl_core.dropout import QuickDropout
 from mtl_core.errors import TrainingError as TrainingError
 from mtl_core.evaluation import evaluate
@@ -41,7 +43,7 @@ LOG_EVERY = 10
 class Event:
     """Something worth telling: a row of metrics.jsonl, or that a checkpoint is due."""
 
-    kind: Literal["features", "step", "validation", "checkpoint", "stopped"]
+    kind: Literal["features", "shard", "step", "validation", "checkpoint", "stopped"]
     row: dict[str, Any]
 
 
@@ -89,13 +91,14 @@ def fit(
     if state.optimizer is None:
         return
     run = _Run(state, data, experiment, world)
-    yield from run.prepare_features()
-    while state.epoch < experiment.training.epochs:
-        if run.out_of_patience():
-            reason = f"no better score for {experiment.training.patience} epochs"
-            yield Event("stopped", {"epoch": state.epoch, "reason": reason})
-            break
-        yield from run.epoch()
+    with contextlib.closing(run.parts):
+        yield from run.prepare_features()
+        while state.epoch < experiment.training.epochs:
+            if run.out_of_patience():
+                reason = f"no better score for {experiment.training.patience} epochs"
+                yield Event("stopped", {"epoch": state.epoch, "reason": reason})
+                break
+            yield from run.epoch()
     state.restore_best()
 
 
@@ -105,14 +108,17 @@ class _Run:
     def __init__(self, state: TrainState, data: Data, experiment: Experiment, world: World) -> None:
         self.state, self.data, self.experiment, self.world = state, data, experiment, world
         self.model = state.model
-        self.train = data.splits["train"]
-        config = experiment.training
-        self.schedule = Schedule(
-            self.train, experiment.mixing, config.batch_size, config.batch_tokens, experiment.seed
-        )
+        self.parts: Whole | ShardLoader
+        if data.shards is None:
+            self.parts = Whole(data.splits["train"])
+        else:
+            key = data.keys["train"]
+            self.parts = ShardLoader(experiment, data.shards, key, data.labels, world)
+        self.train: EncodedSplit
+        self.taken: int | None = None
+        """Which part `train` is."""
         self.tasks = list(experiment.tasks)
-        self.counts = {task: self.train.label_counts(task) for task in self.tasks}
-        self.bf16 = use_bf16(config.precision, world.device)
+        self.bf16 = use_bf16(experiment.training.precision, world.device)
         bound_kernel_caches()
         self.pad_id = features.pad_id(self.model)
         self.caches: dict[str, features.FeatureCache | None] = {"train": None, "validation": None}
@@ -126,8 +132,9 @@ class _Run:
     def prepare_features(self) -> Iterator[Event]:
         """Run what never learns once, when it is worth a file."""
         device = self.world.device
-        depth = features.cached_layers(self.model, self.experiment, self.train, device)
-        if depth == 0:
+        sample = self.data.splits["validation"]
+        depth = features.cached_layers(self.model, self.experiment, sample, device)
+        if depth == 0 or self.data.shards is not None:
             return
         dtype = np.dtype(np.float16 if self.bf16 else np.float32)
         for name in self.caches:
@@ -150,36 +157,69 @@ class _Run:
 
     def epoch(self) -> Iterator[Event]:
         """The rest of the epoch that the state stands in, then validation."""
-        state, config = self.state, self.experiment.training
-        assert state.optimizer is not None
+        state = self.state
         changed = freezing.apply_freezing(self.model, self.experiment.freeze, state.epoch)
         if changed or self.wrapped is self.model:
             self.wrapped = self._wrap()
+        order = self.parts.order(state.epoch)
+        for place in range(state.part if self._learns() else len(order), len(order)):
+            yield from self._part(order, place)
+            state.part, state.step_in_part = place + 1, 0
+        yield from self._finish_epoch()
+
+    def _part(self, order: list[int], place: int) -> Iterator[Event]:
+        """The rest of one part of the training texts: all of them, or a shard."""
+        state, config = self.state, self.experiment.training
+        assert state.optimizer is not None
+        number = order[place]
+        self._take_up(order, place)
+        if self.data.shards is not None:
+            row = {"shard": place + 1, "shards": len(order), "texts": len(self.train)}
+            yield Event("shard", {**row, "rows": self.parts.sizes[number]})
+        before = sum(self.parts.sizes[n] for n in order[:place]) / sum(self.parts.sizes)
+        share = self.parts.sizes[number] / sum(self.parts.sizes)
         steps = self._steps()
         log = _StepLog(self.tasks)
-        for number in range(state.step_in_epoch, len(steps)):
-            progress = (state.epoch + (number + 0.5) / len(steps)) / config.epochs
-            factor = optim.set_rates(state.optimizer, self.experiment.optim, progress)
-            self._step(steps[number], log)
+        for index in range(state.step_in_part, len(steps)):
+            done = before + share * (index + 0.5) / len(steps)
+            factor = optim.set_rates(
+                state.optimizer, self.experiment.optim, (state.epoch + done) / config.epochs
+            )
+            self._step(steps[index], log)
             state.step += 1
-            state.step_in_epoch = number + 1
-            if state.step % LOG_EVERY == 0 or state.step_in_epoch == len(steps):
-                yield Event("step", self._step_row(log, number + 1, len(steps), factor))
+            state.step_in_part = index + 1
+            if state.step % LOG_EVERY == 0 or state.step_in_part == len(steps):
+                of = max(1, round(len(steps) / share))
+                in_epoch = round(before * of) + index + 1
+                yield Event("step", self._step_row(log, in_epoch, of, factor))
                 log = _StepLog(self.tasks)
             due = config.checkpoint_every and state.step % config.checkpoint_every == 0
-            if due and state.step_in_epoch < len(steps):
+            if due and (state.step_in_part < len(steps) or place + 1 < len(order)):
                 yield Event("checkpoint", {"step": state.step})
-        yield from self._finish_epoch()
 
     def _learns(self) -> bool:
         return any(parameter.requires_grad for parameter in self.model.parameters())
 
+    def _take_up(self, order: list[int], place: int) -> None:
+        """Have a part of the training texts at hand, and the one after it made meanwhile."""
+        following = order[place + 1 : place + 2]
+        if not following and self.state.epoch + 1 < self.experiment.training.epochs:
+            following = self.parts.order(self.state.epoch + 1)[:1]
+        train = self.parts.open(order[place], following[0] if following else None)
+        if self.taken != order[place]:
+            self.train, self.taken = train, order[place]
+            self.counts = {task: train.label_counts(task) for task in self.tasks}
+            shard = None if self.data.shards is None else self.taken
+            config, seed = self.experiment.training, self.experiment.seed
+            self.schedule = Schedule(
+                train, self.experiment.mixing, config.batch_size, config.batch_tokens, seed, shard
+            )
+
     def _steps(self) -> list[list[Rows]]:
-        """The epoch's batches by optimiser step; none while nothing has been unfrozen yet."""
+        """The batches of a part of the texts by optimiser step."""
         batches = self.schedule.batches(self.state.epoch)
         size = self.experiment.training.accumulation
-        starts = range(0, len(batches), size) if self._learns() else ()
-        return [batches[first : first + size] for first in starts]
+        return [batches[first : first + size] for first in range(0, len(batches), size)]
 
     def _wrap(self) -> MultiTaskModel | DistributedDataParallel:
         """DDP over what learns now, anew whenever that changes; none where weighting reduces."""
@@ -306,7 +346,7 @@ class _Run:
         state = self.state
         self.weighting.end_epoch()
         state.epoch += 1
-        state.step_in_epoch = 0
+        state.part = 0
         row: dict[str, Any] = {"step": state.step, "epoch": float(state.epoch)}
         result = evaluate(
             self.model,

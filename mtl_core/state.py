@@ -32,7 +32,9 @@ class TrainState:
         )
         self.epoch = 0
         self.step = 0
-        self.step_in_epoch = 0
+        self.part = 0
+        """How many parts of the training texts (shards, or all in one) the epoch is through."""
+        self.step_in_part = 0
         self.best_score = float("-inf")
         self.best_epoch = 0
         self.best: dict[str, Tensor] = {}
@@ -72,7 +74,7 @@ class TrainState:
         parameters = self.learning()
         tensors = {f"now.{n}": p.detach().cpu().contiguous() for n, p in parameters.items()}
         tensors |= {f"kept.{name}": tensor.cpu() for name, tensor in self.remembered().items()}
-        if self.best_epoch != self.epoch or self.step_in_epoch:
+        if self.best_epoch != self.epoch or self.part or self.step_in_part:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         moments = {
             f"{key}.{name}": value.detach().cpu().contiguous()
@@ -84,7 +86,8 @@ class TrainState:
         progress: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,
-            "step_in_epoch": self.step_in_epoch,
+            "part": self.part,
+            "step_in_part": self.step_in_part,
             "best_epoch": self.best_epoch,
             "best_score": self.best_score if self.best else None,
             "learned_rows": learned_rows(self.model.encoder.transformer),
@@ -117,7 +120,8 @@ class TrainState:
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         self.epoch, self.step = progress["epoch"], progress["step"]
-        self.step_in_epoch, self.best_epoch = progress["step_in_epoch"], progress["best_epoch"]
+        self.part, self.step_in_part = progress["part"], progress["step_in_part"]
+        self.best_epoch = progress["best_epoch"]
         if progress["best_score"] is not None:
             self.best_score = progress["best_score"]
             prefix = "best." if any(n.startswith("best.") for n in tensors) else "now."

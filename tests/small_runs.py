@@ -22,7 +22,7 @@ from mtl_core.artifact import (
 from mtl_core.build import build_model, fit_to_data
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.examples import Corpus, Example, Span
-from mtl_core.data.prepare import Data, encode
+from mtl_core.data.prepare import Data, encode, prepare
 from mtl_core.loop import Event, fit
 from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
@@ -116,10 +116,24 @@ def data(
     return encode(Corpus(splits, {}, {}), config, LABELS)
 
 
+def in_shards(folder: Path, config: Experiment, texts: int) -> tuple[Experiment, Data]:
+    """The experiment on files of the corpus, 50 rows and 30 to validate, and what is made of it."""
+    rows = {"train": examples(0, 50), "validation": examples(10_000, 30)}
+    for split, found in rows.items():
+        write_rows(folder / f"{split}.jsonl", found)
+    raw = config.model_dump(mode="json")
+    raw["data"][0]["path"] = str(folder)
+    raw["training"]["shard_texts"] = texts
+    for task, labels in LABELS.items():
+        raw["tasks"][task]["labels"] = labels
+    sharded = Experiment.model_validate(raw)
+    return sharded, prepare(sharded)
+
+
 def begin(config: Experiment, encoded: Data) -> TrainState:
     """A model that has learned nothing yet."""
     model = build_model(config, encoded.labels)
-    fit_to_data(model, config, encoded.splits["train"])
+    fit_to_data(model, config, encoded.splits.get("train"))
     return TrainState(model, config)
 
 

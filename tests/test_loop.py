@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mtl_core.config import Experiment
+from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data
 from mtl_core.evaluation import evaluate
 from mtl_core.loop import Event, TrainingError, fit, use_bf16
@@ -25,6 +26,7 @@ from tests.small_runs import (
     data,
     experiment,
     first_gradients,
+    in_shards,
     learned,
     train,
     weights,
@@ -320,6 +322,84 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(
     )
     validations = of(told, "validation")[step // 10 :]
     assert of(rest, "validation") == validations
+
+
+# Corpora in shards
+
+
+@pytest.fixture
+def sharded(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Experiment, Data]:
+    """50 texts in four shards of four steps, or three."""
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+    rates = {"learning_rate": 2e-3, "warmup": 0.0}
+    training = {"checkpoint_every": 1, "epochs": 2}
+    return in_shards(tmp_path, experiment(bert, training=training, optim=rates, **DROPOUT), 14)
+
+
+def test_every_epoch_goes_through_the_texts_of_all_shards_once(
+    sharded: tuple[Experiment, Data],
+) -> None:
+    config, encoded = sharded
+    state = begin(config, encoded)
+    seen: list[int] = []
+    state.model.register_forward_pre_hook(
+        lambda _, inputs: (
+            seen.extend(map(hash, map(str, inputs[0].input_ids.tolist())))
+            if state.model.training
+            else None
+        )
+    )
+    events = list(fit(state, encoded, config))
+    shards = of(events, "shard")
+    assert [row["shard"] for row in shards] == [1, 2, 3, 4] * 2
+    assert sum(row["texts"] for row in shards) == 2 * 50
+    assert len(seen) == 2 * 50
+    steps = [sum(math.ceil(row["texts"] / 4) for row in half) for half in (shards[:4], shards[4:])]
+    assert state.step == sum(steps)
+    assert [row["step"] for row in of(events, "validation")] == [steps[0], sum(steps)]
+
+
+def test_rates_fall_and_epochs_count_evenly_through_shards(
+    sharded: tuple[Experiment, Data],
+) -> None:
+    config, encoded = sharded
+    events = list(fit(begin(config, encoded), encoded, config))
+    rates = [row["learning_rate"] for row in of(events, "step")]
+    places = [row["epoch"] for row in of(events, "step")]
+    assert places == sorted(set(places))
+    assert places[-1] == 2.0
+    for rate, place in zip(rates, places, strict=True):
+        assert rate == pytest.approx(2e-3 * (1 - place / 2), abs=1e-4)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 9, 14, 20])
+def test_a_run_in_shards_resumes_with_the_same_weights_to_the_bit(
+    step: int, sharded: tuple[Experiment, Data], tmp_path: Path
+) -> None:
+    config, encoded = sharded
+    undisturbed = begin(config, encoded)
+    list(save_at(undisturbed, encoded, config, tmp_path / "state", step))
+    resumed = begin(config, encoded)
+    resumed.load(tmp_path / "state")
+    rest = list(fit(resumed, encoded, config))
+    assert of(rest, "validation")
+    assert resumed.step == undisturbed.step
+    assert not changed(weights(undisturbed.model), weights(resumed.model))
+
+
+def test_a_row_that_cannot_be_read_stops_the_run_at_its_shard(
+    sharded: tuple[Experiment, Data], tmp_path: Path
+) -> None:
+    config, encoded = sharded
+    assert encoded.shards is not None
+    last = encoded.shards.share(3)[0][0]
+    path = tmp_path / "train.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[last] = "x" * (len(lines[last]) - 1) + "\n"
+    path.write_text("".join(lines), encoding="utf-8")
+    events = fit(begin(config, encoded), encoded, config)
+    with pytest.raises(DataError, match=rf"train\.jsonl:{last + 1}: no valid JSON"):
+        list(events)
 
 
 def test_best_weights_and_patience_survive_a_resume(bert: Path, tmp_path: Path) -> None:

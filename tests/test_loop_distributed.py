@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mtl_core.config import Experiment
 from mtl_core.data.batching import Schedule, shard
 from mtl_core.data.prepare import Data
 from tests.ranks import SIZES, STEPS, Jobs, evaluate_in_small_batches, plain, run_ranks, steps
-from tests.small_runs import begin, data, experiment, first_gradients, weights
+from tests.small_runs import begin, data, experiment, first_gradients, in_shards, weights
 
 pytestmark = pytest.mark.slow
 
@@ -51,15 +52,22 @@ RUNS: dict[str, dict[str, Any]] = {
     "joint": {"mixing": {"strategy": "joint"}, "optim": {"max_grad_norm": 0.5}},
     "unfreezing": {"training": {"batch_size": 8, "epochs": 5}, "freeze": {"unfreeze_every": 1}},
     "frozen": {"freeze": {"encoder": True}},
+    "in shards": {"training": {"epochs": 2}},
 }
 WITHOUT_EFFECT = ".key.bias"
 """Softmax undoes a bias of the keys: its gradient is rounding, which AdamW turns into steps."""
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_encoders: dict[str, Path]) -> dict[str, tuple[Experiment, Data]]:
+def runs(
+    tiny_encoders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Experiment, Data]]]:
     configs = {name: experiment(tiny_encoders["bert"], **RUNS[name]) for name in RUNS}
-    return {name: (config, data(config)) for name, config in configs.items()}
+    runs = {name: (config, data(config)) for name, config in configs.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("corpus")
+        patch.setenv("MTL_CACHE", str(folder / "cache"))
+        yield runs | {"in shards": in_shards(folder, configs["in shards"], 14)}
 
 
 @pytest.fixture(scope="module")

@@ -65,9 +65,9 @@ def test_a_checkpoint_gives_back_weights_moments_and_progress(bert: Path, tmp_pa
     assert state.best
     assert not changed(state.best, other.best)
     assert changed(state.best, dict(state.learning()))
-    for name in ("epoch", "step", "step_in_epoch", "best_score", "best_epoch"):
+    for name in ("epoch", "step", "part", "step_in_part", "best_score", "best_epoch"):
         assert getattr(other, name) == getattr(state, name)
-    assert (other.epoch, other.step, other.step_in_epoch) == (1, 13, 3)
+    assert (other.epoch, other.step, other.part, other.step_in_part) == (1, 13, 0, 3)
 
 
 def test_a_checkpoint_before_the_first_step_gives_back_the_beginning(

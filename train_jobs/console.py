@@ -62,6 +62,11 @@ class Progress:
                 f"{row['split']}: {100 * row['done']:.0f} % of {row['texts']} texts are through "
                 f"the {row['layers']} frozen layers"
             )
+        elif event == "shard":
+            self.note(
+                f"shard {row['shard']} of {row['shards']}: {row['texts']:,} labelled texts "
+                f"in {row['rows']:,} rows"
+            )
         elif event == "step":
             self.state.update(row)
             for task in self.rows:
@@ -126,6 +131,9 @@ class Progress:
 
 def describe_data(data: Data) -> None:
     """Say what will be learned from what."""
+    if data.shards is not None:
+        found, count = len(data.shards), data.shards.count
+        print(f"train: {found:,} rows in {count} shards, which are read as they are needed")
     for name, split in data.splits.items():
         rows = ", ".join(f"{task} {int(p.sum())}" for task, p in split.present.items())
         cut = f"; {split.num_truncated} cut at the length limit" if split.num_truncated else ""

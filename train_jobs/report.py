@@ -59,7 +59,7 @@ def build_artifact(
             tasks=describe_tasks(root, experiment, result["splits"]),
             encoder=describe_encoder(root, experiment.init_from or experiment.encoder.model),
             data={
-                name: {"fingerprint": key, "texts": len(data.splits[name])}
+                name: {"fingerprint": key, "texts": data.num_texts(name)}
                 for name, key in data.keys.items()
             },
             versions=library_versions(),

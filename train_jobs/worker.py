@@ -77,7 +77,7 @@ def train_worker(config: dict[str, Any]) -> None:
     try:
         data = reopen(experiment, config["labels"], config["keys"])
         model = build_model(experiment, data.labels).to(world.device)
-        fit_to_data(model, experiment, data.splits["train"])
+        fit_to_data(model, experiment, data.splits.get("train"))
         state = TrainState(model, experiment)
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
@@ -145,7 +145,7 @@ def _exact_states(
     model: MultiTaskModel, data: Data, experiment: Experiment, world: World
 ) -> dict[str, features.FeatureCache | None]:
     """fp32 states at the freeze boundary of the splits to score; trials of a sweep share them."""
-    depth = features.cached_layers(model, experiment, data.splits["train"], world.device)
+    depth = features.cached_layers(model, experiment, data.splits["validation"], world.device)
     caches: dict[str, features.FeatureCache | None] = {}
     for name, split in data.splits.items() if depth else ():
         if name == "train":

@@ -34,9 +34,11 @@ class Schedule:
         batch_size: int,
         batch_tokens: int | None,
         seed: int,
+        shard: int | None = None,
     ) -> None:
         self.mixing = mixing
         self.seed = seed
+        self.shard = () if shard is None else (shard,)
         self.groups = task_groups(split)
         self.cost = split.lengths if batch_tokens else np.ones(len(split), dtype=np.int64)
         self.lengths = split.lengths
@@ -44,7 +46,7 @@ class Schedule:
 
     def batches(self, epoch: int) -> list[Rows]:
         """The epoch's batches in order, each an array of row numbers."""
-        random = np.random.default_rng([self.seed, epoch])
+        random = np.random.default_rng([self.seed, epoch, *self.shard])
         strategy = self.mixing.strategy
         if strategy == "round_robin":
             return self._alternate(random)

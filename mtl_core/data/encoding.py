@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtl_core.config import TaskConfig
-from mtl_core.data.examples import Corpus, DataError, Example, Span
+from mtl_core.data.examples import Corpus, DataError, Example, Span, label_names
 from mtl_core.data.tags import tag_names
 
 IGNORE = -100
@@ -105,11 +105,8 @@ def check_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig], labels: Labels
 def _names(task: str, examples: Iterable[Example]) -> set[str]:
     names: set[str] = set()
     for example in examples:
-        target = example.targets.get(task)
-        if isinstance(target, str):
-            names.add(target)
-        elif target is not None:
-            names.update(item.label if isinstance(item, Span) else item for item in target)
+        if task in example.targets:
+            names |= label_names(example.targets[task])
     return names
 
 

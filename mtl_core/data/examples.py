@@ -22,6 +22,13 @@ Target: TypeAlias = str | tuple[str, ...] | tuple[Span, ...]
 """A label, a set of labels, or the entities: by the task's kind."""
 
 
+def label_names(target: Target) -> set[str]:
+    """The labels, or entity types, that a target holds."""
+    if isinstance(target, str):
+        return {target}
+    return {item.label if isinstance(item, Span) else item for item in target}
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One text with the labels it carries; a task that is absent is unlabelled here.

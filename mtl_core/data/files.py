@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mtl_core.config import SourceConfig, Split, expand_path
 from mtl_core.data.examples import DataError
-from mtl_core.data.formats import SUFFIXES, Column, Table, format_of, parse_table, there_is
+from mtl_core.data.formats import (
+    SUFFIXES,
+    Column,
+    Format,
+    Table,
+    format_of,
+    parse_table,
+    there_is,
+)
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -18,15 +27,34 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 """What files (before the first dot) and Hub splits are called, by the split they are for."""
 
 
-def read_files(
-    source: SourceConfig, splits: Iterable[Split], wanted: Sequence[Column], single: Split
-) -> dict[Split, Table]:
-    """Read the splits that are there; a file on its own is the split `single`.
+@dataclass(frozen=True)
+class File:
+    """One split's file, found but not read."""
+
+    filesystem: Any
+    location: str
+    """Its path within the filesystem."""
+    title: str
+    """Its name in messages."""
+    format: Format | None
+    """As the source or the name tells it."""
+
+    def known_format(self) -> Format:
+        """DataError where nothing tells it."""
+        if self.format is None:
+            known = ", ".join(dict.fromkeys(SUFFIXES.values()))
+            problem = "the name tells no format; add `format:`, one of"
+            raise DataError(f"{self.title}: {problem} {known}")
+        return self.format
+
+
+def find_files(source: SourceConfig, splits: Iterable[Split], single: Split) -> dict[Split, File]:
+    """The files of the splits that are there; a file on its own is the split `single`.
 
     In a folder, `source.splits` names files and the other splits are found by their names.
 
     Raises:
-        DataError: no such file or folder, no train split, or a file that cannot be read.
+        DataError: no such folder, or no train split in it.
     """
     import fsspec
 
@@ -39,7 +67,7 @@ def read_files(
             names = sorted(name for name in found if name)
     except Exception as error:  # every filesystem raises its own
         raise DataError(f"{path}: cannot be opened ({error})") from error
-    tables: dict[Split, Table] = {}
+    files: dict[Split, File] = {}
     for split in splits:
         if names is None:
             name = _single(source, split == single)
@@ -47,12 +75,26 @@ def read_files(
             name = _in_folder(source, split, path, names)
         if name is not None:
             title = posixpath.join(path, name) if name else path
-            data = _read(filesystem, posixpath.join(root, name) if name else root, title)
-            file_format = source.format or format_of(title)
-            if file_format is None:
-                known = ", ".join(dict.fromkeys(SUFFIXES.values()))
-                raise DataError(f"{title}: the name tells no format; add `format:`, one of {known}")
-            tables[split] = parse_table(data, title, file_format, source.encoding, wanted)
+            location = posixpath.join(root, name) if name else root
+            files[split] = File(filesystem, location, title, source.format or format_of(title))
+    return files
+
+
+def read_files(
+    source: SourceConfig, splits: Iterable[Split], wanted: Sequence[Column], single: Split
+) -> dict[Split, Table]:
+    """Read the splits that `find_files` finds.
+
+    Raises:
+        DataError: no such file, or one that cannot be read or has no rows.
+    """
+    tables: dict[Split, Table] = {}
+    for split, file in find_files(source, splits, single).items():
+        data = read_file(file)
+        kind = file.known_format()
+        tables[split] = parse_table(data, file.title, kind, source.encoding, wanted)
+        if not tables[split].rows:
+            raise DataError(f"{file.title}: the file has no rows")
     return tables
 
 
@@ -87,15 +129,22 @@ def _in_folder(source: SourceConfig, split: Split, path: str, names: Sequence[st
     return found[0] if found else None
 
 
-def _read(filesystem: Any, location: str, title: str) -> bytes:
+def read_file(file: File, start: int = 0, end: int | None = None) -> bytes:
+    """The file's bytes from `start` to `end`, decompressed.
+
+    Raises:
+        DataError: it is not there, or cannot be read.
+    """
     try:
-        with filesystem.open(location, "rb", compression="infer") as file:
-            return bytes(file.read())
+        with file.filesystem.open(file.location, "rb", compression="infer") as opened:
+            if start:
+                opened.seek(start)
+            return bytes(opened.read() if end is None else opened.read(end - start))
     except FileNotFoundError as error:
-        hint = _beside(filesystem, location)
-        raise DataError(f"{title}: no such file or folder{hint}") from error
+        hint = _beside(file.filesystem, file.location)
+        raise DataError(f"{file.title}: no such file or folder{hint}") from error
     except Exception as error:  # every filesystem raises its own
-        raise DataError(f"{title}: cannot be read ({error})") from error
+        raise DataError(f"{file.title}: cannot be read ({error})") from error
 
 
 def _beside(filesystem: Any, location: str) -> str:

@@ -65,32 +65,36 @@ def there_is(known: Iterable[Column], sought: Column) -> str:
 
 
 def parse_table(
-    data: bytes, title: str, file_format: Format, encoding: str, wanted: Sequence[Column]
+    data: bytes,
+    title: str,
+    file_format: Format,
+    encoding: str,
+    wanted: Sequence[Column],
+    first: int = 1,
 ) -> Table:
-    """Parse one file.
+    """Parse one file, or a run of lines of a JSONL file.
 
     Args:
         data: its bytes, decompressed.
         title: its name in messages.
         encoding: of the text formats.
         wanted: columns to read where the format can leave others out (Parquet, CoNLL).
+        first: number of the first line, of JSONL.
 
     Raises:
-        DataError: the file as a whole cannot be read, or has no rows.
+        DataError: the file as a whole cannot be read.
     """
     if file_format == "parquet":
         table = _parse_parquet(data, title, wanted)
     elif file_format == "conll":
         table = _parse_conll(_decode(data, title, encoding), title, wanted)
     elif file_format == "jsonl":
-        table = _parse_jsonl(_decode(data, title, encoding), title)
+        table = _parse_jsonl(_decode(data, title, encoding), title, first)
     elif file_format == "json":
         table = _parse_json(_decode(data, title, encoding), title)
     else:
         delimiter = "," if file_format == "csv" else "\t"
         table = _parse_csv(_decode(data, title, encoding), title, delimiter)
-    if not table.rows:
-        raise DataError(f"{title}: the file has no rows")
     return table
 
 
@@ -109,10 +113,10 @@ def _decode(data: bytes, title: str, encoding: str) -> str:
         ) from error
 
 
-def _parse_jsonl(text: str, title: str) -> Table:
+def _parse_jsonl(text: str, title: str, first: int) -> Table:
     rows: list[tuple[str, Row | BadRow]] = []
     columns: dict[Column, None] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=first):
         if not line.strip():
             continue
         row: Row | BadRow

@@ -32,9 +32,16 @@ def read_hub(
     Raises:
         DataError: the dataset, its subset or a split is not there, or the Hub is out of reach.
     """
+    found = open_hub(source, splits)
+    tables = {split: to_table(data, title, wanted) for split, (data, title) in found.items()}
+    labels = declared_labels(source, tasks, [data for data, _ in found.values()])
+    return tables, labels
+
+
+def open_hub(source: SourceConfig, splits: Iterable[Split]) -> dict[Split, tuple[Any, str]]:
+    """The splits that are there, mapped from disk, each with its name in messages."""
     datasets = _load(source)
-    tables: dict[Split, Table] = {}
-    labels: dict[str, tuple[str, ...]] = {}
+    found: dict[Split, tuple[Any, str]] = {}
     for split in splits:
         name = source.splits.get(split)
         if name is None:
@@ -46,13 +53,21 @@ def read_hub(
                 f"{source.title}: no split {name or split!r}; map it in `splits:`; "
                 + there_is(datasets, name or split)
             )
-        data = datasets[name]
-        tables[split] = _to_table(data, f"{source.title} [{name}]", wanted)
+        found[split] = datasets[name], f"{source.title} [{name}]"
+    return found
+
+
+def declared_labels(
+    source: SourceConfig, tasks: Mapping[str, TaskConfig], datasets: Iterable[Any]
+) -> dict[str, tuple[str, ...]]:
+    """Each task's labels, from the first of the datasets that declares their order."""
+    labels: dict[str, tuple[str, ...]] = {}
+    for data in datasets:
         for task, column in source.task_columns.items():
             if column in data.features and task not in labels:
                 where = f"{source.title}: columns.{task}"
                 labels[task] = _label_order(data.features[column], tasks[task], where)
-    return tables, {task: names for task, names in labels.items() if names}
+    return {task: names for task, names in labels.items() if names}
 
 
 def _load(source: SourceConfig) -> dict[str, Any]:
@@ -79,12 +94,13 @@ def _load(source: SourceConfig) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _to_table(data: Any, title: str, wanted: Sequence[Column]) -> Table:
+def to_table(data: Any, title: str, wanted: Sequence[Column], first: int = 1) -> Table:
+    """The rows of a dataset, class numbers decoded; the first of them is called row `first`."""
     names = [name for name in data.column_names if name in wanted]
     coded = {name: data.features[name] for name in names if _class_names(data.features[name])}
     items = data.with_format(None).select_columns(names).to_list() if names else []
     rows: list[tuple[str, Row | BadRow]] = []
-    for number, item in enumerate(items, start=1):
+    for number, item in enumerate(items, start=first):
         for name, feature in coded.items():
             item[name] = _decode(feature, item[name])
         rows.append((f"{title}, row {number}", item))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mtl_core.artifact import load_config, read_manifest
 from mtl_core.config import SPLITS, Experiment, SourceConfig, Split, TaskConfig
-from mtl_core.data.cache import encode_cached, load_split
+from mtl_core.data.cache import content_key, encode_cached, load_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, resolve_labels
 from mtl_core.data.examples import Corpus, DataError
+from mtl_core.data.shards import ShardedCorpus, Shards
 from mtl_core.data.sources import read_corpus
-from mtl_core.encoder import load_tokenizer
+from mtl_core.encoder import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -20,26 +23,62 @@ class Data:
     """Encoded splits with the content keys that caches go by."""
 
     splits: dict[str, EncodedSplit]
+    """Without "train" where that is cut into shards."""
     keys: dict[str, str]
     labels: dict[str, tuple[str, ...]]
     skipped: dict[str, int]
     """Unreadable rows left out on request, per source."""
+    shards: Shards | None = None
+
+    def num_texts(self, split: str) -> int:
+        """How many texts a split has; for shards, how many rows they are made of."""
+        if split == "train" and self.shards is not None:
+            return len(self.shards)
+        return len(self.splits[split])
 
 
 def prepare(experiment: Experiment) -> Data:
     """Read and encode an experiment's data; a second call with the same content only maps files.
 
+    With `training.shard_texts` what is trained on is only found, to be read as training goes.
+
     Raises:
         DataError: the user's data cannot be used as configured.
         EncoderError: the tokenizer cannot be loaded.
     """
-    corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed)
-    if not corpus.splits["train"]:
-        raise DataError("no training rows: check the sources' `splits` and `columns`")
-    labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
-    data = encode(corpus, experiment, labels)
+    if experiment.training.shard_texts is not None:
+        data = _prepare_shards(experiment)
+    else:
+        corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed)
+        if not corpus.splits["train"]:
+            raise DataError("no training rows: check the sources' `splits` and `columns`")
+        labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
+        data = encode(corpus, experiment, labels)
     _check_metric(experiment.training.metric, data.splits["validation"])
     return data
+
+
+def _prepare_shards(experiment: Experiment, labels: Labels | None = None) -> Data:
+    """As `prepare`, with train cut into shards; settled labels spare looking for them."""
+    source = ShardedCorpus(experiment)
+    shards, corpus = source.cut()
+    if labels is None:
+        known = {**corpus.labels, **{t: c for t, c in experiment.tasks.items() if c.labels}}
+        corpus.splits["train"] = source.one_of_each_label(shards, known)
+        labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
+        del corpus.splits["train"]
+    data = encode(corpus, experiment, labels)
+    settings = content_key(
+        [], experiment.tasks, labels, tokenizer_of(experiment), experiment.encoder.max_length
+    )
+    rows = [
+        source.model_dump(mode="json", include={"columns", "encoding", "on_bad_row"})
+        for source in experiment.data
+    ]
+    content = json.dumps([settings, rows, asdict(shards)], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:32]
+    shards.save(key)
+    return replace(data, keys={"train": key, **data.keys}, shards=shards)
 
 
 def _check_metric(metric: str, validation: EncodedSplit) -> None:
@@ -53,8 +92,7 @@ def _check_metric(metric: str, validation: EncodedSplit) -> None:
 
 def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
     """Tokenise every split of a corpus that has rows, with labels already settled."""
-    revision = experiment.encoder.revision if experiment.init_from is None else None
-    tokenizer = load_tokenizer(encoder_source(experiment), revision)
+    tokenizer = tokenizer_of(experiment)
     keys, splits = {}, {}
     for name, examples in corpus.splits.items():
         if examples:
@@ -65,11 +103,23 @@ def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
 
 
 def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> Data:
-    """What `prepare` made, in another process: mapped if it is on this machine, else made again."""
-    found = {name: load_split(key) for name, key in keys.items()}
+    """What `prepare` made, in another process: mapped if it is on this machine, else made again.
+
+    Raises:
+        DataError: rows of a sharded corpus are not those that `prepare` found.
+    """
+    sharded = experiment.training.shard_texts is not None
+    shards = Shards.load(keys["train"]) if sharded else None
+    whole = [name for name in keys if name != "train" or not sharded]
+    found = {name: load_split(keys[name]) for name in whole}
     splits = {name: split for name, split in found.items() if split is not None}
-    if len(splits) == len(keys):
-        return Data(splits, dict(keys), dict(labels), {})
+    if len(splits) == len(whole) and (shards is not None) == sharded:
+        return Data(splits, dict(keys), dict(labels), {}, shards)
+    if sharded:
+        data = _prepare_shards(experiment, labels)
+        if data.keys["train"] != keys["train"]:
+            raise DataError("the training texts differ from those that the run's driver found")
+        return data
     corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed, SPLITS)
     return encode(corpus, experiment, labels)
 
@@ -112,13 +162,6 @@ def prepare_scored(
     check_labels(corpus, tasks, labels)
     start = experiment.model_copy(update={"tasks": tasks, "init_from": str(artifact)})
     return labels, encode(corpus, start, labels).splits[split]
-
-
-def encoder_source(experiment: Experiment) -> str:
-    """The model id or folder that the tokenizer comes from."""
-    if experiment.init_from is not None:
-        return f"{experiment.init_from}/encoder"
-    return experiment.encoder.model
 
 
 def with_known_labels(experiment: Experiment, corpus: Corpus) -> Mapping[str, TaskConfig]:

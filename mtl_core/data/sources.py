@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from mtl_core.config import SPLITS, SourceConfig, Split, TaskConfig, TaskKind
+from mtl_core.config import SPLITS, SourceConfig, Split, TaskConfig
 from mtl_core.data.examples import Corpus, DataError, Example
 from mtl_core.data.files import read_files
 from mtl_core.data.formats import BadRow, Column, Table, there_is
@@ -83,24 +83,30 @@ def _read(
     """What the source itself has: examples by split, declared labels, number of skipped rows."""
     if source.demo:
         return _read_demo(source, seed), {}, 0
-    columns: dict[str, Column] = dict(source.columns)
-    if source.format == "conll":
-        columns.setdefault("words", 0)
-    labels: dict[str, tuple[str, ...]] = {}
+    tables, labels = read_tables(source, tasks, splits, single)
+    check_columns(source, tables)
+    examples, skipped = to_examples(source, tasks, tables)
+    return examples, labels, skipped
+
+
+def read_tables(
+    source: SourceConfig, tasks: Mapping[str, TaskConfig], splits: Sequence[Split], single: Split
+) -> tuple[dict[Split, Table], dict[str, tuple[str, ...]]]:
+    """The splits that a file, folder or Hub dataset has, and the label order that it declares."""
+    wanted = list(source_columns(source).values())
     if source.hub is not None:
         from mtl_core.data.hub import read_hub
 
-        tables, labels = read_hub(source, tasks, splits, list(columns.values()))
-    else:
-        tables = read_files(source, splits, list(columns.values()), single)
-    _check_columns(source, columns, tables)
-    kinds = {task: tasks[task].kind for task in source.task_columns}
-    for task, kind in kinds.items():
-        if isinstance(columns[task], int) and kind != "token_classification":
-            problem = f"a numbered column has a value a word, which {kind} cannot take"
-            raise DataError(f"{source.title}: columns.{task}: {problem}")
-    examples, skipped = _to_examples(source, columns, kinds, tables)
-    return examples, labels, skipped
+        return read_hub(source, tasks, splits, wanted)
+    return read_files(source, splits, wanted, single), {}
+
+
+def source_columns(source: SourceConfig) -> dict[str, Column]:
+    """Where text, words and every task's labels stand."""
+    columns: dict[str, Column] = dict(source.columns)
+    if source.format == "conll":
+        columns.setdefault("words", 0)
+    return columns
 
 
 def _read_demo(source: SourceConfig, seed: int) -> Examples:
@@ -122,10 +128,9 @@ def _read_demo(source: SourceConfig, seed: int) -> Examples:
     return examples
 
 
-def _check_columns(
-    source: SourceConfig, columns: Mapping[str, Column], tables: Mapping[Split, Table]
-) -> None:
+def check_columns(source: SourceConfig, tables: Mapping[Split, Table]) -> None:
     """Every column stands in some split, and every split has the text or the words."""
+    columns = source_columns(source)
     everything = dict.fromkeys(name for table in tables.values() for name in table.columns)
     for role, column in columns.items():
         if everything and column not in everything:
@@ -133,21 +138,34 @@ def _check_columns(
                 f"{source.title}: columns.{role}: no column {column!r}; "
                 + there_is(everything, column)
             )
-    content = [columns[role] for role in ("text", "words") if role in columns]
     for table in tables.values():
-        if table.columns and not set(content) & set(table.columns):
-            raise DataError(
-                f"{table.title}: no column {content[0]!r}; " + there_is(table.columns, content[0])
-            )
+        check_content(source, table)
 
 
-def _to_examples(
-    source: SourceConfig,
-    columns: Mapping[str, Column],
-    kinds: Mapping[str, TaskKind],
-    tables: Mapping[Split, Table],
+def check_content(source: SourceConfig, table: Table) -> None:
+    """The table has the text or the words."""
+    columns = source_columns(source)
+    content = [columns[role] for role in ("text", "words") if role in columns]
+    if table.columns and not set(content) & set(table.columns):
+        raise DataError(
+            f"{table.title}: no column {content[0]!r}; " + there_is(table.columns, content[0])
+        )
+
+
+def to_examples(
+    source: SourceConfig, tasks: Mapping[str, TaskConfig], tables: Mapping[Split, Table]
 ) -> tuple[Examples, int]:
-    """The labelled rows of every table, and how many rows were skipped on request."""
+    """The labelled rows of every table, and how many rows were skipped on request.
+
+    Raises:
+        DataError: a row that cannot be read; the message names its place.
+    """
+    columns = source_columns(source)
+    kinds = {task: tasks[task].kind for task in source.task_columns}
+    for task, kind in kinds.items():
+        if isinstance(columns[task], int) and kind != "token_classification":
+            problem = f"a numbered column has a value a word, which {kind} cannot take"
+            raise DataError(f"{source.title}: columns.{task}: {problem}")
     reader = RowReader(columns, kinds)
     examples: Examples = {}
     skipped = 0

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mtl_core.config import Experiment, parse_experiment
-from mtl_core.data import prepare as module
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import prepare, reopen
 
@@ -70,7 +69,7 @@ def test_another_process_opens_the_same_data(
 ) -> None:
     data = prepare(experiment)
     if same_machine:
-        monkeypatch.setattr(module, "load_tokenizer", None)  # nothing is tokenised again
+        monkeypatch.setattr("mtl_core.encoder.load_tokenizer", None)  # nothing is tokenised again
     else:
         monkeypatch.setenv("MTL_CACHE", str(tmp_path / "elsewhere"))
     again = reopen(experiment, data.labels, data.keys)
@@ -89,7 +88,7 @@ def test_the_tokenizer_is_of_the_models_revision(
         asked.append((model, revision))
         raise DataError("seen")
 
-    monkeypatch.setattr(module, "load_tokenizer", load)
+    monkeypatch.setattr("mtl_core.encoder.load_tokenizer", load)
     encoder = experiment.encoder.model_copy(update={"model": "some/model", "revision": "v2"})
     with pytest.raises(DataError, match="seen"):
         prepare(experiment.model_copy(update={"encoder": encoder}))

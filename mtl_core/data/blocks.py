@@ -1,0 +1,145 @@
+"""Where a large source's training rows are: runs of rows, each of which can be read on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mtl_core.config import SourceConfig, TaskConfig
+from mtl_core.data.examples import DataError
+from mtl_core.data.files import File, find_files, read_file
+from mtl_core.data.formats import COMPRESSIONS, Table, parse_table
+from mtl_core.data.sources import source_columns
+
+CHUNK = 1 << 24
+NEWLINE = 10
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one source's train split, as plain values."""
+
+    rows: tuple[int, ...]
+    """How many rows, or lines, each holds."""
+    starts: tuple[int, ...]
+    """Where each begins, and where the last one ends: bytes of a JSONL file, else rows."""
+    version: str
+    """Changes with the rows."""
+
+
+class BlockReader:
+    """Finds and reads the blocks of one source: a JSONL or Parquet file, or a Hub dataset."""
+
+    def __init__(self, source: SourceConfig) -> None:
+        self.source = source
+        self.wanted = list(source_columns(source).values())
+
+    @cached_property
+    def _file(self) -> File:
+        return find_files(self.source, ["train"], "train")["train"]
+
+    @cached_property
+    def _dataset(self) -> tuple[Any, str]:
+        from mtl_core.data.hub import open_hub
+
+        return open_hub(self.source, ["train"])["train"]
+
+    @cached_property
+    def _parquet(self) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        file = self._file
+        try:
+            return pyarrow.parquet.ParquetFile(file.filesystem.open(file.location, "rb"))
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{file.title}: no readable Parquet file ({error})") from error
+
+    def find(self, size: int) -> Blocks:
+        """The source's blocks of about `size` rows, without reading more than it takes to count.
+
+        Raises:
+            DataError: the source has no train split, or one that cannot be read by parts.
+        """
+        if self.source.hub is not None:
+            data, _ = self._dataset
+            starts = [*range(0, len(data), size), len(data)]
+            return _by_rows(starts, str(data._fingerprint))
+        if self.source.demo:
+            raise DataError(f"{self.source.title}: {CANNOT}")
+        file = self._file
+        kind = file.known_format()
+        wide = self.source.encoding.lower().startswith(("utf-16", "utf-32"))  # a newline is no byte
+        if kind not in ("jsonl", "parquet") or file.location.endswith(COMPRESSIONS) or wide:
+            raise DataError(f"{file.title}: {CANNOT}")
+        read_file(file, 0, 1)  # says what is wrong with it
+        version = str(file.filesystem.ukey(file.location))
+        if kind == "jsonl":
+            return _by_lines(file, size, version)
+        groups = self._parquet.metadata
+        rows = [groups.row_group(number).num_rows for number in range(groups.num_row_groups)]
+        return _by_rows([0, *np.cumsum(rows).tolist()], version)
+
+    def labels(self, tasks: Mapping[str, TaskConfig]) -> dict[str, tuple[str, ...]]:
+        """Each task's labels where the dataset declares them."""
+        if self.source.hub is None:
+            return {}
+        from mtl_core.data.hub import declared_labels
+
+        return declared_labels(self.source, tasks, [self._dataset[0]])
+
+    def read(self, blocks: Blocks, index: int) -> Table:
+        """The rows of one block.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        start, end = blocks.starts[index : index + 2]
+        if self.source.hub is not None:
+            from mtl_core.data.hub import to_table
+
+            data, title = self._dataset
+            return to_table(data.select(range(start, end)), title, self.wanted, start + 1)
+        file = self._file
+        if file.known_format() == "parquet":
+            columns = self._parquet.schema_arrow.names
+            group = self._parquet.read_row_group(index, [c for c in columns if c in self.wanted])
+            rows = [
+                (f"{file.title}, row {number}", row)
+                for number, row in enumerate(group.to_pylist(), start + 1)
+            ]
+            return Table(file.title, tuple(columns), rows)
+        first = index * blocks.rows[0] + 1
+        data = read_file(file, start, end)
+        return parse_table(data, file.title, "jsonl", self.source.encoding, self.wanted, first)
+
+
+CANNOT = (
+    "training.shard_texts reads JSONL and Parquet files, uncompressed, and Hub datasets; "
+    "convert this one, or leave training.shard_texts out"
+)
+
+
+def _by_rows(starts: Sequence[int], version: str) -> Blocks:
+    return Blocks(tuple(np.diff(starts).tolist()), tuple(starts), version)
+
+
+def _by_lines(file: File, size: int, version: str) -> Blocks:
+    """Every `size` lines of a file, found by their ends alone."""
+    starts, lines, place, last = [0], 0, 0, b"\n"
+    with file.filesystem.open(file.location, "rb") as opened:
+        while chunk := opened.read(CHUNK):
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE) + 1
+            starts += (place + ends[size - 1 - lines % size :: size]).tolist()
+            lines += len(ends)
+            place += len(chunk)
+            last = chunk[-1:]
+    lines += last != b"\n"
+    if starts[-1] < place:
+        starts.append(place)
+    full, rest = divmod(lines, size)
+    return Blocks((size,) * full + ((rest,) if rest else ()), tuple(starts), version)

@@ -1,0 +1,263 @@
+"""A training corpus too large to hold: read, tokenised and shuffled a shard at a time.
+
+Rows are known by blocks, runs of consecutive rows that can be read on their own. Blocks are drawn
+in random order, and the k-th of n shards takes the k-th n-th of every source's, so each shard is a
+sample of the whole corpus in the sources' own proportions. (Shuffling blocks, then rows within a
+buffer, is how MosaicML's StreamingDataset and WebDataset order data that does not fit.)
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtl_core.config import Experiment, Split
+from mtl_core.data.blocks import BlockReader, Blocks
+from mtl_core.data.cache import cache_root, load_split, save_split
+from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, encode_split
+from mtl_core.data.examples import Corpus, DataError, Example, label_names
+from mtl_core.data.formats import Column, Table
+from mtl_core.data.sources import check_columns, check_content, read_tables, to_examples
+from mtl_core.encoder import tokenizer_of
+from mtl_core.world import World
+
+BLOCKS_PER_SHARD = 200
+LARGEST_BLOCK = 1000
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a training corpus is cut; plain values, kept as JSON."""
+
+    blocks: tuple[Blocks, ...]
+    """Of each source."""
+    drawn: tuple[tuple[int, ...], ...]
+    """Each source's blocks that train, in the order drawn."""
+    count: int
+    """How many shards there are."""
+
+    def __len__(self) -> int:
+        """How many rows there are to train on; such as turn out to have no label among them."""
+        return sum(self.rows(number) for number in range(self.count))
+
+    def rows(self, number: int) -> int:
+        """How many rows a shard has."""
+        shares = zip(self.blocks, self.share(number), strict=True)
+        return sum(blocks.rows[index] for blocks, indices in shares for index in indices)
+
+    def share(self, number: int) -> list[list[int]]:
+        """One shard's blocks of each source, in the order that they stand in."""
+        shares = []
+        for drawn in self.drawn:
+            cuts = np.linspace(0, len(drawn), self.count + 1).astype(int)
+            shares.append(sorted(drawn[cuts[number] : cuts[number + 1]]))
+        return shares
+
+    def save(self, key: str) -> None:
+        """Keep it for other processes of this machine."""
+        path = cache_root() / "shards" / f"{key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
+        try:
+            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, key: str) -> Shards | None:
+        """What `save` wrote on this machine."""
+        try:
+            text = (cache_root() / "shards" / f"{key}.json").read_text(encoding="utf-8")
+            content = json.loads(text)
+        except (OSError, ValueError):
+            return None
+        blocks = (
+            Blocks(tuple(b["rows"]), tuple(b["starts"]), b["version"]) for b in content["blocks"]
+        )
+        return cls(tuple(blocks), tuple(map(tuple, content["drawn"])), content["count"])
+
+
+class ShardedCorpus:
+    """The sources of an experiment with `training.shard_texts`."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.sources = experiment.data
+        self.readers = [BlockReader(source) for source in self.sources]
+        self.columns: list[set[Column]] = [set() for _ in self.sources]
+
+    def cut(self) -> tuple[Shards, Corpus]:
+        """Find the blocks and draw their order; also the held-out splits with their labels.
+
+        A source without validation gives its first blocks for it.
+
+        Raises:
+            DataError: a source cannot be read, or not by parts.
+        """
+        size = self.experiment.training.shard_texts
+        assert size is not None
+        block = max(1, min(LARGEST_BLOCK, size // BLOCKS_PER_SHARD))
+        found, drawn = [], []
+        corpus = Corpus({name: [] for name in HELD_OUT}, {}, {})
+        for number, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True)):
+            blocks = reader.find(block)
+            order = np.random.default_rng([self.experiment.seed, number])
+            indices: list[int] = order.permutation(len(blocks.rows)).tolist()
+            tables, labels = read_tables(source, self.experiment.tasks, HELD_OUT, "train")
+            examples, _ = to_examples(source, self.experiment.tasks, tables)
+            if not examples.get("validation"):
+                taken = max(1, round(len(indices) * source.validation_fraction))
+                examples["validation"] = list(self._examples(number, blocks, indices[:taken]))
+                indices = indices[taken:]
+            if not indices:
+                raise DataError(f"{source.title}: too few rows to cut; leave shard_texts out")
+            for name, rows in examples.items():
+                corpus.splits[name] += rows
+            for task, names in (labels or reader.labels(self.experiment.tasks)).items():
+                known = corpus.labels.get(task, ())
+                corpus.labels[task] = tuple(dict.fromkeys(known + names))
+            found.append(blocks)
+            drawn.append(tuple(indices))
+        total = sum(b.rows[i] for b, indices in zip(found, drawn, strict=True) for i in indices)
+        count = min([-(-total // size), *map(len, drawn)])
+        return Shards(tuple(found), tuple(drawn), count), corpus
+
+    def _examples(self, number: int, blocks: Blocks, indices: Sequence[int]) -> Iterator[Example]:
+        """The labelled rows of one source's blocks."""
+        source, reader = self.sources[number], self.readers[number]
+        for index in indices:
+            table = reader.read(blocks, index)
+            check_content(source, table)
+            self.columns[number].update(table.columns)
+            examples, _ = to_examples(source, self.experiment.tasks, {"train": table})
+            yield from examples["train"]
+
+    def read(self, shards: Shards, number: int) -> list[Example]:
+        """The labelled rows of a shard."""
+        return [
+            example
+            for place, indices in enumerate(shards.share(number))
+            for example in self._examples(place, shards.blocks[place], indices)
+        ]
+
+    def one_of_each_label(self, shards: Shards, known: Mapping[str, Any]) -> list[Example]:
+        """Examples that show every label of train.
+
+        Where all tasks' labels are known beforehand, as many as show one of each task; else the
+        whole corpus is gone through for them, a block at a time.
+        """
+        tasks = self.experiment.tasks
+        seen: dict[str, set[str]] = {task: set() for task in tasks}
+        found = []
+        in_turn = zip_longest(*shards.drawn)
+        for place, index in ((p, i) for turn in in_turn for p, i in enumerate(turn)):
+            if index is None:
+                continue
+            for example in self._examples(place, shards.blocks[place], [index]):
+                names = {task: label_names(target) for task, target in example.targets.items()}
+                if any(names[task] - seen[task] for task in names):
+                    found.append(example)
+                for task in names:
+                    seen[task] |= names[task]
+            if all(seen[task] and task in known for task in tasks):
+                return found
+        if not all(seen.values()):
+            for source, columns in zip(self.sources, self.columns, strict=True):
+                check_columns(source, {"train": Table(source.title, tuple(columns), [])})
+        return found
+
+
+class Whole:
+    """All training texts as the one part of every epoch."""
+
+    def __init__(self, split: EncodedSplit) -> None:
+        self.split = split
+        self.sizes = [len(split)]
+
+    def order(self, epoch: int) -> list[int]:
+        return [0]
+
+    def open(self, number: int, following: int | None) -> EncodedSplit:
+        return self.split
+
+    def close(self) -> None:
+        pass
+
+
+class ShardLoader:
+    """Gives ranks their shards: the first rank of a node makes them, one ahead of the training."""
+
+    def __init__(
+        self, experiment: Experiment, shards: Shards, key: str, labels: Labels, world: World
+    ) -> None:
+        self.experiment, self.shards, self.key = experiment, shards, key
+        self.labels, self.world = labels, world
+        self.sizes = [shards.rows(number) for number in range(shards.count)]
+        self.corpus = ShardedCorpus(experiment)
+        self.pool = ThreadPoolExecutor(1, "shards")
+        self.making: dict[int, Future[None]] = {}
+
+    def order(self, epoch: int) -> list[int]:
+        """The shards of an epoch; the first goes through them as they were drawn."""
+        if epoch == 0:
+            return list(range(self.shards.count))
+        random = np.random.default_rng([self.experiment.seed, epoch])
+        numbers: list[int] = random.permutation(self.shards.count).tolist()
+        return numbers
+
+    def open(self, number: int, following: int | None) -> EncodedSplit:
+        """A shard, mapped from disk, while the following one is being made; all ranks together.
+
+        Raises:
+            DataError: rows that cannot be read, or labels that are not known.
+            OSError: the disk is full.
+        """
+        failure: DataError | OSError | None = None
+        split = None
+        if self.world.local_rank == 0:
+            try:
+                self._make(number).result()
+            except (DataError, OSError) as error:
+                failure = error
+        failed = torch.tensor(float(failure is not None), device=self.world.device)
+        if self.world.all_reduce(failed).item():
+            raise failure or DataError("another worker could not read its texts")
+        self.making.pop(number, None)
+        if self.world.local_rank == 0 and following is not None:
+            self._make(following)
+        split = load_split(f"{self.key}-{number}")
+        if split is None:
+            raise OSError(f"{cache_root()}: shard {number + 1} was deleted while it was in use")
+        return split
+
+    def _make(self, number: int) -> Future[None]:
+        if number not in self.making:
+            self.making[number] = self.pool.submit(self._encode, number)
+        return self.making[number]
+
+    def _encode(self, number: int) -> None:
+        key = f"{self.key}-{number}"
+        if load_split(key) is not None:
+            return
+        examples = self.corpus.read(self.shards, number)
+        if not examples:
+            raise DataError(f"shard {number + 1} of {self.shards.count} has no labelled row")
+        tasks = self.experiment.tasks
+        check_labels(Corpus({"train": examples}, {}, {}), tasks, self.labels)
+        tokenizer = tokenizer_of(self.experiment)
+        window = self.experiment.encoder.max_length
+        save_split(key, encode_split(examples, tasks, self.labels, tokenizer, window))
+
+    def close(self) -> None:
+        """Make no more."""
+        self.pool.shutdown(wait=False, cancel_futures=True)

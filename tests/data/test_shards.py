@@ -1,0 +1,276 @@
+"""A corpus cut into shards holds what the same corpus holds when it is read whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+
+from mtl_core.config import ConfigError, Experiment, parse_experiment
+from mtl_core.data.encoding import EncodedSplit
+from mtl_core.data.examples import DataError
+from mtl_core.data.prepare import Data, prepare, reopen
+from mtl_core.data.shards import ShardLoader
+from mtl_core.encoder import tokenizer_of
+from mtl_core.world import World
+
+ROWS = [{"text": f"line {i}", "label": "abc"[i % 3]} for i in range(1, 501)]
+COLUMNS = {"text": "text", "t": "label"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def experiment(
+    encoder: Path, *sources: dict[str, Any], size: int = 100, **tasks: Any
+) -> Experiment:
+    return parse_experiment(
+        {
+            "name": "x",
+            "tasks": tasks or {"t": {"kind": "classification"}},
+            "data": [{"columns": COLUMNS, **source} for source in sources],
+            "encoder": {"model": str(encoder), "max_length": 16},
+            "training": {"shard_texts": size},
+        }
+    )
+
+
+@pytest.fixture
+def encoder(tiny_encoders: dict[str, Path]) -> Path:
+    return tiny_encoders["bert"]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS, end: str = "\n") -> dict[str, Any]:
+    path.write_text("\n".join(map(json.dumps, rows)) + end, encoding="utf-8")
+    return {"path": str(path)}
+
+
+def parquet(folder: Path) -> dict[str, Any]:
+    pd.DataFrame(ROWS).to_parquet(folder / "rows.parquet", row_group_size=20)
+    return {"path": str(folder / "rows.parquet")}
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    classes = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["c", "b", "a"])}
+    )
+    data = datasets.Dataset.from_list(ROWS, features=classes)
+    datasets.DatasetDict(train=data).save_to_disk(folder / "saved")
+    return {"hub": str(folder / "saved")}
+
+
+SOURCES = {
+    "jsonl": lambda folder: write(folder / "rows.jsonl"),
+    "jsonl without a last newline": lambda folder: write(folder / "rows.jsonl", end=""),
+    "jsonl with blank lines": lambda folder: write(folder / "rows.jsonl", end="\n\n \n"),
+    "parquet": parquet,
+    "hub": saved,
+}
+
+
+def loader(experiment: Experiment, data: Data) -> ShardLoader:
+    assert data.shards is not None
+    return ShardLoader(experiment, data.shards, data.keys["train"], data.labels, World())
+
+
+def texts(split: EncodedSplit, experiment: Experiment, task: str = "t") -> Counter[tuple[str, int]]:
+    """The words of every row with the number of its label."""
+    tokenizer = tokenizer_of(experiment)
+    ids = [split.input_ids[a:b] for a, b in zip(split.starts, split.starts[1:], strict=False)]
+    rows = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return Counter(zip(rows, split.targets[task].tolist(), strict=True))
+
+
+def shards(experiment: Experiment, data: Data) -> list[EncodedSplit]:
+    opened = loader(experiment, data)
+    return [opened.open(number, None) for number in opened.order(0)]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_row_stands_in_one_shard_or_in_validation(
+    kind: str, encoder: Path, tmp_path: Path
+) -> None:
+    chosen = experiment(encoder, SOURCES[kind](tmp_path))
+    data = prepare(chosen)
+    whole = prepare(
+        chosen.model_copy(
+            update={"training": chosen.training.model_copy(update={"shard_texts": None})}
+        )
+    )
+    assert data.labels == whole.labels
+    parts = [*shards(chosen, data), data.splits["validation"]]
+    assert 4 <= len(parts) - 1 <= 5
+    assert all(80 <= len(part) <= 120 for part in parts[:-1])
+    assert 40 <= len(parts[-1]) <= 60
+    everything = sum((texts(part, chosen) for part in parts), Counter())
+    assert everything == texts(whole.splits["train"], chosen) + texts(
+        whole.splits["validation"], chosen
+    )
+    assert len(everything) > 1
+
+
+def test_a_shard_has_its_part_of_every_source_from_everywhere_in_it(
+    encoder: Path, tmp_path: Path
+) -> None:
+    many = [{"text": f"many {i}", "label": "a"} for i in range(1000)]
+    few = [{"text": f"few {i}", "label": "b"} for i in range(250)]
+    for name, rows in (("validation", [many[0], few[0]]), ("train", many)):
+        (tmp_path / "many").mkdir(exist_ok=True)
+        write(tmp_path / "many" / f"{name}.jsonl", rows)
+    sources = {"path": str(tmp_path / "many")}, write(tmp_path / "few.jsonl", few)
+    chosen = experiment(encoder, *sources, size=120)
+    data = prepare(chosen)
+    found = shards(chosen, data)
+    assert len(found) == 11
+    for shard in found:
+        labels = Counter(shard.targets["t"].tolist())
+        assert labels[0] in range(85, 100)
+        assert labels[1] in range(17, 25)
+    assert data.labels == {"t": ("a", "b")}
+
+
+def test_the_cut_goes_by_content_and_seed(encoder: Path, tmp_path: Path) -> None:
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
+    first, again = prepare(chosen), prepare(chosen)
+    assert first.keys == again.keys
+    assert first.shards == again.shards
+    other = prepare(chosen.model_copy(update={"seed": 1}))
+    assert other.shards != first.shards
+    write(tmp_path / "rows.jsonl", [*ROWS[:-1], {"text": "another", "label": "a"}])
+    assert prepare(chosen).keys["train"] != first.keys["train"]
+
+
+def test_another_process_finds_the_same_shards_with_and_without_a_cache(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
+    data = prepare(chosen)
+    for place in ("cache", "elsewhere"):
+        monkeypatch.setenv("MTL_CACHE", str(tmp_path / place))
+        found = reopen(chosen, data.labels, data.keys)
+        assert found.shards == data.shards
+        assert found.keys == data.keys
+        assert found.splits.keys() == data.splits.keys()
+    write(tmp_path / "rows.jsonl", ROWS[:-1])
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "third"))
+    with pytest.raises(DataError, match="differ from those that the run's driver found"):
+        reopen(chosen, data.labels, data.keys)
+
+
+def test_epochs_go_through_all_shards_in_orders_of_their_own(encoder: Path, tmp_path: Path) -> None:
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl"), size=20)
+    orders = [loader(chosen, prepare(chosen)).order(epoch) for epoch in range(3)]
+    assert [sorted(order) for order in orders] == [orders[0]] * 3
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_labels_that_are_named_spare_reading_the_corpus(encoder: Path, tmp_path: Path) -> None:
+    rows = [*ROWS, *[{"text": " ", "label": "a"}] * 3]
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows\.jsonl:50[123]: the text is empty"):
+        prepare(experiment(encoder, source))
+    named = experiment(encoder, source, t={"kind": "classification", "labels": ["a", "b", "c"]})
+    data = prepare(named)
+    with pytest.raises(DataError, match=r"rows\.jsonl:50[123]: the text is empty"):
+        shards(named, data)
+    skipping = experiment(encoder, {**source, "on_bad_row": "skip"})
+    assert sum(len(shard) for shard in shards(skipping, prepare(skipping))) in range(440, 460)
+
+
+def test_a_label_that_is_not_named_is_found_when_its_shard_is_read(
+    encoder: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "rows.jsonl")
+    named = experiment(encoder, source, t={"kind": "classification", "labels": ["a", "b"]})
+    with pytest.raises(DataError, match="label 'c' of task 't' is not a known one"):
+        shards(named, prepare(named))
+
+
+def test_a_part_that_was_made_is_not_made_again(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
+    data = prepare(chosen)
+    first = shards(chosen, data)
+    monkeypatch.setattr("mtl_core.data.shards.encode_split", None)
+    assert [len(shard) for shard in shards(chosen, data)] == [len(shard) for shard in first]
+
+
+def test_the_following_shard_is_made_while_one_is_trained_on(encoder: Path, tmp_path: Path) -> None:
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
+    opened = loader(chosen, prepare(chosen))
+    opened.open(0, 1)
+    opened.making[1].result(30)
+    opened.close()
+    assert len(list((tmp_path / "cache/encoded").glob(f"{opened.key}-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": "rows.csv"}, "reads JSONL and Parquet files"),
+        ({"path": "rows.jsonl.gz"}, "uncompressed"),
+        ({"path": "gone.jsonl"}, r"no such file or folder; in its folder: .*rows\.csv"),
+        ({"path": "rows.jsonl", "encoding": "utf-16"}, "uncompressed"),
+        (
+            {"path": "rows.jsonl", "columns": {"text": "txt", "t": "label"}},
+            "no column 'txt'; did you mean 'text'",
+        ),
+        (
+            {"path": "rows.jsonl", "columns": {"text": "text", "t": "lable"}},
+            "no column 'lable'; did you mean 'label'",
+        ),
+        ({"path": "one.jsonl"}, "too few rows to cut"),
+        ({"path": "empty.jsonl"}, "too few rows to cut"),
+        ({"path": "bad.parquet"}, "no readable Parquet file"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    source: dict[str, Any], message: str, encoder: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "rows.jsonl")
+    write(tmp_path / "one.jsonl", ROWS[:1])
+    for name in ("rows.csv", "rows.jsonl.gz", "bad.parquet", "empty.jsonl"):
+        (tmp_path / name).write_text("" if name == "empty.jsonl" else "text,label\na,b\n")
+    with pytest.raises(DataError, match=message):
+        prepare(experiment(encoder, {**source, "path": str(tmp_path / source["path"])}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": [{"path": "x.jsonl", "columns": COLUMNS, "limit": 5}]}, r"data\.0\.limit"),
+        ({"tasks": {"t": {"kind": "classification", "class_weights": "balanced"}}}, "balanced"),
+        ({"training": {"shard_texts": 0}}, "shard_texts"),
+    ],
+)
+def test_settings_that_need_the_whole_corpus_are_refused(
+    change: dict[str, Any], message: str
+) -> None:
+    base = experiment(Path("x"), {"path": "x.jsonl"}).model_dump(mode="json")
+    with pytest.raises(ConfigError, match=message):
+        parse_experiment({**base, **change})
+
+
+def test_a_rank_hears_that_another_could_not_read_its_texts(encoder: Path, tmp_path: Path) -> None:
+    class Unlucky(World):
+        def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor + 1
+
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
+    data = prepare(chosen)
+    assert data.shards is not None
+    unlucky = Unlucky(rank=1, size=2, local_rank=1)
+    opened = ShardLoader(chosen, data.shards, data.keys["train"], data.labels, unlucky)
+    with pytest.raises(DataError, match="another worker could not read its texts"):
+        opened.open(0, 1)
+    assert not opened.making
