@@ -78,7 +78,8 @@ def measure(corpus: Path, shard_texts: int | None, folder: Path) -> Measured:
         command += ["--set", f"{name}={value}"]
     measured, started = Measured(), time.monotonic()
     env = {**os.environ, "MTL_CACHE": str(folder / "cache")}
-    with subprocess.Popen(command, env=env, stdout=sys.stderr) as process:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet) as process:
         for driver, worker in memory(process):
             rows = told(folder)
             shard = max((row.get("shard", 0) for row in rows), default=0)
@@ -108,7 +109,7 @@ def memory(process: subprocess.Popen[bytes]) -> Iterator[tuple[float, float]]:
             yield driver.memory_full_info().uss / 2**20, max(sizes, default=0.0)
         except psutil.Error:
             continue
-        time.sleep(0.3)
+        time.sleep(0.5)
 
 
 def told(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -275,53 +276,75 @@ def test_another_seed_gives_other_weights(bert: Path) -> None:
     }
 
 
-def save_at(
-    state: TrainState, encoded: Data, config: Experiment, folder: Path, step: int
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unfreezing": {"freeze": {"unfreeze_every": 1}},
+    "temperature": {"mixing": {"strategy": "temperature"}},
+    "dwa": {"weighting": {"strategy": "dwa", "gradient_cosines": 2}},
+    "rlw": {"weighting": {"strategy": "rlw"}},
+    "pcgrad": {"weighting": {"strategy": "pcgrad"}},
+    "shards": {},
+}
+
+
+@dataclass
+class Undisturbed:
+    """A run that saved its state after every step."""
+
+    config: Experiment
+    encoded: Data
+    state: TrainState
+    told: list[Event]
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def undisturbed(
+    request: pytest.FixtureRequest, bert: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Undisturbed]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    changes = {**DROPOUT, **VARIANTS[request.param]}
+    rates, training = {"learning_rate": 2e-3}, {"checkpoint_every": 1}
+    config = experiment(bert, training=training, optim=rates, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTL_CACHE", str(folder / "cache"))
+        if request.param == "shards":
+            config, encoded = in_shards(folder, config, 14)
+        else:
+            encoded = data(config)
+        state = begin(config, encoded)
+        told = list(save_each(state, encoded, config, folder))
+        yield Undisturbed(config, encoded, state, told, folder)
+
+
+def save_each(
+    state: TrainState, encoded: Data, config: Experiment, folder: Path
 ) -> Iterator[Event]:
-    """Pass a run's events on, saving the state when the checkpoint of a step is due."""
+    """Pass a run's events on, saving the state whenever a checkpoint is due."""
     for event in fit(state, encoded, config):
-        if event.kind == "checkpoint" and event.row["step"] == step:
-            folder.mkdir()
-            state.save(folder)
+        if event.kind == "checkpoint":
+            (folder / str(state.step)).mkdir()
+            state.save(folder / str(state.step))
         yield event
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"freeze": {"unfreeze_every": 1}},
-        {"mixing": {"strategy": "temperature"}},
-        {"weighting": {"strategy": "dwa", "gradient_cosines": 2}},
-        {"weighting": {"strategy": "rlw"}},
-        {"weighting": {"strategy": "pcgrad"}},
-    ],
-    ids=["plain", "unfreezing", "temperature", "dwa", "rlw", "pcgrad"],
-)
 @pytest.mark.parametrize("step", [3, 10, 15, 20, 27, 40], ids="after step {}".format)
 def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(
-    step: int, changes: dict[str, Any], bert: Path, tmp_path: Path
+    step: int, undisturbed: Undisturbed
 ) -> None:
-    config = experiment(
-        bert, training={"checkpoint_every": 3}, optim={"learning_rate": 2e-3}, **DROPOUT, **changes
-    )
-    encoded = data(config)
-    undisturbed = begin(config, encoded)
-    told = list(save_at(undisturbed, encoded, config, tmp_path / "state", step))
-
     torch.rand(step)  # the generator stands elsewhere, as in a new process
-    resumed = begin(config, encoded)
-    resumed.load(tmp_path / "state")
-    assert (resumed.step, resumed.epoch) == (step, step // 10)
-    rest = list(fit(resumed, encoded, config))
+    resumed = begin(undisturbed.config, undisturbed.encoded)
+    resumed.load(undisturbed.folder / str(step))
+    validations = of(undisturbed.told, "validation")
+    epochs = sum(row["step"] <= step for row in validations)
+    assert (resumed.step, resumed.epoch) == (step, epochs)
+    rest = list(fit(resumed, undisturbed.encoded, undisturbed.config))
 
-    assert not changed(weights(undisturbed.model), weights(resumed.model))
-    assert (resumed.best_epoch, resumed.best_score) == (
-        undisturbed.best_epoch,
-        undisturbed.best_score,
-    )
-    validations = of(told, "validation")[step // 10 :]
-    assert of(rest, "validation") == validations
+    expected = undisturbed.state
+    assert resumed.step == expected.step
+    assert not changed(weights(expected.model), weights(resumed.model))
+    assert (resumed.best_epoch, resumed.best_score) == (expected.best_epoch, expected.best_score)
+    assert of(rest, "validation") == validations[epochs:]
 
 
 # Corpora in shards
@@ -372,21 +395,6 @@ def test_rates_fall_and_epochs_count_evenly_through_shards(
         assert rate == pytest.approx(2e-3 * (1 - place / 2), abs=1e-4)
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 9, 14, 20])
-def test_a_run_in_shards_resumes_with_the_same_weights_to_the_bit(
-    step: int, sharded: tuple[Experiment, Data], tmp_path: Path
-) -> None:
-    config, encoded = sharded
-    undisturbed = begin(config, encoded)
-    list(save_at(undisturbed, encoded, config, tmp_path / "state", step))
-    resumed = begin(config, encoded)
-    resumed.load(tmp_path / "state")
-    rest = list(fit(resumed, encoded, config))
-    assert of(rest, "validation")
-    assert resumed.step == undisturbed.step
-    assert not changed(weights(undisturbed.model), weights(resumed.model))
-
-
 def test_a_row_that_cannot_be_read_stops_the_run_at_its_shard(
     sharded: tuple[Experiment, Data], tmp_path: Path
 ) -> None:
@@ -413,12 +421,12 @@ def test_best_weights_and_patience_survive_a_resume(bert: Path, tmp_path: Path) 
     state = begin(config, encoded)
     state.offer(2.0)  # no epoch reaches this
     best = weights(state.model)
-    told = list(save_at(state, encoded, config, tmp_path / "state", 12))
+    told = list(save_each(state, encoded, config, tmp_path))
     assert state.epoch == 2
     assert of(told, "stopped")
 
     resumed = begin(config, encoded)
-    resumed.load(tmp_path / "state")
+    resumed.load(tmp_path / "12")
     assert changed(best, weights(resumed.model))
     rest = list(fit(resumed, encoded, config))
     assert of(rest, "stopped") == of(told, "stopped")
@@ -438,7 +446,7 @@ folder = Path(sys.argv[1])
 config = load_experiment(folder / "experiment.yaml")
 encoded = data(config)
 state = begin(config, encoded)
-state.load(folder / "state")
+state.load(folder / "15")
 list(fit(state, encoded, config))
 save_file(weights(state.model), folder / "end.safetensors")
 """
@@ -453,7 +461,7 @@ def test_another_process_resumes_to_the_same_bit(bert: Path, tmp_path: Path) -> 
     config = experiment(bert, training={"checkpoint_every": 3}, **DROPOUT)
     encoded = data(config)
     state = begin(config, encoded)
-    list(save_at(state, encoded, config, tmp_path / "state", 15))
+    list(save_each(state, encoded, config, tmp_path))
     (tmp_path / "experiment.yaml").write_text(dump_experiment(config), encoding="utf-8")
     root = str(Path(__file__).parents[1])
     subprocess.run([sys.executable, "-c", RESUME, str(tmp_path)], cwd=root, check=True)

@@ -16,6 +16,7 @@ from rich.text import Text
 from mtl_core.metrics import PRIMARY
 
 if TYPE_CHECKING:
+    from mtl_core.config import Experiment
     from mtl_core.data.prepare import Data
 
 SCORE_COLUMNS = {
@@ -127,6 +128,19 @@ class Progress:
             table.add_row(task, values.get("loss", ""), values.get("score", ""))
         # A bar alone does not end its line, and the table's head would stand behind it.
         return Group(Text(words), Padding(bar, 0), table)
+
+
+def announce_reading(experiment: Experiment) -> None:
+    """Say why it takes long where the labels of a large corpus have to be looked for."""
+    files = [source for source in experiment.data if source.hub is None]  # the Hub declares them
+    unnamed = [
+        task
+        for task, config in experiment.tasks.items()
+        if config.labels is None and any(task in source.task_columns for source in files)
+    ]
+    if unnamed and experiment.training.shard_texts is not None:
+        print(f"reading all rows for the labels of {', '.join(unnamed)}; name them under", end=" ")
+        print(f"tasks.{unnamed[0]}.labels to start at once …", flush=True)
 
 
 def describe_data(data: Data) -> None:

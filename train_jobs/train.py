@@ -65,10 +65,11 @@ def run(experiment: Experiment, folder: RunFolder) -> None:
     with forked_workers() as python:
         from mtl_core.data.prepare import prepare
         from train_jobs.cluster import ray_cluster
-        from train_jobs.console import describe_data
+        from train_jobs.console import announce_reading, describe_data
         from train_jobs.driver import train
         from train_jobs.report import build_artifact
 
+        announce_reading(experiment)
         data = prepare(experiment)
         describe_data(data)
         with folder.claim(experiment), ray_cluster(python) as end_ray:
