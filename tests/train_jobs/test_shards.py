@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mtl_core.config import parse_experiment
 from mtl_core.data.demo import demo_corpus
+from mtl_core.data.shards import ShardedCorpus
 from tests.commands import history, run, start, wait_for, weights, write_config
 from tests.small_runs import write_rows
 
@@ -38,7 +41,7 @@ def test_a_run_in_shards_goes_on_after_its_driver_was_killed(
     cut.mkdir()
     done = run("train", "--config", str(write_config(whole, sharded)))
     assert done.returncode == 0, done.stderr
-    assert "reading all rows for the labels of sentiment, entities; name them" in done.stdout
+    assert "reading all rows for the labels of entities, sentiment; name them" in done.stdout
     assert "train: 540 rows in 5 shards, which are read as they are needed" in done.stdout
     assert "shard 2 of 5: 108 labelled texts in 108 rows" in done.stdout
     assert shards(whole) == [1, 2, 3, 4, 5] * 3
@@ -58,20 +61,23 @@ def test_a_run_in_shards_goes_on_after_its_driver_was_killed(
 def test_a_row_that_cannot_be_read_ends_the_run_with_its_place(
     tmp_path: Path, sharded: dict[str, Any]
 ) -> None:
+    labels = {
+        "sentiment": ["negative", "neutral", "positive"],
+        "entities": ["organisation", "person", "place", "product"],
+    }
+    tasks = {task: {**known, "labels": labels[task]} for task, known in sharded["tasks"].items()}
+    sharded = {**sharded, "tasks": tasks}
+    cut, _ = ShardedCorpus(parse_experiment(sharded)).cut()
+    wrong = cut.share(2)[0][0]
     rows = tmp_path / "rows.jsonl"
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines[::9] = ["{}\n"] * len(lines[::9])
+    lines[wrong] = json.dumps({"text": " ", "sentiment": "neutral"}) + "\n"
     rows.write_text("".join(lines), encoding="utf-8")
-    labels = {"sentiment": ["negative", "neutral", "positive"]}
-    labels["entities"] = ["organisation", "person", "place", "product"]
-    for task, names in labels.items():
-        sharded["tasks"] = {**sharded["tasks"], task: {**sharded["tasks"][task], "labels": names}}
-    sharded["data"][0]["validation_fraction"] = 0.001
     done = run("train", "--config", str(write_config(tmp_path, sharded)))
     assert done.returncode == 1
     assert "reading all rows" not in done.stdout
-    assert "rows.jsonl:" in done.stderr
-    assert "the text is empty or only spaces; `on_bad_row: skip` passes such rows over" in (
-        " ".join(done.stderr.split())
-    )
+    assert shards(tmp_path) == [1, 2]
+    said = " ".join(done.stderr.split())
+    assert f"rows.jsonl:{wrong + 1}: the text is empty or only spaces" in said
+    assert "`on_bad_row: skip` passes such rows over" in said
     assert "Traceback" not in done.stderr
