@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,8 @@ class Blocks:
     starts: tuple[int, ...]
     """Where each begins, and where the last one ends: bytes of a JSONL file, else rows."""
     version: str
-    """Changes with the rows."""
+    """Changes with the rows: a hash of a JSONL file, of a Parquet file's metadata, or what
+    `datasets` goes by."""
 
 
 class BlockReader:
@@ -77,11 +79,11 @@ class BlockReader:
         if kind not in ("jsonl", "parquet") or file.location.endswith(COMPRESSIONS) or wide:
             raise DataError(f"{file.title}: {CANNOT}")
         read_file(file, 0, 1)  # says what is wrong with it
-        version = str(file.filesystem.ukey(file.location))
         if kind == "jsonl":
-            return _by_lines(file, size, version)
-        groups = self._parquet.metadata
-        rows = [groups.row_group(number).num_rows for number in range(groups.num_row_groups)]
+            return _by_lines(file, size)
+        metadata = self._parquet.metadata.to_dict()  # which has sizes and extremes of every column
+        rows = [group["num_rows"] for group in metadata["row_groups"]]
+        version = hashlib.sha256(repr(metadata).encode()).hexdigest()
         return _by_rows([0, *np.cumsum(rows).tolist()], version)
 
     def labels(self, tasks: Mapping[str, TaskConfig]) -> dict[str, tuple[str, ...]]:
@@ -128,11 +130,13 @@ def _by_rows(starts: Sequence[int], version: str) -> Blocks:
     return Blocks(tuple(np.diff(starts).tolist()), tuple(starts), version)
 
 
-def _by_lines(file: File, size: int, version: str) -> Blocks:
+def _by_lines(file: File, size: int) -> Blocks:
     """Every `size` lines of a file, found by their ends alone."""
+    digest = hashlib.sha256()
     starts, lines, place, last = [0], 0, 0, b"\n"
     with file.filesystem.open(file.location, "rb") as opened:
         while chunk := opened.read(CHUNK):
+            digest.update(chunk)
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE) + 1
             starts += (place + ends[size - 1 - lines % size :: size]).tolist()
             lines += len(ends)
@@ -142,4 +146,5 @@ def _by_lines(file: File, size: int, version: str) -> Blocks:
     if starts[-1] < place:
         starts.append(place)
     full, rest = divmod(lines, size)
-    return Blocks((size,) * full + ((rest,) if rest else ()), tuple(starts), version)
+    rows = (size,) * full + ((rest,) if rest else ())
+    return Blocks(rows, tuple(starts), digest.hexdigest())

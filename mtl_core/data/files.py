@@ -130,16 +130,16 @@ def _in_folder(source: SourceConfig, split: Split, path: str, names: Sequence[st
 
 
 def read_file(file: File, start: int = 0, end: int | None = None) -> bytes:
-    """The file's bytes from `start` to `end`, decompressed.
+    """The whole file, decompressed, or with an end its bytes from `start` to there as they are.
 
     Raises:
         DataError: it is not there, or cannot be read.
     """
     try:
+        if end is not None:
+            return bytes(file.filesystem.cat_file(file.location, start=start, end=end))
         with file.filesystem.open(file.location, "rb", compression="infer") as opened:
-            if start:
-                opened.seek(start)
-            return bytes(opened.read() if end is None else opened.read(end - start))
+            return bytes(opened.read())
     except FileNotFoundError as error:
         hint = _beside(file.filesystem, file.location)
         raise DataError(f"{file.title}: no such file or folder{hint}") from error

@@ -63,7 +63,7 @@ def _prepare_shards(experiment: Experiment, labels: Labels | None = None) -> Dat
     source = ShardedCorpus(experiment)
     shards, corpus = source.cut()
     if labels is None:
-        known = {**corpus.labels, **{t: c for t, c in experiment.tasks.items() if c.labels}}
+        known = {*corpus.labels, *(task for task, c in experiment.tasks.items() if c.labels)}
         corpus.splits["train"] = source.one_of_each_label(shards, known)
         labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
         del corpus.splits["train"]

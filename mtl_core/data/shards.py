@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +113,9 @@ class ShardedCorpus:
             order = np.random.default_rng([self.experiment.seed, number])
             indices: list[int] = order.permutation(len(blocks.rows)).tolist()
             tables, labels = read_tables(source, self.experiment.tasks, HELD_OUT, "train")
-            examples, _ = to_examples(source, self.experiment.tasks, tables)
+            examples, skipped = to_examples(source, self.experiment.tasks, tables)
+            if skipped:
+                corpus.skipped[source.title] = skipped
             if not examples.get("validation"):
                 taken = max(1, round(len(indices) * source.validation_fraction))
                 examples["validation"] = list(self._examples(number, blocks, indices[:taken]))
@@ -150,7 +151,7 @@ class ShardedCorpus:
             for example in self._examples(place, shards.blocks[place], indices)
         ]
 
-    def one_of_each_label(self, shards: Shards, known: Mapping[str, Any]) -> list[Example]:
+    def one_of_each_label(self, shards: Shards, known: Collection[str]) -> list[Example]:
         """Examples that show every label of train.
 
         Where all tasks' labels are known beforehand, as many as show one of each task; else the

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mtl_core.config import SourceConfig, TaskConfig
+from mtl_core.config import SourceConfig, TaskConfig, parse_experiment
 from mtl_core.data.examples import DataError
+from mtl_core.data.shards import ShardedCorpus
 from mtl_core.data.sources import read_source
 from tests.s3_server import s3_server
 
@@ -18,6 +19,9 @@ COLUMNS: dict[str, str | int] = {"text": "text", "mood": "mood"}
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with s3_server("corpora") as (client, environment):
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()  # one may know the server of an earlier test
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         rows = "".join(f'{{"text": "row {i}", "mood": "{"ab"[i % 2]}"}}\n' for i in range(20))
@@ -40,3 +44,22 @@ def test_a_folder_and_a_file_behind_s3_are_read_and_a_missing_one_is_named(bucke
     missing = SourceConfig(path=f"{bucket}/none.jsonl", columns=COLUMNS)
     with pytest.raises(DataError, match=r"none\.jsonl"):
         read_source(missing, TASKS, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_behind_s3_is_cut_into_shards(bucket: str) -> None:
+    experiment = parse_experiment(
+        {
+            "name": "x",
+            "tasks": {"mood": {"kind": "classification"}},
+            "data": [{"path": f"{bucket}/train.jsonl", "columns": COLUMNS}],
+            "training": {"shard_texts": 6},
+        }
+    )
+    corpus = ShardedCorpus(experiment)
+    shards, held_out = corpus.cut()
+    parts = [corpus.read(shards, number) for number in range(shards.count)]
+    assert [len(part) for part in parts] == [6, 6, 6]
+    rows = [example.text for part in (*parts, held_out.splits["validation"]) for example in part]
+    assert sorted(rows) == sorted(f"row {i}" for i in range(20))

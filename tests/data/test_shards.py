@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,14 @@ def test_a_shard_has_its_part_of_every_source_from_everywhere_in_it(
 
 def test_the_cut_goes_by_content_and_seed(encoder: Path, tmp_path: Path) -> None:
     chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
-    first, again = prepare(chosen), prepare(chosen)
+    first = prepare(chosen)
+    os.utime(tmp_path / "rows.jsonl", (0, 0))
+    again = prepare(chosen)
     assert first.keys == again.keys
     assert first.shards == again.shards
     other = prepare(chosen.model_copy(update={"seed": 1}))
     assert other.shards != first.shards
-    write(tmp_path / "rows.jsonl", [*ROWS[:-1], {"text": "another", "label": "a"}])
+    write(tmp_path / "rows.jsonl", [*ROWS[:-1], {**ROWS[-1], "text": "line 501"}])
     assert prepare(chosen).keys["train"] != first.keys["train"]
 
 
