@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from typing import Any
 
 import ray
@@ -40,17 +41,22 @@ class Follower:
             self.board.close()
 
     def _follow(self) -> None:
-        last = False
+        rows: list[tuple[str, dict[str, Any]]] = []
+        last, rest = False, 0.0
         while not last:
             last = self.done.wait(0.5)
             try:
-                rows = ray.get(self.log.drain.remote(), timeout=10)
+                new = ray.get(self.log.drain.remote(), timeout=10)
             except Exception:
-                continue
-            for event, row in rows:
+                new = []
+            for event, row in new:
                 self._take(event, row)
-            if rows:
+            rows += new
+            # The file is written anew each time, which takes the longer the longer a run is.
+            if rows and (last or time.monotonic() > rest):
+                started = time.monotonic()
                 self._store(rows)
+                rows, rest = [], time.monotonic() + 20 * (time.monotonic() - started)
 
     def _store(self, rows: list[tuple[str, dict[str, Any]]]) -> None:
         """A full disk must not end a run that may still have room for its checkpoints."""
