@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from mtl_core.data.prepare import Data, prepare, reopen
 from mtl_core.data.shards import ShardLoader
 from mtl_core.encoder import tokenizer_of
 from mtl_core.world import World
+from tests.commands import ROOT
 
 ROWS = [{"text": f"line {i}", "label": "abc"[i % 3]} for i in range(1, 501)]
 COLUMNS = {"text": "text", "t": "label"}
@@ -277,3 +280,46 @@ def test_a_rank_hears_that_another_could_not_read_its_texts(encoder: Path, tmp_p
     with pytest.raises(DataError, match="another worker could not read its texts"):
         opened.open(0, 1)
     assert not opened.making
+
+
+PREPARE = """
+import json, sys, time
+from pathlib import Path
+from mtl_core.config import parse_experiment
+from mtl_core.data.prepare import prepare
+from mtl_core.data.shards import ShardLoader
+from mtl_core.encoder import tokenizer_of
+from mtl_core.world import World
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+
+raw = json.loads(sys.argv[1])
+chosen = parse_experiment(raw)
+tokenizer_of(chosen)
+before = peak()
+started = time.perf_counter()
+data = prepare(chosen)
+if data.shards is not None:
+    ShardLoader(chosen, data.shards, data.keys["train"], data.labels, World()).open(0, None)
+print(json.dumps([time.perf_counter() - started, peak() - before]))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_shard_of_a_large_corpus_costs_a_small_part_of_the_whole(
+    encoder: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": f"a line with the number {i}", "label": "abc"[i % 3]} for i in range(40_000)]
+    source = {**write(tmp_path / "rows.jsonl", rows), "validation_fraction": 0.01}
+    named = {"kind": "classification", "labels": ["a", "b", "c"]}
+    found = []
+    for size in (None, 1000):
+        raw = experiment(encoder, source, size=size, t=named).model_dump_json()
+        command = [sys.executable, "-c", PREPARE, raw]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+        found.append(json.loads(done.stdout))
+    (seconds, memory), (first_seconds, first_memory) = found
+    assert first_seconds < seconds / 4
+    assert first_memory < memory / 4, found
