@@ -188,6 +188,7 @@ LESS = {
     "--vary rates": "--seeds 1 --only 'learning_rate 5e-4'",
     "--vary weighting": "--seeds 1 --only fixed",
     "benchmarks/freezing.py": "--seeds 1 --only 'encoder frozen'",
+    "benchmarks/corpus_size.py": "--rows 4000 --shard-texts 500",
     "benchmarks/encoders.py": "--rounds 1 --steps 1",
     "benchmarks/startup.py": "--runs 1",
     "benchmarks/weighting.py": "--rounds 2 --steps 1 --warm-up 0",
@@ -210,7 +211,9 @@ def test_a_benchmark_runs(command: str, tmp_path: Path) -> None:
     if "serve" in command and not shutil.which("wrk"):
         pytest.skip("wrk is not installed")
     if command.startswith("make "):
-        shown = subprocess.run(["make", "-n", command.split()[1]], cwd=ROOT, capture_output=True)
-        command = shown.stdout.decode().splitlines()[-1]
+        shown = subprocess.run(
+            ["make", "-n", command.split()[1]], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ).stdout
+        command = next(line for line in shown.splitlines() if "benchmarks" in line)
     less = next(options for name, options in LESS.items() if name in f"{command} ")
     run(f"{command} {less}", ROOT)
