@@ -110,6 +110,10 @@ class ShardedCorpus:
         corpus = Corpus({name: [] for name in HELD_OUT}, {}, {})
         for number, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True)):
             blocks = reader.find(block)
+            largest = max(blocks.rows, default=0)
+            if largest > size:
+                fix = f"write it with row groups of {block}, or raise training.shard_texts"
+                raise DataError(f"{source.title}: a row group has {largest:,} rows; {fix}")
             order = np.random.default_rng([self.experiment.seed, number])
             indices: list[int] = order.permutation(len(blocks.rows)).tolist()
             tables, labels = read_tables(source, self.experiment.tasks, HELD_OUT, "train")

@@ -251,6 +251,14 @@ def test_what_cannot_be_cut_is_refused(
         prepare(experiment(encoder, {**source, "path": str(tmp_path / source["path"])}))
 
 
+def test_row_groups_larger_than_a_shard_are_refused(encoder: Path, tmp_path: Path) -> None:
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(
+        DataError, match=r"a row group has 500 rows; write it with row groups of 1,"
+    ):
+        prepare(experiment(encoder, {"path": str(tmp_path / "rows.parquet")}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
