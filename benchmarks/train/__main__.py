@@ -175,9 +175,9 @@ def measure(comparison: Comparison, rounds: int, batch_size: int, folder: Path) 
     return {"tokens": tokens, "slices": in_turn(commands, rounds)}
 
 
-def write_rows(path: Path, data: Data) -> None:
-    """The training texts for contenders that know nothing of this project."""
-    split = data.splits["train"]
+def write_rows(path: Path, data: Data, name: str = "train") -> None:
+    """The texts of a split for contenders that know nothing of this project."""
+    split = data.splits[name]
     intent, tags = (task for task in sorted(split.targets, key=lambda name: name != "intent"))
     np.savez(
         path,

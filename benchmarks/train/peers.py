@@ -23,12 +23,12 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def training_settings(bf16: bool) -> dict[str, Any]:
-    """Arguments of both trainers: batches of 32 without end, on the CPU, nothing written."""
+def training_settings(bf16: bool, epochs: int = 1000) -> dict[str, Any]:
+    """Arguments of both trainers: batches of 32, on the CPU, nothing written."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": 32,
-        "num_train_epochs": 1000,
+        "num_train_epochs": epochs,
         "use_cpu": True,
         "bf16": bf16,
         "report_to": [],
@@ -111,3 +111,27 @@ class TwoHeads(nn.Module):
             logits = self.tag_head(self.dropout(states))
             total = total + self.loss(logits.flatten(0, 1).float(), labels.flatten())
         return {"loss": total}
+
+    @torch.no_grad()
+    def predict(self, rows: list[dict[str, Any]], pad_id: int) -> dict[str, np.ndarray]:
+        """(N,) the best class of each row and (all tokens,) the best tag of each token."""
+        self.eval()
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+        intents, tags = {}, {}
+        for first in range(0, len(order), 64):
+            places = order[first : first + 64]
+            width = max(len(rows[place]["input_ids"]) for place in places)
+            batch = padded([rows[place] for place in places], pad_id, width)
+            mask = batch["attention_mask"]
+            states = self.encoder(input_ids=batch["input_ids"], attention_mask=mask)[0]
+            pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+            best = self.intent_head(pooled).argmax(-1).tolist()
+            each = self.tag_head(states).argmax(-1)
+            for place, intent, line in zip(places, best, each, strict=True):
+                intents[place] = intent
+                tags[place] = line[: len(rows[place]["input_ids"])].numpy()
+        self.train()
+        return {
+            "intent": np.array([intents[index] for index in range(len(rows))]),
+            "tags": np.concatenate([tags[index] for index in range(len(rows))]),
+        }
