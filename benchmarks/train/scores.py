@@ -153,13 +153,12 @@ def table(runs: dict[str, list[Run]], intent: float, slots: float) -> list[str]:
         "| test intent accuracy | test slot F1 |",
         "|---|---|---|---|---|---|",
     ]
-    reached = {
-        name: [to_score(run, intent, slots) for run in found] for name, found in runs.items()
-    }
+    mine = [to_score(run, intent, slots) for run in runs["ours"]]
     for name, found in runs.items():
-        both = zip(reached[name], reached["ours"], strict=True)
-        factors = [theirs / mine for theirs, mine in both if theirs and mine]
-        times = [seconds for seconds in reached[name] if seconds]
+        reached = [to_score(run, intent, slots) for run in found]
+        factors = [a / b for a, b in zip(reached, mine, strict=True) if a and b]
+        times = [seconds for seconds in reached if seconds]
+        never = f", {len(found) - len(times)} never" if len(times) < len(found) else ""
         cells = [
             name,
             f"{spread(times)} s{never}",
