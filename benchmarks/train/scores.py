@@ -142,8 +142,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 run = peer(contender, data, options.epochs, seed, Path(folder))
             runs[name].append(run)
-        print(f"seed {seed}", {name: found[-1] for name, found in runs.items()}, file=sys.stderr)
-    print("\n".join(table(runs, options.intent, options.slots)))
+        for name, found in runs.items():
+            print(f"seed {seed}, {name}: {found[-1]}", file=sys.stderr)
+        print("\n".join(table(runs, options.intent, options.slots)), end="\n\n", flush=True)
 
 
 def table(runs: dict[str, list[Run]], intent: float, slots: float) -> list[str]:
