@@ -194,6 +194,7 @@ LESS = {
     "benchmarks/weighting.py": "--rounds 2 --steps 1 --warm-up 0",
     "benchmarks/frozen_sweep.py": "--trials 2",
     "benchmarks.train ": "--rounds 1 --only frozen",
+    "benchmarks.train.scores": "--epochs 1 --seeds 1",
     "benchmarks.train.ours": "--steps 3",
     "benchmarks.scaling": "--rounds 1",
     "benchmarks.serve": "--rounds 1 --seconds 1 --texts 200 --only predict",
