@@ -20,14 +20,12 @@ from mtl_core.answers import Features, Prediction, TokenOutput, run_head
 from mtl_core.artifact import load_encoder, load_model, read_manifest
 from mtl_core.heads import Head
 from mtl_core.model import MultiTaskModel
-from mtl_core.runtime import Runtime, RuntimeName, TorchRuntime, load_runtime
+from mtl_core.runtime import Runtime, RuntimeName, TorchRuntime, load_runtime, passes
 from mtl_core.windows import Tokenized, Windows
 
 Float = NDArray[np.float32]
 BATCH_TOKENS = 4096
 CHUNK_TOKENS = 1 << 16
-PASS_TOKENS = 24
-"""What starting a forward pass costs, in tokens of MiniLM on a CPU (about a millisecond)."""
 
 
 class EncodingStage:
@@ -104,43 +102,25 @@ class EncodingStage:
             for text, item in enumerate(items)
             for window in range(len(item.windows) if homes[text] else 1)
         ]
-        for batch, hidden, vectors in self._batches(items, jobs):
+        self.num_windows += len(jobs)
+        sequences = [items[text].windows[window] for text, window in jobs]
+        for layout, hidden, vectors in passes(
+            self.runtime, sequences, self.pad_id, self.batch_tokens
+        ):
             sources, targets = [], []
-            width = hidden.shape[1]
-            for row, (text, window) in enumerate(batch):
+            for number, start, vector in zip(layout.numbers, layout.starts, vectors, strict=True):
+                text, window = jobs[number]
                 if window == 0:
-                    pooled[text] = vectors[row]
+                    pooled[text] = vector
                 home = homes[text]
                 if home is None:
                     continue
                 here = np.flatnonzero(home[1] == window)
-                sources.append(home[2][here] + row * width)
+                sources.append(home[2][here] + start)
                 targets.append(here + starts[text])
             if sources:
-                flat = hidden.reshape(-1, self.hidden_size)
-                states[np.concatenate(targets)] = flat[np.concatenate(sources)]
+                states[np.concatenate(targets)] = hidden[np.concatenate(sources)]
         return Features(pooled, states, lengths)
-
-    def _batches(
-        self, items: Sequence[Tokenized], jobs: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[list[tuple[int, int]], Float, Float]]:
-        """Windows by length, token states (B, L, H) and vectors (B, H) of each batch."""
-        ids = [items[text].windows[window] for text, window in jobs]
-        self.num_windows += len(ids)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        lengths = [len(ids[number]) for number in order]
-        first = 0
-        while first < len(order):
-            last = batch_end(lengths, first, self.batch_tokens)
-            rows = order[first:last]
-            width = len(ids[rows[-1]])
-            padded = np.full((len(rows), width), self.pad_id, dtype=np.int64)
-            mask = np.zeros_like(padded)
-            for row, number in enumerate(rows):
-                padded[row, : len(ids[number])] = ids[number]
-                mask[row, : len(ids[number])] = 1
-            yield [jobs[number] for number in rows], *self.runtime(padded, mask)
-            first = last
 
 
 class Predictor:
@@ -240,22 +220,6 @@ class Predictor:
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         """Split texts into sub-words, and those beyond the window into overlapping windows."""
         return self.stage.windows.split(texts)
-
-
-def batch_end(lengths: Sequence[int], first: int, batch_tokens: int) -> int:
-    """Where a batch that begins at `first` ends, given ascending lengths.
-
-    It ends before it has too many padded tokens, or where one more row would add more padding
-    than another forward pass costs.
-    """
-    last = first + 1
-    while last < len(lengths):
-        rows, width = last - first, lengths[last]
-        padding = rows * (width - lengths[last - 1])
-        if (rows + 1) * width > batch_tokens or padding > PASS_TOKENS:
-            break
-        last += 1
-    return last
 
 
 def chunks(items: Sequence[Tokenized]) -> Iterator[Sequence[Tokenized]]:

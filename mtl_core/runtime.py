@@ -1,6 +1,6 @@
 """How a forward pass of the encoder is executed: by torch, or on CPUs by OpenVINO.
 
-Shapes: B windows, L tokens, H hidden units.
+Shapes: S sequences in a rectangle of n rows and W columns, H hidden units.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -20,15 +20,29 @@ from torch import Tensor, nn
 from mtl_core.artifact import atomic_folder, read_manifest
 from mtl_core.config import ConfigError
 from mtl_core.data.cache import cache_root
-from mtl_core.encoder import SentenceEncoder
+from mtl_core.encoder import Pooling, SentenceEncoder
 from mtl_core.loop import bound_kernel_caches, use_bf16
 from mtl_core.model import MultiTaskModel
+from mtl_core.packing import Layout, Sequences, pack, pad
 
 RuntimeName = Literal[
     "auto", "torch-fp32", "torch-bf16", "openvino-fp32", "openvino-bf16", "openvino-int8"
 ]
 INT8_FOLDER = "runtime/openvino-int8"
 """Where an artifact keeps the int8 encoder that `serve_app.optimize` made and checked."""
+
+NUM_PACKED_INPUTS = 3
+PACKING = {
+    "bert": "zero",
+    "electra": "zero",
+    "roberta": "after padding",
+    "xlm-roberta": "after padding",
+    "camembert": "after padding",
+}
+"""Model types that take a position for each token and a mask for each pair of them, and where
+their positions begin (RoBERTa's: at the padding id plus one). Others get a row a sequence."""
+MASKED = -1e4
+"""Added to the score of a pair that may not attend; bf16 and fp16 hold it."""
 
 Float = NDArray[np.float32]
 
@@ -40,17 +54,34 @@ class Runtime(Protocol):
     exact: bool
     """Whether it computes in fp32, so that states should travel in fp32 too."""
 
-    def __call__(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]
-    ) -> tuple[Float, Float]:
-        """(B, L) ids and mask → token states (B, L, H) and pooled vectors (B, H), not normalised.
+    packs: bool
+    """Whether a row may hold several sequences; else each has a row of its own."""
+
+    def __call__(self, layout: Layout) -> tuple[Float, Float]:
+        """Token states (n, W, H) and pooled vectors (S, H), not normalised.
 
         The arrays may be overwritten by the next call.
         """
 
 
+def passes(
+    runtime: Runtime, sequences: Sequences, pad_id: int, batch_tokens: int
+) -> Iterator[tuple[Layout, Float, Float]]:
+    """Each sequence through the encoder once, as many at a time as `batch_tokens` allows.
+
+    Yields:
+        Which they are, their states (n * W, H) to be read at `starts`, their vectors (S, H).
+    """
+    arrange = pack if runtime.packs else pad
+    for layout in arrange(sequences, pad_id, batch_tokens):
+        states, pooled = runtime(layout)
+        yield layout, states.reshape(-1, states.shape[-1]), pooled
+
+
 class TorchRuntime:
     """The encoder as it is, on any device."""
+
+    packs = False
 
     def __init__(self, encoder: SentenceEncoder, device: torch.device, bf16: bool = False) -> None:
         self.encoder = encoder.to(device).eval()
@@ -61,45 +92,69 @@ class TorchRuntime:
         bound_kernel_caches()
 
     @torch.inference_mode()
-    def __call__(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]
-    ) -> tuple[Float, Float]:
-        ids = torch.from_numpy(input_ids).to(self.device)
-        mask = torch.from_numpy(attention_mask).to(self.device)
+    def __call__(self, layout: Layout) -> tuple[Float, Float]:
+        ids = torch.from_numpy(layout.input_ids).to(self.device)
+        mask = torch.from_numpy(layout.segments).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             states, pooled = self.encoder(ids, mask)
         return states.float().cpu().numpy(), pooled.float().cpu().numpy()
 
 
 class OpenVinoRuntime:
-    """The encoder and its pooling compiled by OpenVINO for the CPU.
+    """The encoder compiled by OpenVINO for the CPU.
 
     Args:
-        model: OpenVINO IR (.xml) that takes ids and mask.
+        model: OpenVINO IR (.xml) that `convert` made.
         precision: "f32" or "bf16", for what is not already int8.
+        pooling: how the vectors are made of the states.
         threads: CPU threads; all when 0.
     """
 
-    def __init__(self, model: Path, name: str, precision: str, threads: int = 0) -> None:
+    def __init__(
+        self, model: Path, name: str, precision: str, pooling: Pooling, threads: int = 0
+    ) -> None:
         import openvino
 
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
+            # Pinned threads would wait for whatever else the system runs on their cores.
+            "ENABLE_CPU_PINNING": False,
         }
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(model), "CPU", settings)
         self.request = compiled.create_infer_request()
+        self.num_inputs = len(compiled.inputs)
+        self.packs = self.num_inputs == NUM_PACKED_INPUTS
+        self.pooling = pooling
         self.name = name
         self.exact = name == "openvino-fp32"
 
-    def __call__(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]
-    ) -> tuple[Float, Float]:
-        inputs = {0: input_ids, 1: attention_mask}
-        outputs = self.request.infer(inputs, share_inputs=True, share_outputs=True)
-        return outputs[0], outputs[1]
+    def __call__(self, layout: Layout) -> tuple[Float, Float]:
+        given = inputs(layout, self.num_inputs)
+        states = self.request.infer(given, share_inputs=True, share_outputs=True)[0]
+        return states, pool(states.reshape(-1, states.shape[-1]), layout, self.pooling)
+
+
+def inputs(layout: Layout, count: int) -> dict[int, NDArray[np.int64]]:
+    """What a converted encoder takes: ids, segments and, if it packs, positions."""
+    return dict(enumerate((layout.input_ids, layout.segments, layout.positions)[:count]))
+
+
+def pool(states: Float, layout: Layout, pooling: Pooling) -> Float:
+    """(n * W, H) states → (S, H), as `SentenceEncoder.pool`."""
+    if pooling == "cls":
+        return states[layout.starts]
+    # One sum for each sequence and one for what follows it; no bound may lie beyond the end.
+    bounds = np.stack([layout.starts, layout.starts + layout.lengths], axis=1).ravel()
+    inside = bounds[:-1] if bounds[-1] == len(states) else bounds
+    if pooling == "max":
+        highest: Float = np.maximum.reduceat(states, inside)[::2]
+        return highest
+    mean: Float = np.add.reduceat(states, inside)[::2]
+    mean /= layout.lengths[:, None]
+    return mean
 
 
 class RuntimeEncoder(SentenceEncoder):
@@ -113,8 +168,17 @@ class RuntimeEncoder(SentenceEncoder):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         self.num_passes += 1
-        states, pooled = self.runtime(input_ids.numpy(), attention_mask.numpy())
-        return torch.from_numpy(states).clone(), torch.from_numpy(pooled).clone()
+        mask = attention_mask.numpy().astype(bool)
+        sequences = [row[real].tolist() for row, real in zip(input_ids.numpy(), mask, strict=True)]
+        states = np.zeros((*mask.shape, self.hidden_size), dtype=np.float32)
+        pooled = np.zeros((len(sequences), self.hidden_size), dtype=np.float32)
+        for layout, found, vectors in passes(self.runtime, sequences, 0, input_ids.numel()):
+            pooled[layout.numbers] = vectors
+            for number, start, length in zip(
+                layout.numbers, layout.starts, layout.lengths, strict=True
+            ):
+                states[number, mask[number]] = found[start : start + length]
+        return torch.from_numpy(states), torch.from_numpy(pooled)
 
 
 def with_runtime(model: MultiTaskModel, runtime: Runtime) -> MultiTaskModel:
@@ -175,9 +239,12 @@ def load_runtime(
                 f"runtime: {folder} holds no int8 encoder; make and check one with "
                 f"python -m serve_app.optimize --artifact {folder}"
             )
-        return OpenVinoRuntime(model, name, "f32", threads)
-    hint = "bf16" if precision == "bf16" else "f32"
-    return OpenVinoRuntime(converted(folder, load_encoder), name, hint, threads)
+        hint = "f32"
+    else:
+        model = converted(folder, load_encoder)
+        hint = "bf16" if precision == "bf16" else "f32"
+    pooling = read_manifest(folder, check_files=False).encoder["pooling"]
+    return OpenVinoRuntime(model, name, hint, pooling, threads)
 
 
 def converted(artifact: Path, load_encoder: Callable[[], SentenceEncoder]) -> Path:
@@ -186,8 +253,7 @@ def converted(artifact: Path, load_encoder: Callable[[], SentenceEncoder]) -> Pa
 
     manifest = read_manifest(artifact, check_files=False).encoder
     version = openvino.__version__.split("-")[0]
-    name = f"{manifest['sha256'][:16]}-{manifest['pooling']}-{version}"
-    folder = cache_root() / "openvino" / name
+    folder = cache_root() / "openvino" / f"{manifest['sha256'][:16]}-rows-{version}"
     if not (folder / "encoder.xml").is_file():
         model = convert(load_encoder())
         try:
@@ -200,24 +266,49 @@ def converted(artifact: Path, load_encoder: Callable[[], SentenceEncoder]) -> Pa
 
 
 def convert(encoder: SentenceEncoder) -> Any:
-    """The encoder and its pooling as an OpenVINO model with inputs of any shape (B, L)."""
+    """The transformer as an OpenVINO model: ids, segments and, if it packs, positions → states.
+
+    All inputs are (n, W) of any size, as in `Layout`.
+    """
     import openvino
 
     os.environ.setdefault("OPENVINO_TELEMETRY", "0")
+    traced: nn.Module = _Padded(encoder)
     example = torch.ones((2, 8), dtype=torch.int64)
+    count = 2
+    if encoder.transformer.config.model_type in PACKING:
+        traced, count = _Packed(encoder), NUM_PACKED_INPUTS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing notes each Python branch in transformers
-        return openvino.convert_model(_Traceable(encoder), example_input=(example, example))
+        return openvino.convert_model(traced, example_input=(example,) * count)
 
 
-class _Traceable(nn.Module):
+class _Padded(nn.Module):
     """The encoder without its counter: a trace must not change its module."""
 
     def __init__(self, encoder: SentenceEncoder) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.transformer = encoder.transformer
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.encoder.transformer(input_ids=input_ids, attention_mask=attention_mask)
+    def forward(self, input_ids: Tensor, segments: Tensor) -> Tensor:
+        output = self.transformer(input_ids=input_ids, attention_mask=segments)
         states: Tensor = output.last_hidden_state
-        return states, self.encoder.pool(states, attention_mask)
+        return states
+
+
+class _Packed(_Padded):
+    """Attention within each segment only, positions of its own: as if it stood in a row alone."""
+
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        super().__init__(encoder)
+        config = encoder.transformer.config
+        self.first = config.pad_token_id + 1 if PACKING[config.model_type] == "after padding" else 0
+
+    def forward(self, input_ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        mask = torch.where(same, 0.0, MASKED)
+        output = self.transformer(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions + self.first
+        )
+        states: Tensor = output.last_hidden_state
+        return states

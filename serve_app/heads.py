@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from mtl_core.answers import Features, Output, run_head
@@ -41,7 +42,7 @@ class StoredHead:
     description: bytes
     weights: bytes
 
-    @property
+    @cached_property
     def version(self) -> str:
         return hashlib.sha256(self.description + self.weights).hexdigest()
 

@@ -11,8 +11,9 @@ import torch
 
 from mtl_core.artifact import load_encoder, read_manifest
 from mtl_core.config import ConfigError
+from mtl_core.packing import pack
 from mtl_core.predictor import EncodingStage, Predictor
-from mtl_core.runtime import choose_runtime, load_runtime
+from mtl_core.runtime import choose_runtime, load_runtime, passes
 from tests.conftest import SENTENCES
 from tests.small_runs import begin, data, example, experiment, learned, write_artifact
 
@@ -33,7 +34,8 @@ def features(folder: Path, runtime: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "pooling"), [*((name, "mean") for name in ENCODERS), ("bert", "cls")]
+    ("name", "pooling"),
+    [*((name, "mean") for name in ENCODERS), ("bert", "cls"), ("roberta", "max")],
 )
 def test_openvino_gives_what_torch_gives(
     name: str, pooling: str, tiny_encoders: dict[str, Path], tmp_path: Path
@@ -44,6 +46,29 @@ def test_openvino_gives_what_torch_gives(
     assert found.states.dtype == expected.states.dtype == np.float32
     np.testing.assert_allclose(found.pooled, expected.pooled, atol=1e-4)
     np.testing.assert_allclose(found.states, expected.states, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_text_has_the_same_states_in_a_row_with_others(
+    name: str, tiny_encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = untrained(tiny_encoders[name], tmp_path / "artifact")
+    encoder = load_encoder(folder, read_manifest(folder)).eval()
+    runtime = load_runtime("openvino-fp32", folder, lambda: encoder, CPU, threads=1)
+    assert runtime.packs
+    sequences = [
+        encoder.tokenizer(text, truncation=True, max_length=48)["input_ids"] for text in TEXTS
+    ]
+    (layout,) = pack(sequences, 0, 4096)
+    assert len(layout.input_ids) < len(TEXTS) == len(layout.numbers)
+    for layout, states, vectors in passes(runtime, sequences, 0, 4096):
+        for row, (number, start) in enumerate(zip(layout.numbers, layout.starts, strict=True)):
+            ids = torch.tensor([sequences[number]])
+            with torch.inference_mode():
+                alone, pooled = encoder(ids, torch.ones_like(ids))
+            here = states[start : start + ids.shape[1]]
+            np.testing.assert_allclose(here, alone[0], atol=1e-4)
+            np.testing.assert_allclose(vectors[row], pooled[0], atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +108,17 @@ def test_an_encoder_is_converted_once(
         loads.append(1)
         return load_encoder(folder, manifest)
 
-    ids = np.array([[2, 5, 6, 3], [2, 5, 3, 0]])
-    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    sequences = [[2, 5, 6, 3], [2, 5, 3]]
     answers = []
     for name in ("openvino-fp32", "openvino-fp32", "openvino-bf16"):
         runtime = load_runtime(name, folder, load, CPU, threads=1)  # type: ignore[arg-type]
         assert runtime.name == name
-        answers.append([array.copy() for array in runtime(ids, mask)])
+        ((_, *arrays),) = passes(runtime, sequences, 0, 64)
+        answers.append([array.copy() for array in arrays])
     assert len(loads) == 1
     for one, again in zip(*answers[:2], strict=True):
         np.testing.assert_array_equal(one, again)
-    other = untrained(tiny_encoders["bert"], tmp_path / "other", pooling="cls")
+    other = untrained(tiny_encoders["roberta"], tmp_path / "other")
     load_runtime("openvino-fp32", other, lambda: load_encoder(other, read_manifest(other)), CPU)
     assert len(list((tmp_path / "cache" / "openvino").iterdir())) == 2
 

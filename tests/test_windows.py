@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from mtl_core.artifact import load_encoder, read_manifest
 from mtl_core.predictor import EncodingStage
 from mtl_core.windows import TextError, Windows
 from tests.conftest import SENTENCES
@@ -41,14 +43,17 @@ def test_an_artifact_is_tokenised_as_transformers_does(
     items = stage.windows.split(TEXTS)
     assert [item.windows[0] for item in items] == encoded
     assert max(len(item.windows) for item in items) > 1
-    padded = reference(TEXTS, truncation=True, max_length=48, padding=True, return_tensors="np")
-    states, pooled = stage.runtime(padded["input_ids"], padded["attention_mask"])
+    padded = reference(TEXTS, truncation=True, max_length=48, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        states, pooled = load_encoder(folder, read_manifest(folder)).eval()(
+            padded["input_ids"], padded["attention_mask"]
+        )
     features = stage.encode([*items], [True] * len(items))
     np.testing.assert_allclose(features.pooled, pooled, atol=1e-5)
     (first, *_) = items
     windows, places = first.placed[1:]
     assert not windows.any()
-    np.testing.assert_allclose(features.states[: len(places)], states[0, places], atol=1e-5)
+    np.testing.assert_allclose(features.states[: len(places)], states[0][places], atol=1e-5)
     whole = reference(TEXTS, return_offsets_mapping=True)
     for item, ids, row in zip(items, whole["input_ids"], stage.windows.tokens(TEXTS), strict=True):
         assert [token["id"] for token in row] == ids
