@@ -61,8 +61,9 @@ def fit_to_data(model: MultiTaskModel, experiment: Experiment, train: EncodedSpl
     """
     for task in experiment.tasks:
         head = model.head(task)
-        uncounted = np.ones(head.num_outputs, dtype=np.int64)
-        counts = train.output_counts(task, head.num_outputs) if train is not None else uncounted
+        counts = np.ones(head.num_outputs, dtype=np.int64)  # what named class weights do not need
+        if train is not None:
+            counts = train.output_counts(task, head.num_outputs)
         head.set_label_counts(counts)
     if train is None:
         return

@@ -9,16 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from serve_app.ports import free_ports, own_haproxy_ports
 from tests.commands import ROOT
+from tests.servers import wait_for
 
 
 @dataclass
@@ -110,14 +110,6 @@ def _own_places(ports: Sequence[int], folder: str) -> list[str]:
     chosen = [f"--{name}={port}" for name, port in zip(names.split(), ports, strict=True)]
     chosen += ["--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     return [*chosen, "--num-cpus=4", f"--temp-dir={folder}", "--disable-usage-stats"]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.2)
-    return found
 
 
 def listens(port: int) -> bool:

@@ -37,6 +37,15 @@ from serve_app.service import Service
 from serve_app.settings import Settings
 
 
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What the condition gives once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.1)
+    return found
+
+
 @dataclass(frozen=True)
 class Answer:
     """Status, headers (lower case) and JSON of a reply."""

@@ -1,6 +1,6 @@
 """Commands of README and docs, run as they stand: `make readme-check`; tests/pages.py says where.
 
-What a command says of places and sizes that are not here is put in its place (`HERE`, `LESS`).
+Places and sizes that are not here are put in their place (`Account.run`, `LESS`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import yaml
 
 from serve_app.ports import free_ports
 from tests.commands import ROOT, environment
-from tests.head_node import HeadNode, head_node, wait_for
+from tests.head_node import HeadNode, head_node
 from tests.pages import Tried, tried_in
 from tests.s3_server import ACCESS, s3_server
-from tests.servers import call, real_server
+from tests.servers import call, real_server, wait_for
 
 DEMO = ROOT / "runs/demo"
 READER = ["README.md", "usage.md", "serving.md", "operations.md"]

@@ -60,22 +60,19 @@ def prepare(experiment: Experiment) -> Data:
 
 def _prepare_shards(experiment: Experiment, labels: Labels | None = None) -> Data:
     """As `prepare`, with train cut into shards; settled labels spare looking for them."""
-    source = ShardedCorpus(experiment)
-    shards, corpus = source.cut()
+    sharded = ShardedCorpus(experiment)
+    shards, corpus = sharded.cut()
     if labels is None:
         known = {*corpus.labels, *(task for task, c in experiment.tasks.items() if c.labels)}
-        corpus.splits["train"] = source.one_of_each_label(shards, known)
+        corpus.splits["train"] = sharded.one_of_each_label(shards, known)
         labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
         del corpus.splits["train"]
     data = encode(corpus, experiment, labels)
-    settings = content_key(
-        [], experiment.tasks, labels, tokenizer_of(experiment), experiment.encoder.max_length
-    )
-    rows = [
-        source.model_dump(mode="json", include={"columns", "encoding", "on_bad_row"})
-        for source in experiment.data
-    ]
-    content = json.dumps([settings, rows, asdict(shards)], sort_keys=True)
+    tokenizer, max_length = tokenizer_of(experiment), experiment.encoder.max_length
+    encoding = content_key([], experiment.tasks, labels, tokenizer, max_length)
+    reading = {"columns", "encoding", "on_bad_row"}
+    rows = [source.model_dump(mode="json", include=reading) for source in experiment.data]
+    content = json.dumps([encoding, rows, asdict(shards)], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     shards.save(key)
     return replace(data, keys={"train": key, **data.keys}, shards=shards)

@@ -16,8 +16,8 @@ import pytest
 from mtl_core.predictor import Predictor
 from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve_app.ports import free_ports
-from tests.head_node import HeadNode, head_node, wait_for
-from tests.servers import Answer, call
+from tests.head_node import HeadNode, head_node
+from tests.servers import Answer, call, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
 TEXT = "Maria Lopez had the food at the table in Berlin wonderful"

@@ -23,7 +23,16 @@ import pytest
 
 from mtl_core.artifact import Manifest, atomic_folder, read_manifest, write_manifest
 from mtl_core.predictor import Predictor
-from tests.servers import Answer, RealServer, call, heads, metric, processes, real_server
+from tests.servers import (
+    Answer,
+    RealServer,
+    call,
+    heads,
+    metric,
+    processes,
+    real_server,
+    wait_for,
+)
 from tests.small_runs import (
     LABELS,
     MOODS,
@@ -115,14 +124,6 @@ def check(running: Load, *oracles: dict[str, Any], at_least: int = 100) -> None:
 
 def encoders(server: RealServer) -> list[psutil.Process]:
     return processes(server, "ray::ServeReplica:encoder:")
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module")
