@@ -20,6 +20,8 @@ ROW_TOKENS = 64
 ones have more rest."""
 STEP = 32
 """Rows for longer sequences are so much wider: few shapes, as every one is compiled."""
+CACHED_TOKENS = 512
+"""In a packed rectangle, at most: what a layer computes for them stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def pack(sequences: Sequences, pad_id: int, batch_tokens: int) -> Iterator[Layou
     """Several a row, the longest first, each where the least room is left (best fit).
 
     For a model that attends within segments only: hardly any padding, whatever the lengths, and
-    few shapes.
+    few shapes. Rectangles are bounded by `CACHED_TOKENS`, too.
     """
     by_width: dict[int, list[list[int]]] = {}
     rooms: dict[int, list[tuple[int, list[int]]]] = {}
@@ -72,7 +74,7 @@ def pack(sequences: Sequences, pad_id: int, batch_tokens: int) -> Iterator[Layou
         row.append(number)
         rooms.setdefault(room - length, []).append((width, row))
     for width, rows in by_width.items():
-        count = max(1, batch_tokens // width)
+        count = max(1, min(batch_tokens, CACHED_TOKENS) // width)
         for first in range(0, len(rows), count):
             part = rows[first : first + count]
             used = max(sum(len(sequences[number]) for number in row) for row in part)
