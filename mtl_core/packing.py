@@ -54,11 +54,13 @@ def pad(sequences: Sequences, pad_id: int, batch_tokens: int) -> Iterator[Layout
         first = last
 
 
-def pack(sequences: Sequences, pad_id: int, batch_tokens: int) -> Iterator[Layout]:
+def pack(
+    sequences: Sequences, pad_id: int, batch_tokens: int, streams: int = 1
+) -> Iterator[Layout]:
     """Several a row, the longest first, each where the least room is left (best fit).
 
     For a model that attends within segments only: hardly any padding, whatever the lengths, and
-    few shapes. Rectangles are bounded by `CACHED_TOKENS`, too.
+    few shapes. Rectangles are bounded by `CACHED_TOKENS`, too, and enough for that many streams.
     """
     by_width: dict[int, list[list[int]]] = {}
     rooms: dict[int, list[tuple[int, list[int]]]] = {}
@@ -74,9 +76,15 @@ def pack(sequences: Sequences, pad_id: int, batch_tokens: int) -> Iterator[Layou
         row.append(number)
         rooms.setdefault(room - length, []).append((width, row))
     for width, rows in by_width.items():
-        count = max(1, min(batch_tokens, CACHED_TOKENS) // width)
-        for first in range(0, len(rows), count):
-            part = rows[first : first + count]
+        most = max(1, min(batch_tokens, CACHED_TOKENS) // width)
+        count = -(-len(rows) // most)
+        if count < streams:
+            count = max(count, min(streams, len(rows) // 2))
+        else:
+            count = min(-(-count // streams) * streams, len(rows))
+        for index in range(count):
+            first, last = (len(rows) * end // count for end in (index, index + 1))
+            part = rows[first:last]
             used = max(sum(len(sequences[number]) for number in row) for row in part)
             yield layout(part, min(width, -(-used // 16) * 16), sequences, pad_id)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -54,13 +56,13 @@ class Runtime(Protocol):
     exact: bool
     """Whether it computes in fp32, so that states should travel in fp32 too."""
 
-    packs: bool
-    """Whether a row may hold several sequences; else each has a row of its own."""
+    streams: int
+    """Layouts it computes at a time; 0 if each sequence needs a row of its own."""
 
-    def __call__(self, layout: Layout) -> tuple[Float, Float]:
-        """Token states (n, W, H) and pooled vectors (S, H), not normalised.
+    def __call__(self, layouts: Sequence[Layout]) -> Iterator[tuple[Float, Float]]:
+        """Token states (n, W, H) and pooled vectors (S, H), not normalised, of each layout.
 
-        The arrays may be overwritten by the next call.
+        The arrays may be overwritten when the next are asked for.
         """
 
 
@@ -72,16 +74,18 @@ def passes(
     Yields:
         Which they are, their states (n * W, H) to be read at `starts`, their vectors (S, H).
     """
-    arrange = pack if runtime.packs else pad
-    for layout in arrange(sequences, pad_id, batch_tokens):
-        states, pooled = runtime(layout)
+    if runtime.streams:
+        layouts = list(pack(sequences, pad_id, batch_tokens, runtime.streams))
+    else:
+        layouts = list(pad(sequences, pad_id, batch_tokens))
+    for layout, (states, pooled) in zip(layouts, runtime(layouts), strict=True):
         yield layout, states.reshape(-1, states.shape[-1]), pooled
 
 
 class TorchRuntime:
     """The encoder as it is, on any device."""
 
-    packs = False
+    streams = 0
 
     def __init__(self, encoder: SentenceEncoder, device: torch.device, bf16: bool = False) -> None:
         self.encoder = encoder.to(device).eval()
@@ -91,8 +95,11 @@ class TorchRuntime:
         self.name = f"torch-{'bf16' if bf16 else 'fp32'}"
         bound_kernel_caches()
 
+    def __call__(self, layouts: Sequence[Layout]) -> Iterator[tuple[Float, Float]]:
+        return map(self._run, layouts)
+
     @torch.inference_mode()
-    def __call__(self, layout: Layout) -> tuple[Float, Float]:
+    def _run(self, layout: Layout) -> tuple[Float, Float]:
         ids = torch.from_numpy(layout.input_ids).to(self.device)
         mask = torch.from_numpy(layout.segments).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -102,6 +109,9 @@ class TorchRuntime:
 
 class OpenVinoRuntime:
     """The encoder compiled by OpenVINO for the CPU.
+
+    One layout gets all threads. Several are computed side by side with a thread each, which
+    costs a third less CPU time: nothing waits for the slowest thread after each operation.
 
     Args:
         model: OpenVINO IR (.xml) that `convert` made.
@@ -115,25 +125,48 @@ class OpenVinoRuntime:
     ) -> None:
         import openvino
 
+        threads = threads or len(os.sched_getaffinity(0))
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
-            "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             # Pinned threads would wait for whatever else the system runs on their cores.
             "ENABLE_CPU_PINNING": False,
         }
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(model), "CPU", settings)
-        self.request = compiled.create_infer_request()
-        self.num_inputs = len(compiled.inputs)
-        self.packs = self.num_inputs == NUM_PACKED_INPUTS
+        read = core.read_model(model)
+        self.num_inputs = len(read.inputs)
+        self.streams = threads if self.num_inputs == NUM_PACKED_INPUTS else 0
+        compiled = [
+            core.compile_model(read, "CPU", {**settings, "NUM_STREAMS": streams})
+            for streams in sorted({1, self.streams or 1})
+        ]
+        self.alone = compiled[0].create_infer_request()
+        self.beside = [compiled[-1].create_infer_request() for _ in range(self.streams)]
         self.pooling = pooling
         self.name = name
         self.exact = name == "openvino-fp32"
 
-    def __call__(self, layout: Layout) -> tuple[Float, Float]:
-        given = inputs(layout, self.num_inputs)
-        states = self.request.infer(given, share_inputs=True, share_outputs=True)[0]
+    def __call__(self, layouts: Sequence[Layout]) -> Iterator[tuple[Float, Float]]:
+        requests = self.beside if len(layouts) > 1 and self.beside else [self.alone]
+        waiting = iter(layouts)
+        running: deque[tuple[Any, Layout]] = deque()
+        try:
+            for request, layout in zip(requests, waiting, strict=False):
+                request.start_async(inputs(layout, self.num_inputs), share_inputs=True)
+                running.append((request, layout))
+            while running:
+                request, layout = running[0]
+                request.wait()
+                yield self._result(request.get_output_tensor(0).data, layout)
+                running.popleft()
+                for following in islice(waiting, 1):
+                    request.start_async(inputs(following, self.num_inputs), share_inputs=True)
+                    running.append((request, following))
+        finally:
+            for request, _ in running:
+                request.wait()
+
+    def _result(self, states: Float, layout: Layout) -> tuple[Float, Float]:
         return states, pool(states.reshape(-1, states.shape[-1]), layout, self.pooling)
 
 

@@ -48,6 +48,15 @@ def test_every_sequence_is_in_one_place(
     assert sorted(seen) == list(range(len(sequences)))
 
 
+@given(lengths=st.lists(st.integers(1, 60), min_size=4, max_size=80), streams=st.integers(1, 4))
+def test_no_stream_is_left_without_work(lengths: list[int], streams: int) -> None:
+    layouts = list(pack([[1] * length for length in lengths], 0, 4096, streams))
+    rows = [len(layout.input_ids) for layout in layouts]
+    assert len(rows) % streams == 0 or len(rows) < streams
+    assert max(rows) - min(rows) <= 1
+    assert min(rows) >= 2 or len(rows) == 1 or sum(rows) < 2 * len(rows)
+
+
 @given(lengths=st.lists(st.integers(1, 512), min_size=1, max_size=200))
 def test_hardly_a_row_could_have_taken_in_another(lengths: list[int]) -> None:
     layouts = list(pack([[1] * length for length in lengths], 0, 4096))

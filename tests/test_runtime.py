@@ -48,19 +48,20 @@ def test_openvino_gives_what_torch_gives(
     np.testing.assert_allclose(found.states, expected.states, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize(("name", "threads"), [("bert", 1), ("bert", 2), ("roberta", 2)])
 def test_a_text_has_the_same_states_in_a_row_with_others(
-    name: str, tiny_encoders: dict[str, Path], tmp_path: Path
+    name: str, threads: int, tiny_encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = untrained(tiny_encoders[name], tmp_path / "artifact")
     encoder = load_encoder(folder, read_manifest(folder)).eval()
-    runtime = load_runtime("openvino-fp32", folder, lambda: encoder, CPU, threads=1)
-    assert runtime.packs
+    runtime = load_runtime("openvino-fp32", folder, lambda: encoder, CPU, threads)
+    assert runtime.streams == threads
     sequences = [
         encoder.tokenizer(text, truncation=True, max_length=48)["input_ids"] for text in TEXTS
     ]
-    (layout,) = pack(sequences, 0, 4096)
-    assert len(layout.input_ids) < len(TEXTS) == len(layout.numbers)
+    layouts = list(pack(sequences, 0, 4096, threads))
+    assert len(layouts) == threads
+    assert sum(len(layout.input_ids) for layout in layouts) < len(TEXTS)
     for layout, states, vectors in passes(runtime, sequences, 0, 4096):
         for row, (number, start) in enumerate(zip(layout.numbers, layout.starts, strict=True)):
             ids = torch.tensor([sequences[number]])
