@@ -110,8 +110,8 @@ class TorchRuntime:
 class OpenVinoRuntime:
     """The encoder compiled by OpenVINO for the CPU.
 
-    One layout gets all threads. Several are computed side by side with a thread each, which
-    costs a third less CPU time: nothing waits for the slowest thread after each operation.
+    One layout gets all threads. Several are computed side by side with a thread each: so no
+    thread waits for the slowest one after every operation.
 
     Args:
         model: OpenVINO IR (.xml) that `convert` made.

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
+from mtl_core import runtime as runtimes
 from mtl_core.artifact import load_encoder, read_manifest
 from mtl_core.config import ConfigError
 from mtl_core.packing import pack
 from mtl_core.predictor import EncodingStage, Predictor
-from mtl_core.runtime import choose_runtime, load_runtime, passes
+from mtl_core.runtime import (
+    NUM_PACKED_INPUTS,
+    PACKING,
+    choose_runtime,
+    inputs,
+    load_runtime,
+    passes,
+)
 from tests.conftest import SENTENCES
 from tests.small_runs import begin, data, example, experiment, learned, write_artifact
 
@@ -70,6 +80,29 @@ def test_a_text_has_the_same_states_in_a_row_with_others(
             here = states[start : start + ids.shape[1]]
             np.testing.assert_allclose(here, alone[0], atol=1e-4)
             np.testing.assert_allclose(vectors[row], pooled[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_every_model_that_packs_attends_within_a_text_only(name: str) -> None:
+    settings = AutoConfig.for_model(
+        name,
+        vocab_size=100,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+        pad_token_id=1,
+    )
+    encoder: Any = SimpleNamespace(transformer=AutoModel.from_config(settings).eval())
+    texts = [list(range(10, 10 + length)) for length in (20, 9, 30, 4)]
+    (layout,) = pack(texts, 1, 4096)
+    arrays = [torch.from_numpy(array) for array in inputs(layout, NUM_PACKED_INPUTS).values()]
+    with torch.inference_mode():
+        states = runtimes._Packed(encoder)(*arrays).flatten(0, 1)
+        for number, start in zip(layout.numbers, layout.starts, strict=True):
+            alone = encoder.transformer(torch.tensor([texts[number]])).last_hidden_state[0]
+            torch.testing.assert_close(states[start : start + len(alone)], alone)
 
 
 @pytest.fixture(scope="module")
