@@ -179,15 +179,9 @@ def pool(states: Float, layout: Layout, pooling: Pooling) -> Float:
     """(n * W, H) states → (S, H), as `SentenceEncoder.pool`."""
     if pooling == "cls":
         return states[layout.starts]
-    # One sum for each sequence and one for what follows it; no bound may lie beyond the end.
-    bounds = np.stack([layout.starts, layout.starts + layout.lengths], axis=1).ravel()
-    inside = bounds[:-1] if bounds[-1] == len(states) else bounds
-    if pooling == "max":
-        highest: Float = np.maximum.reduceat(states, inside)[::2]
-        return highest
-    mean: Float = np.add.reduceat(states, inside)[::2]
-    mean /= layout.lengths[:, None]
-    return mean
+    reduce = np.max if pooling == "max" else np.mean
+    spans = zip(layout.starts, layout.starts + layout.lengths, strict=True)
+    return np.stack([reduce(states[first:last], axis=0) for first, last in spans])
 
 
 class RuntimeEncoder(SentenceEncoder):
