@@ -24,8 +24,8 @@ demo: $(STAMP) ## Train on the corpus that comes with the project, then predict 
 	$(BIN)/python -m train_jobs.train --config train_jobs/configs/demo.yaml
 	$(BIN)/python -m train_jobs.predict --artifact $(DEMO) \
 		--text "The staff at the Grand Hotel in Lisbon were wonderful." \
-		--text "Maria Lopez waited two hours in Berlin and the food was cold." \
-		--text "Acme Corp shipped a phone that broke within a week."
+		--text "Maria Lopez waited two hours in Berlin and the soup was disgusting." \
+		--text "Acme Corp will open an office in Oslo in March."
 	$(BIN)/python -m train_jobs.similarity --artifact $(DEMO) \
 		--text "The food was delicious." \
 		--text "I loved the meal." \

@@ -213,16 +213,17 @@ def with_runtime(model: MultiTaskModel, runtime: Runtime) -> MultiTaskModel:
     return MultiTaskModel(RuntimeEncoder(model.encoder, runtime), dict(model.head_items)).eval()
 
 
-def choose_runtime(artifact: Path, device: torch.device) -> RuntimeName:
+def choose_runtime(artifact: Path | None, device: torch.device) -> RuntimeName:
     """The fastest runtime that loses nothing worth naming: what `auto` stands for.
 
-    On CPUs int8 where the artifact holds an encoder that passed its check, else OpenVINO in bf16
-    where the hardware has it; torch where OpenVINO is not installed, and on GPUs.
+    On CPUs int8 where the artifact holds an encoder that passed its checks, else OpenVINO in bf16
+    where the hardware has it; torch where OpenVINO is not installed, and on GPUs. Without an
+    artifact, what stands for one that holds no int8 encoder.
     """
     bf16 = use_bf16("auto", device)
     if device.type != "cpu" or importlib.util.find_spec("openvino") is None:
         return "torch-bf16" if bf16 and device.type != "cpu" else "torch-fp32"
-    if (artifact / INT8_FOLDER / "encoder.xml").is_file():
+    if artifact is not None and (artifact / INT8_FOLDER / "encoder.xml").is_file():
         return "openvino-int8"
     return "openvino-bf16" if bf16 else "openvino-fp32"
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray import serve
 
+from mtl_core.answers import Output
 from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
 from serve_app.app import build_app
@@ -188,6 +189,13 @@ class Head(HeadReplica):
         super().__init__()
         torch.set_num_threads(1)  # a small matrix a batch: more threads only fight the encoder
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+    async def __call__(self, *args: Any) -> Output | None:
+        """`HeadReplica.answer`, on the event loop: it is done before a thread would have started.
+
+        Serve starts a thread for every call of a method that is not async.
+        """
+        return self.answer(*args)
 
 
 def replica_name() -> str:

@@ -54,7 +54,7 @@ class HeadReplica:
         self.known: OrderedDict[str, Head] = OrderedDict()
         self.lock = threading.Lock()
 
-    def __call__(
+    def answer(
         self,
         version: str,
         features: Features,
@@ -98,7 +98,7 @@ class LocalHead:
         loop = asyncio.get_running_loop()
         try:
             output = await loop.run_in_executor(
-                None, self.replica, head.version, features, all_tags, stored
+                None, self.replica.answer, head.version, features, all_tags, stored
             )
         except Exception as error:
             raise unavailable(head.task, type(error).__name__) from error

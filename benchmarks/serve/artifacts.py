@@ -33,4 +33,6 @@ def int8_artifact(artifact: Path) -> Path:
         shutil.copytree(artifact, copy, dirs_exist_ok=True)
         command = [sys.executable, "-m", "serve_app.optimize", "--artifact", str(copy)]
         subprocess.run(command, check=True, stdout=sys.stderr)
+    if not (copy / INT8_FOLDER).is_dir():
+        sys.exit("--int8: serve_app.optimize kept no int8 encoder on this machine; see above")
     return copy

@@ -62,7 +62,7 @@ class Replica:
             if isinstance(fault, BaseException):
                 raise fault
             await asyncio.sleep(fault)
-        return self.replica(*arguments)
+        return self.replica.answer(*arguments)
 
 
 def remote(model: Loaded, replica: Any, timeout_s: float = 5.0) -> tuple[Service, Metrics]:
