@@ -19,6 +19,7 @@ from serve_app import optimize as command
 from serve_app.optimize import optimize
 from tests.small_runs import examples, experiment, learned, write_artifact, write_rows
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 
@@ -112,7 +113,6 @@ def test_every_recipe_is_tried_before_int8_is_given_up(
     assert told["times_as_fast"] == {}
 
 
-@pytest.mark.slow
 def test_nncf_makes_an_encoder_that_answers_the_same(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
