@@ -8,17 +8,19 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 
 from mtl_core.build import inherit
 from mtl_core.command import INTERRUPTED, run_command
 from mtl_core.config import ConfigError
 from mtl_core.data.prepare import prepare
+from mtl_core.errors import TrainingError
 from train_jobs.cluster import ray_cluster, worker_resources
 from train_jobs.console import describe_data
 from train_jobs.forks import forked_workers
@@ -200,7 +202,7 @@ def run_phase(
     table = SweepTable(phase, job.plan, sweep.objectives if searching else ("mean",))
     budget = TimeBudget(sweep.budget.minutes if searching else None)
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), _resources(job.plan))
-    with table:
+    with table, tune_breaking_off():
         # Tuner.restore would take all settings from its records, and the command may change some.
         analysis = tune.run(
             trainable,
@@ -225,6 +227,25 @@ def run_phase(
         print(f"{budget.minutes:g} minutes are over; with more the same command goes on")
     expected = sweep.num_trials if searching else _count(space)
     return rows, budget.is_over or _num_ended(rows) >= expected
+
+
+@contextlib.contextmanager
+def tune_breaking_off() -> Iterator[None]:
+    """Say it where Tune knows no answer to the end of a process.
+
+    It expects errors of a trial or of its actor. One that is killed for lack of memory as it starts
+    may be neither, and ends the whole phase.
+
+    Raises:
+        TrainingError: that happened.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error.__context__, RayError):
+            raise
+        reason = reason_of(error.__context__)
+        raise TrainingError(f"Ray Tune broke off: {reason} The same command goes on.") from error
 
 
 def _num_ended(rows: Sequence[Mapping[str, Any]]) -> int:

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 from rich.console import Console
 
+from mtl_core.errors import TrainingError
 from train_jobs import sweep_table
 from train_jobs.sweep_table import SECONDS_BETWEEN_LINES, SweepTable
+from train_jobs.tune import tune_breaking_off
 
 
 class Clock:
@@ -61,3 +64,20 @@ def test_why_a_trial_failed_is_said_on_a_terminal_and_in_a_log(
         table.on_trial_result(0, [], trial, {"time_total_s": 1.0})  # Tune's own, without an epoch
         table.on_trial_error(0, [], trial)
     assert "trial 1: the loss of [sentiment] is not finite at step 1\n" in capsys.readouterr().out
+
+
+def handled_as_tune_does(killed: BaseException) -> None:
+    """Ray 2.60's event manager hands errors on while it handles them."""
+    try:
+        raise killed
+    except Exception as error:
+        raise RuntimeError(f"Caught unexpected exception: {error}") from None
+
+
+def test_what_tune_itself_does_not_survive_is_told_in_a_line() -> None:
+    killed = OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory: …")
+    said = "^Ray Tune broke off: Task was killed .* low on memory. The same command goes on.$"
+    with pytest.raises(TrainingError, match=said), tune_breaking_off():
+        handled_as_tune_does(killed)
+    with pytest.raises(RuntimeError, match="unexpected exception: a bug"), tune_breaking_off():
+        handled_as_tune_does(ValueError("a bug"))

@@ -224,6 +224,9 @@ def test_trials_that_run_out_of_memory_are_recorded_with_that_reason(
     """Ray kills what makes a node's memory run over its threshold; here that is a hundredth."""
     path = write_sweep(tmp_path, experiment, budget={"trials": 2}, seeds=1)
     done = run("tune", "--config", str(path), RAY_memory_usage_threshold="0.01")
+    while "Ray Tune broke off" in done.stderr:  # struck as a process began, which is rare
+        assert "running low on memory" in done.stderr
+        done = run("tune", "--config", str(path), RAY_memory_usage_threshold="0.01")
     assert done.returncode == 1
     assert "no trial of" in done.stderr
     assert "trials.csv there says why" in done.stderr
