@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
@@ -190,12 +191,14 @@ class Head(HeadReplica):
         torch.set_num_threads(1)  # a small matrix a batch: more threads only fight the encoder
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
-    async def __call__(self, *args: Any) -> Output | None:
-        """`HeadReplica.answer`, on the event loop: it is done before a thread would have started.
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="head")
 
-        Serve starts a thread for every call of a method that is not async.
+    async def __call__(self, *args: Any) -> Output | None:
+        """`HeadReplica.answer`, in the replica's one thread, beside the event loop.
+
+        Serve would start a thread for every call of a method that is not async.
         """
-        return self.answer(*args)
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self.answer, *args)
 
 
 def replica_name() -> str:

@@ -136,13 +136,13 @@ def optimize(artifact: Path, tolerance: float = TOLERANCE) -> bool:
     write_manifest(artifact, manifest)
     if kept:
         print(f"kept {kept}, {ratio:.2f} x as fast as {rival.name}: runtime auto takes it up")
-    elif int8:
+        return True
+    if int8:
         print(f"{int8.name} loses nothing, but is {ratio:.2f} x as fast as {rival.name} here")
-        print(f"no int8 encoder kept: runtime auto stays with {rival.name}")
     else:
         print(f"no int8 encoder stays within {tolerance} points")
-        print(f"no int8 encoder kept: runtime auto stays with {rival.name}")
-    return kept is not None
+    print(f"no int8 encoder kept: runtime auto stays with {rival.name}")
+    return False
 
 
 def quantized(

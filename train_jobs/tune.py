@@ -244,8 +244,8 @@ def tune_breaking_off() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error.__context__, RayError):
             raise
-        reason = reason_of(error.__context__)
-        raise TrainingError(f"Ray Tune broke off: {reason} The same command goes on.") from error
+        reason = reason_of(error.__context__).rstrip(".")
+        raise TrainingError(f"Ray Tune broke off: {reason}; the same command goes on") from error
 
 
 def _num_ended(rows: Sequence[Mapping[str, Any]]) -> int:

@@ -76,7 +76,7 @@ def handled_as_tune_does(killed: BaseException) -> None:
 
 def test_what_tune_itself_does_not_survive_is_told_in_a_line() -> None:
     killed = OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory: …")
-    said = "^Ray Tune broke off: Task was killed .* low on memory. The same command goes on.$"
+    said = "^Ray Tune broke off: Task was killed .* low on memory; the same command goes on$"
     with pytest.raises(TrainingError, match=said), tune_breaking_off():
         handled_as_tune_does(killed)
     with pytest.raises(RuntimeError, match="unexpected exception: a bug"), tune_breaking_off():
