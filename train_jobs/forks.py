@@ -104,18 +104,34 @@ def load_libraries() -> None:
 
 
 def load_ray(environment: dict[str, str]) -> None:
-    """Import Ray's core, which reads the environment then: with that of the first worker.
+    """Import Ray, which reads the environment then: with that of the first worker.
 
     What it reads, the job and the process that Ray's own processes hang on, is the same for all.
-    Nothing above the core is imported here: `ray.train` draws an id, and forks made after the first
-    draw would all draw the same ones.
     """
     os.environ.update(environment)
 
-    import ray  # noqa: F401
+    from unittest.mock import patch
+
+    import ray.actor
+
+    # Ray's generator of ids is seeded at its first draw, and forks made after it would all draw the
+    # same ones. All that is drawn by imports is an id for each class of actors.
+    with patch.object(ray.actor, "ActorClassID", SystemDrawn):
+        import ray.data
+        import ray.train.torch
 
     gc.collect()
     gc.freeze()  # the collector would write to every page that the forks share
+
+
+class SystemDrawn:
+    """Draws ids for classes of actors from the system's random numbers."""
+
+    @staticmethod
+    def from_random() -> object:
+        from ray import ActorClassID
+
+        return ActorClassID(os.urandom(ActorClassID.size()))
 
 
 def run(command: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:
