@@ -19,41 +19,38 @@ from tests import preloaded
 ROOT = Path(__file__).parents[1]
 
 
+EARLY = ("PYTHON", "LC_", "TZ", "OMP_", "HF_")
+"""How variables begin that Python or a library reads as it starts."""
+
+
 def run(
     command: str, *arguments: str, address: str | None = None, folder: Path = ROOT, **env: str
 ) -> Any:
     """Run `python -m train_jobs.<command>` as a user would and return the finished process.
 
-    With an environment of its own, which libraries may read as they are imported, or in another
-    folder it is started from nothing; else it is a fork that has the libraries already.
+    It is a fork that has the libraries already, unless something in its environment would have
+    been read before.
     """
-    if folder == ROOT and not env:
-        module = f"train_jobs.{command}"
-        return preloaded.run(module, arguments, folder, environment(address), 240)
+    module, whole = f"train_jobs.{command}", environment(address, **env)
+    if not any(name.startswith(EARLY) and os.environ.get(name) != env[name] for name in env):
+        return preloaded.run(module, arguments, folder, whole, 240)
     return subprocess.run(
-        [sys.executable, "-m", f"train_jobs.{command}", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=folder,
         encoding="utf-8",
         errors="backslashreplace",
         capture_output=True,
         timeout=240,
-        env=environment(address, **env),
+        env=whole,
         check=False,
     )
 
 
 def start(
     command: str, *arguments: str, address: str | None = None, **env: str
-) -> subprocess.Popen[str]:
+) -> preloaded.Process:
     """The same without waiting for its end."""
-    return subprocess.Popen(
-        [sys.executable, "-m", f"train_jobs.{command}", *arguments],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment(address, **env),
-    )
+    return preloaded.start(f"train_jobs.{command}", arguments, ROOT, environment(address, **env))
 
 
 def environment(address: str | None, **changes: str) -> dict[str, str]:
@@ -82,7 +79,9 @@ def weights(folder: Path, name: str = "small") -> dict[str, str]:
     return {path: sha for path, sha in files.items() if path.endswith(".safetensors")}
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+def wait_for(
+    condition: Callable[[], Any], process: preloaded.Process | subprocess.Popen[str]
+) -> Any:
     """Poll until the condition gives something, while the process lives."""
     for _ in range(1200):
         found = condition()

@@ -22,6 +22,8 @@ import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from threading import Thread
+from typing import IO, TextIO
 
 from train_jobs import forks
 
@@ -51,35 +53,100 @@ def _end(process: subprocess.Popen[bytes], path: Path) -> None:
     path.parent.rmdir()
 
 
+class Process:
+    """A command under way: has what its users take of Popen."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: tuple[str, ...],
+        folder: Path,
+        env: Mapping[str, str],
+        out: IO[bytes],
+        err: IO[bytes],
+    ) -> None:
+        self.args = ["-m", module, *arguments]
+        self.returncode: int | None = None
+        self.stdout: TextIO | None = None
+        request = json.dumps([self.args, dict(env), str(folder)]).encode()
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(server())
+        with open(os.devnull, "rb") as nothing:
+            streams = [nothing.fileno(), out.fileno(), err.fileno()]
+            sent = socket.send_fds(self.connection, [request], streams)
+        self.connection.sendall(request[sent:])
+        self.connection.shutdown(socket.SHUT_WR)
+        self.pid = self._number()
+
+    def _number(self) -> int:
+        line = b""
+        while not line.endswith(b"\n"):
+            line += self.connection.recv(1) or b"the process that forks is gone\n"
+        return int(line)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self.connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            try:
+                self.returncode = self._number()
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            self.connection.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """What is still to be read, once the command has ended."""
+        assert self.stdout is not None
+        texts: list[str] = []
+        reader = Thread(
+            target=lambda out: texts.append(out.read()), args=[self.stdout], daemon=True
+        )
+        reader.start()
+        reader.join(timeout)
+        if reader.is_alive():
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        self.stdout.close()
+        self.wait(timeout)
+        return texts[0], None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(module: str, arguments: tuple[str, ...], folder: Path, env: Mapping[str, str]) -> Process:
+    """`python -m module`, its output and its complaints to be read from one pipe."""
+    read, write = os.pipe()
+    with open(write, "wb") as out:
+        process = Process(module, arguments, folder, env, out, out)
+    process.stdout = os.fdopen(read, encoding="utf-8", errors="backslashreplace")
+    return process
+
+
 def run(
     module: str, arguments: tuple[str, ...], folder: Path, env: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run` of `python -m module` gives."""
-    command = ["-m", module, *arguments]
-    request = json.dumps([command, dict(env), str(folder)]).encode()
-    with (
-        tempfile.TemporaryFile() as out,
-        tempfile.TemporaryFile() as err,
-        open(os.devnull, "rb") as nothing,
-        socket.socket(socket.AF_UNIX) as connection,
-        connection.makefile() as told,
-    ):
-        connection.connect(server())
-        streams = [nothing.fileno(), out.fileno(), err.fileno()]
-        connection.sendall(request[socket.send_fds(connection, [request], streams) :])
-        connection.shutdown(socket.SHUT_WR)
-        connection.settimeout(timeout)
-        pid = int(told.readline())
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = Process(module, arguments, folder, env, out, err)
         try:
-            status = int(told.readline())
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(command, timeout) from None
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
         texts = []
         for stream in (out, err):
             stream.seek(0)
             texts.append(stream.read().decode("utf-8", "backslashreplace"))
-    return subprocess.CompletedProcess(command, status, *texts)
+    return subprocess.CompletedProcess(process.args, status, *texts)
 
 
 def serve(number: int) -> None:
@@ -101,7 +168,7 @@ def serve(number: int) -> None:
                 os.close(stream)
         else:
             return
-    start(command, environment, folder, streams)
+    become(command, environment, folder, streams)
 
 
 def keep(connection: socket.socket) -> None:
@@ -113,11 +180,16 @@ def keep(connection: socket.socket) -> None:
         os._exit(0)
 
 
-def start(command: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:
+def become(
+    command: list[str], environment: dict[str, str], folder: str, streams: list[int]
+) -> None:
     """Be the command."""
     for stream, number in zip(streams, forks.STREAMS, strict=True):
         os.dup2(stream, number)
         os.close(stream)
+    # Those of the server know whether they can seek, and what was written to them before.
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

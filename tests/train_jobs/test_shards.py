@@ -24,7 +24,7 @@ def sharded(tmp_path: Path, experiment: dict[str, Any]) -> dict[str, Any]:
     """The small experiment on a file, which makes five shards."""
     path = write_rows(tmp_path / "rows.jsonl", demo_corpus()["train"][:ROWS])
     columns = {name: name for name in ("text", "sentiment", "entities")}
-    training = {**experiment["training"], "shard_texts": 120, "epochs": 3}
+    training = {**experiment["training"], "shard_texts": 120, "epochs": 2}
     source = {"path": str(path), "columns": columns}
     return {**experiment, "data": [source], "training": training}
 
@@ -44,7 +44,7 @@ def test_a_run_in_shards_goes_on_after_its_driver_was_killed(
     assert "reading all rows for the labels of entities, sentiment; name them" in done.stdout
     assert "train: 540 rows in 5 shards, which are read as they are needed" in done.stdout
     assert "shard 2 of 5: 108 labelled texts in 108 rows" in done.stdout
-    assert shards(whole) == [1, 2, 3, 4, 5] * 3
+    assert shards(whole) == [1, 2, 3, 4, 5] * 2
 
     config = str(write_config(cut, sharded))
     process = start("train", "--config", config)

@@ -21,6 +21,7 @@ from mtl_core.data.prepare import prepare
 from mtl_core.predictor import Predictor
 from mtl_core.state import TrainState
 from tests.commands import history, run, start, wait_for, weights, write_config
+from tests.preloaded import Process
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 STEPS_IN_EPOCH = 75
@@ -38,9 +39,7 @@ def announced(folder: Path, step: int, starts: int = 1) -> dict[str, Any] | None
     return begin if done else None
 
 
-def freeze_inside_an_epoch(
-    folder: Path, process: subprocess.Popen[str], starts: int = 1
-) -> dict[str, Any]:
+def freeze_inside_an_epoch(folder: Path, process: Process, starts: int = 1) -> dict[str, Any]:
     """Halt the first worker where it and its last checkpoint are inside an epoch, not the first.
 
     Returns the row that announced the workers. The log has a row each ten steps and at the end of
