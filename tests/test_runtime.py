@@ -45,7 +45,10 @@ def features(folder: Path, runtime: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "pooling"),
-    [*((name, "mean") for name in ENCODERS), ("bert", "cls"), ("roberta", "max")],
+    [
+        pytest.param(name, pooling, marks=[pytest.mark.slow] if name != "bert" else [])
+        for name, pooling in [(n, "mean") for n in ENCODERS] + [("bert", "cls"), ("roberta", "max")]
+    ],
 )
 def test_openvino_gives_what_torch_gives(
     name: str, pooling: str, tiny_encoders: dict[str, Path], tmp_path: Path
