@@ -11,12 +11,14 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from pyarrow.fs import FileSelector, FileType
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from mtl_core.config import Experiment, WeightingConfig
 from mtl_core.data.prepare import Data, prepare, reopen
 from mtl_core.metrics import PRIMARY
+from mtl_core.state import FILES
 from mtl_core.world import World
 from train_jobs.driver import build_trainer
 from train_jobs.progress import progress_log
@@ -132,7 +134,7 @@ class TrialSession(WorkerSession):
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
         found: ray.train.Checkpoint | None = tune.get_checkpoint()
-        return found
+        return None if found is None else standing(found)
 
     def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
         row = self.scorer(metrics)
@@ -146,6 +148,44 @@ class TrialSession(WorkerSession):
         if event == "failed":
             self.failure = row["message"]
         self.history.append({"event": event, **row})
+
+
+def standing(checkpoint: ray.train.Checkpoint) -> ray.train.Checkpoint | None:
+    """This checkpoint of a trial, the one after it if it is gone, or None.
+
+    Tune deletes a checkpoint once it has the next, and records only then which one that is: what a
+    driver that was killed in between left behind names one that is gone, or half gone.
+    """
+    folder, _, name = checkpoint.path.rpartition("/")
+    filesystem = checkpoint.filesystem
+    assert filesystem is not None
+    found = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
+    for later in sorted(info.path for info in found if info.base_name >= name):
+        files = filesystem.get_file_info([f"{later}/{file}" for file in FILES])
+        if all(file.type == FileType.File for file in files):
+            return ray.train.Checkpoint(later, filesystem)
+    return None
+
+
+class GoneCheckpoints(tune.Callback):
+    """Puts a folder where a checkpoint was that Tune's records name, else Tune fails the trial.
+
+    What the trial goes on from instead is for `standing` to find.
+    """
+
+    looked = False
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for trial in () if self.looked else trials:
+            checkpoint = trial.checkpoint
+            if checkpoint is None or trial.is_finished():
+                continue
+            filesystem = checkpoint.filesystem
+            if filesystem.get_file_info(checkpoint.path).type == FileType.NotFound:
+                filesystem.create_dir(checkpoint.path)
+                with filesystem.open_output_stream(f"{checkpoint.path}/gone"):
+                    pass  # an object store has no empty folders
+        self.looked = True
 
 
 class ReportToTune(TuneReportCallback):

@@ -31,7 +31,7 @@ from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_report import show_report, write_report
 from train_jobs.sweep_table import SweepTable, reason_of
-from train_jobs.trials import ALONE, BASE, BEST, Job, objective_key, run_trial
+from train_jobs.trials import ALONE, BASE, BEST, GoneCheckpoints, Job, objective_key, run_trial
 
 EPILOG = """examples:
   python -m train_jobs.tune --config tune_configs/demo.yaml
@@ -215,7 +215,7 @@ def run_phase(
             # A trial that is stopped keeps its workers as long as the process that waits for them.
             reuse_actors=job.plan.base.scale.workers == 1,
             raise_on_failed_trial=False,
-            callbacks=[table, budget],
+            callbacks=[table, budget, GoneCheckpoints()],
             verbose=0,
             **(search_options if searching else comparison_options)(job.plan),
         )

@@ -13,12 +13,14 @@ from ray import tune
 
 from mtl_core import features
 from mtl_core.data.prepare import prepare
+from mtl_core.state import FILES
+from train_jobs.runs import RESULT
 from train_jobs.sweep import load_plan
-from train_jobs.trials import Job, run_trial
-
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+from train_jobs.trials import Job, run_trial, standing
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_frozen_encoder_runs_once_a_text_and_not_once_a_trial(
     tmp_path: Path, ray_address: str, experiment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,3 +57,28 @@ def test_a_frozen_encoder_runs_once_a_text_and_not_once_a_trial(
     ends = [row for row in scores if row.get("finished")]
     assert len(ends) == 3
     assert len({row["objective_0"] for row in ends}) > 1
+
+
+@pytest.mark.parametrize(
+    ("stand", "expected"),
+    [
+        ({3: FILES, 4: FILES}, 3),
+        ({4: FILES}, 4),  # deleted, and the next one not recorded yet
+        ({3: FILES[1:], 4: FILES}, 4),  # half deleted
+        ({3: FILES[1:], 4: (RESULT,)}, None),  # the next one is of the end, with scores alone
+        ({2: FILES}, None),
+        ({}, None),
+    ],
+)
+def test_a_trial_goes_on_from_a_checkpoint_that_stands(
+    stand: dict[int, tuple[str, ...]], expected: int | None, tmp_path: Path
+) -> None:
+    def folder(number: int) -> Path:
+        return tmp_path / "trial" / f"checkpoint_{number:06}"
+
+    for number, files in stand.items():
+        folder(number).mkdir(parents=True)
+        for file in files:
+            (folder(number) / file).touch()
+    found = standing(tune.Checkpoint(folder(3)))
+    assert (found and found.path) == (expected and str(folder(expected)))

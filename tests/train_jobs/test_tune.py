@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -296,6 +297,8 @@ def test_a_killed_driver_and_a_killed_trial_cost_nothing_but_time(
     time.sleep(2)
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.communicate()
+    for checkpoint in (tmp_path / "sweeps/sweep/search").glob("*/checkpoint_*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)  # as if Tune had just taken the next one
     done = run("tune", "--config", str(path), address=ray_address)
     assert done.returncode == 0, done.stderr
     trials = trials_of(tmp_path)
