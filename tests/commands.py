@@ -49,7 +49,7 @@ def run(
 def start(
     command: str, *arguments: str, address: str | None = None, **env: str
 ) -> preloaded.Process:
-    """The same without waiting for its end."""
+    """Begin it, always as such a fork, without waiting for its end."""
     return preloaded.start(f"train_jobs.{command}", arguments, ROOT, environment(address, **env))
 
 

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
+from pyarrow.fs import FileSystem, FileType
 from ray import tune
 
+from aws.prepare import policies
 from mtl_core import features
 from mtl_core.data.prepare import prepare
 from mtl_core.state import FILES
+from tests.s3_server import s3_server
 from train_jobs.runs import RESULT
 from train_jobs.sweep import load_plan
-from train_jobs.trials import Job, run_trial, standing
+from train_jobs.trials import GoneCheckpoints, Job, run_trial, standing
 
 
 @pytest.mark.cluster
@@ -82,3 +85,24 @@ def test_a_trial_goes_on_from_a_checkpoint_that_stands(
             (folder(number) / file).touch()
     found = standing(tune.Checkpoint(folder(3)))
     assert (found and found.path) == (expected and str(folder(expected)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_gone_checkpoint_on_s3_is_replaced_with_a_worker_s_rights_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = policies("worker", "123456789012", "us-east-1", "bucket")["worker"]
+    with s3_server("bucket", policy) as (client, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for file in FILES:
+            client.put_object(Bucket="bucket", Key=f"sweeps/trial/checkpoint_000004/{file}")
+        filesystem, path = FileSystem.from_uri("s3://bucket/sweeps/trial/checkpoint_000003")
+        gone = tune.Checkpoint(path, filesystem)
+        trial = SimpleNamespace(checkpoint=gone, is_finished=lambda: False)
+        GoneCheckpoints().on_step_begin(1, [trial])
+        assert filesystem.get_file_info(path).type == FileType.Directory
+        found = standing(gone)
+        assert found is not None
+        assert found.path == "bucket/sweeps/trial/checkpoint_000004"
