@@ -1,14 +1,16 @@
-"""What a run costs beside training: seconds to its first step, and from its last to its end.
+"""What a run costs beside training, and a server beside answering: seconds to begin and to end.
 
     python benchmarks/startup.py --runs 5
 
-trains the demo for one epoch with the command that users run, after a run that fills the caches,
-and prints median, least and most. What comes after the last step holds the scoring of both splits.
+trains the demo for one epoch with the command that users run and serves the artifact, each after a
+time that fills the caches, and prints median, least and most. What comes after the last step holds
+the scoring of both splits.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,27 @@ def run(folder: str, *changes: str) -> dict[str, float]:
     }
 
 
+def serve(artifact: str) -> dict[str, float]:
+    """Start a server, and stop it once it is ready."""
+    command = [sys.executable, "-m", "serve_app", "--artifact", artifact, "--port", "0"]
+    begin = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        if not any(line.startswith("ready: ") for line in process.stdout):
+            sys.exit(process.wait())
+        ready = time.monotonic()
+        time.sleep(1)
+        stopped = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    if process.returncode:
+        sys.exit(process.returncode)
+    return {
+        "until a server is ready": ready - begin,
+        "from Ctrl-C to its end": time.monotonic() - stopped,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
@@ -49,10 +72,12 @@ def main() -> None:
         runs = [
             run(folder, f"name=run-{number}", *options.set) for number in range(options.runs + 1)
         ][1:]
-    for part in runs[0]:
-        seconds = [run[part] for run in runs]
-        middle, least, most = statistics.median(seconds), min(seconds), max(seconds)
-        print(f"{part:<30} {middle:6.1f} s ({least:.1f} to {most:.1f})")
+        servers = [serve(f"{folder}/run-0/artifact") for _ in range(options.runs + 1)][1:]
+    for series in (runs, servers):
+        for part in series[0]:
+            seconds = [run[part] for run in series]
+            middle, least, most = statistics.median(seconds), min(seconds), max(seconds)
+            print(f"{part:<30} {middle:6.1f} s ({least:.1f} to {most:.1f})")
 
 
 if __name__ == "__main__":

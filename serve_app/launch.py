@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import socket
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -75,12 +75,13 @@ def set_environment(local: bool) -> None:
         os.environ.setdefault(name, value)
 
 
-def start_ray(host: str, port: int, num_cpus: int | None = None) -> None:
+def start_ray(host: str, port: int, num_cpus: int | None = None, python: str | None = None) -> None:
     """Connect to RAY_ADDRESS, or start Ray here, and start Serve on a host and port.
 
     Args:
         host, port: what Serve listens on.
         num_cpus: CPUs that a local Ray may hand out, whatever the machine has.
+        python: what a local Ray starts its workers with, Serve's own among them.
 
     Raises:
         ConfigError: Ray cannot be had, or Serve runs there already on another address.
@@ -97,6 +98,9 @@ def start_ray(host: str, port: int, num_cpus: int | None = None) -> None:
         if address:
             ray.init(address=address, **quiet)
         else:
+            if python:
+                os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they are no forks
+                quiet["runtime_env"] = {"py_executable": python}
             ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
@@ -258,19 +262,30 @@ def end(processes: Sequence[psutil.Process], patience_s: float = 3.0) -> None:
             process.kill()
 
 
-def wait_for_signal(meanwhile: Callable[[], None], seconds: float) -> None:
+def wait_for_signal(meanwhile: Callable[[], None], seconds: float, message: str) -> None:
     """Return at Ctrl-C or SIGTERM; a second one interrupts whatever then goes on.
 
     Args:
         meanwhile: called again and again.
         seconds: the pause between calls.
+        message: printed once a signal would be noticed.
     """
-    asked = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.set())
-    while not asked.wait(seconds):
-        meanwhile()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    # Not an Event: its lock may be held by the very thread that the signal interrupts.
+    woken, waker = socket.socketpair()
+    with woken, waker:
+        waker.setblocking(False)
+        before = signal.set_wakeup_fd(waker.fileno())
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        print(message, flush=True)
+        while True:
+            if not select.select([woken], [], [], seconds)[0]:
+                meanwhile()
+            elif woken.recv(1)[0] in numbers:
+                break
+        signal.set_wakeup_fd(before)
+    for number in numbers:
         signal.signal(number, signal.default_int_handler)
 
 

@@ -20,12 +20,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import IO, TextIO
 
-from train_jobs import forks
+from mtl_core import forks
+from serve_app import preload as servers
+from train_jobs import preload as jobs
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,7 +155,8 @@ def run(
 def serve(number: int) -> None:
     """Fork for each that asks, until whoever started this process is gone."""
     with socket.socket(fileno=number) as listener:
-        forks.load_libraries()
+        jobs.load_libraries()
+        servers.load_libraries()
         import matplotlib.pyplot  # noqa: F401
 
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the keepers
@@ -220,24 +224,26 @@ class ForkedServer:
     def _serve(self, line: socket.socket) -> None:
         self.line.close()
         os.setsid()
-        _, given, _, _ = socket.recv_fds(line, 1, 1)
+        preload, given, _, _ = socket.recv_fds(line, 100, 1)
         if not given:
             return  # the command has ended without it
         nothing = os.open(os.devnull, os.O_WRONLY)
         for stream, number in zip(forks.STREAMS, (line.fileno(), nothing, nothing), strict=True):
             os.dup2(number, stream)
-        forks.serve(given[0])
+        forks.serve(given[0], preload.decode())
 
-    def start(self, number: int) -> ForkedServer:
-        socket.send_fds(self.line, [b"1"], [number])
+    def start(self, number: int, preload: str) -> ForkedServer:
+        socket.send_fds(self.line, [preload.encode()], [number])
         return self
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def communicate(self) -> None:
         self.line.close()
-        os.waitpid(self.pid, 0)
+        with suppress(ChildProcessError):  # the command has waited for all its children
+            os.waitpid(self.pid, 0)
 
 
 if __name__ == "__main__":

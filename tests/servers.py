@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -35,6 +33,7 @@ from serve_app.requestlog import RequestLog
 from serve_app.routes import Routes
 from serve_app.service import Service
 from serve_app.settings import Settings
+from tests import preloaded
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -165,7 +164,7 @@ class RealServer:
     """`python -m serve_app` with Ray, HAProxy and replicas."""
 
     url: str
-    process: subprocess.Popen[str]
+    process: preloaded.Process
     log: Path
 
     def stop(self, number: int = signal.SIGINT) -> int:
@@ -203,16 +202,10 @@ def real_server(
     """The command as users run it, until it says that it is ready; stopped afterwards."""
     port = free_ports(1)[0]
     log = folder / f"server-{port}.log"
-    command = [sys.executable, "-m", "serve_app", "--artifact", str(artifact)]
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), *arguments],
-            env={**os.environ, "RAY_AUTH_MODE": "disabled", **(env or {})},
-            cwd=cwd,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    options = ("--artifact", str(artifact), "--port", str(port), *arguments)
+    whole = {**os.environ, "RAY_AUTH_MODE": "disabled", **(env or {})}
+    with log.open("wb") as output:
+        process = preloaded.Process("serve_app", options, cwd or Path.cwd(), whole, output, output)
     server = RealServer(f"http://127.0.0.1:{port}", process, log)
     try:
         deadline = time.monotonic() + 120

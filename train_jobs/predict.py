@@ -22,10 +22,10 @@ from mtl_core.answers import flatten
 from mtl_core.artifact import read_manifest
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError
+from mtl_core.forks import forked_workers
 from mtl_core.predictor import Predictor
 from mtl_core.storage import download, exists, fetch, upload
 from train_jobs.cluster import ray_cluster
-from train_jobs.forks import forked_workers
 from train_jobs.tables import (
     ROWS_AT_ONCE,
     Row,
@@ -165,7 +165,7 @@ def predict_file(
     known = {name: kind for name, kind in types.items() if not name.startswith("predicted_")}
     written = bad = 0
     with (
-        forked_workers() as python,
+        forked_workers("train_jobs.preload") as python,
         ray_cluster(python),
         closing(_answers(artifact, source, column, tasks, workers)) as answers,
         TableWriter(target, known) as output,

@@ -59,10 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(experiment: Experiment, folder: RunFolder) -> None:
     """Train, while what takes seconds to import is imported by two processes at the same time."""
-    from train_jobs.forks import forked_workers
+    from mtl_core.forks import forked_workers
 
     started = time.monotonic()
-    with forked_workers() as python:
+    with forked_workers("train_jobs.preload") as python:
         from mtl_core.data.prepare import prepare
         from train_jobs.cluster import ray_cluster
         from train_jobs.console import announce_reading, describe_data

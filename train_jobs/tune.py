@@ -21,9 +21,9 @@ from mtl_core.command import INTERRUPTED, run_command
 from mtl_core.config import ConfigError
 from mtl_core.data.prepare import prepare
 from mtl_core.errors import TrainingError
+from mtl_core.forks import forked_workers
 from train_jobs.cluster import ray_cluster, worker_resources
 from train_jobs.console import describe_data
-from train_jobs.forks import forked_workers
 from train_jobs.rehearsal import rehearse
 from train_jobs.search import TimeBudget, comparison_options, search_options
 from train_jobs.space import expand
@@ -92,7 +92,7 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
         logging.getLogger(f"ray.tune.{name}").addFilter(_is_news)
     # A trial that ended is on disk a second later, whatever happens to this process.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    with forked_workers() as python, ray_cluster(python):
+    with forked_workers("train_jobs.preload") as python, ray_cluster(python):
         plan = _with_resources(plan)  # what this machine cannot hold leaves no folder
         with folder.claim(plan):
             rehearse(plan.base.scale, plan.sweep)

@@ -219,3 +219,26 @@ def test_ray_is_started_with_every_setting_of_serve() -> None:
         **SERVE_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_NBTHREAD": "3",
     }
+
+
+SIGNALLED = """
+import os, random, signal, threading, time
+from serve_app.launch import wait_for_signal
+
+draw = random.Random(1)
+
+def send():
+    time.sleep(draw.random() * 0.003)
+    os.kill(os.getpid(), signal.SIGINT)
+
+for number in range(300):
+    senders = [threading.Thread(target=send)]
+    wait_for_signal(lambda: senders and senders.pop().start(), 0.0, str(number))
+"""
+
+
+def test_whenever_ctrl_c_comes_it_is_noticed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == [str(number) for number in range(300)]

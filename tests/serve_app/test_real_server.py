@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -177,16 +178,50 @@ def session_folder(server: RealServer) -> Path:
     raise AssertionError("no Ray process")
 
 
+def test_replicas_share_the_memory_of_what_they_have_loaded(server: RealServer) -> None:
+    for task in TASKS:
+        (head,) = heads(server, task)
+        memory = head.memory_full_info()
+        assert memory.rss > 200 * 2**20
+        assert memory.uss < 100 * 2**20
+
+
+@pytest.fixture(scope="module")
+def second(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """Another server on the same machine."""
+    folder = tmp_path_factory.mktemp("second")
+    with real_server(artifact, folder, "--set", "runtime=torch-fp32") as running:
+        yield running
+
+
 def test_a_second_server_on_the_machine_shares_no_port_with_the_first(
-    server: RealServer, artifact: Path, tmp_path: Path
+    server: RealServer, second: RealServer
 ) -> None:
     """HAProxy would share a port without a word, and its statistics would be of both."""
-    with real_server(artifact, tmp_path, "--set", "runtime=torch-fp32") as second:
-        mine, others = haproxy_ports(server), haproxy_ports(second)
-        assert len(mine) == len(others) == 3  # requests, statistics, metrics
-        assert not mine & others
-        for each in (server, second):
-            assert call(f"{each.url}/v1/predict", {"inputs": SECRET}).status == 200
+    mine, others = haproxy_ports(server), haproxy_ports(second)
+    assert len(mine) == len(others) == 3  # requests, statistics, metrics
+    assert not mine & others
+    for each in (server, second):
+        assert call(f"{each.url}/v1/predict", {"inputs": SECRET}).status == 200
+
+
+def test_without_the_process_that_forks_a_head_is_replaced_all_the_same(
+    second: RealServer, predictor: Predictor
+) -> None:
+    family = psutil.Process(second.process.pid).children(recursive=True)
+    (head,) = heads(second, "topic")
+    forks = head.parent()
+    assert forks is not None
+    forks.kill()
+    head.kill()
+    head.wait(5)
+    answer = call(f"{second.url}/v1/predict", {"inputs": SECRET, "return_scores": True})
+    assert answer.status == 200
+    assert close(answer.body["results"], predictor.predict([SECRET]))
+    family += psutil.Process(second.process.pid).children(recursive=True)
+    assert second.stop() == 0
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
 
 
 def haproxy_ports(server: RealServer) -> set[int]:

@@ -1,16 +1,21 @@
 """Ray's worker processes as forks of one process that has the libraries loaded.
 
-A run needs up to nine Python processes on its machine (Ray Train's controller, helpers, workers),
-and each would spend seconds on the same imports. Here one process imports them while the driver
-reads its data; what Ray starts as "Python" asks that process to fork.
+A run needs up to nine Python processes on its machine (Ray Train's controller, helpers, workers), a
+server six (Serve's controller and proxies, replicas), and each would spend seconds on the same
+imports. Here one process imports them while the driver does its own part; what Ray starts as
+"Python" asks that process to fork. Forks share the memory of what was loaded before.
 
-    python -m train_jobs.forks DESCRIPTOR                 what forks, on a socket that listens
+    python -m mtl_core.forks DESCRIPTOR PRELOAD           what forks, on a socket that listens
     python -I -S … forks.py SOCKET default_worker.py …    what Ray starts: it hands over and ends
+
+PRELOAD is a module with two functions: `load_libraries` imports all but Ray, at once; `load_ray`
+imports Ray, in the environment of the first process that asks.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -23,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 STREAMS = (0, 1, 2)
 MOST_BYTES = 1 << 20
@@ -30,8 +36,10 @@ MOST_BYTES = 1 << 20
 
 
 @contextmanager
-def forked_workers() -> Iterator[str | None]:
+def forked_workers(preload: str) -> Iterator[str | None]:
     """Start the process that forks; yields the command that Ray is to start workers with.
+
+    `preload` names the module that says what to import.
 
     None on somebody else's cluster, where there are GPUs, since CUDA does not live through a fork,
     and where the system's own libraries do not (macOS).
@@ -46,7 +54,7 @@ def forked_workers() -> Iterator[str | None]:
             listener.bind(path)
             listener.listen(128)  # whoever asks before the libraries are loaded waits
             # Only the server keeps the socket: whoever asks after its end is refused, not kept.
-            server = start_server(listener.fileno())
+            server = start_server(listener.fileno(), preload)
         try:
             # It imports hardly anything, so without a site it starts in a hundredth of a second.
             quick = ("-I", "-S", "-X", "utf8")
@@ -56,10 +64,10 @@ def forked_workers() -> Iterator[str | None]:
             server.communicate()
 
 
-def start_server(number: int) -> subprocess.Popen[bytes]:
+def start_server(number: int, preload: str) -> subprocess.Popen[bytes]:
     """Start the process that forks, with the file descriptor of a socket that listens."""
     return subprocess.Popen(
-        [sys.executable, "-m", "train_jobs.forks", str(number)],
+        [sys.executable, "-m", "mtl_core.forks", str(number), preload],
         pass_fds=[number],
         stdin=subprocess.PIPE,  # closed by the system when this process is gone
         stdout=subprocess.DEVNULL,
@@ -68,19 +76,27 @@ def start_server(number: int) -> subprocess.Popen[bytes]:
     )
 
 
-def serve(number: int) -> None:
+def serve(number: int, preload: str) -> None:
     """Load the libraries, then fork for each that asks, until the driver is gone.
 
     `number` is the file descriptor of a socket that listens.
     """
+    libraries: Any = importlib.import_module(preload)
     with socket.socket(fileno=number) as listener:
-        load_libraries()
+        libraries.load_libraries()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the workers
+        complete = False
         while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
             with listener.accept()[0] as connection:
                 command, environment, folder, streams = receive(connection)
-            if "ray" not in sys.modules:
-                load_ray(environment)
+            if not complete:
+                # Ray reads the environment when it is imported. What it reads, the job and the
+                # process that Ray's own processes hang on, is the same for all that ask.
+                os.environ.update(environment)
+                libraries.load_ray()
+                gc.collect()
+                gc.freeze()  # the collector would write to every page that the forks share
+                complete = True
             if os.fork() == 0:
                 listener.close()
                 os.setsid()
@@ -91,47 +107,18 @@ def serve(number: int) -> None:
                 os.close(stream)
 
 
-def load_libraries() -> None:
-    """Import what a worker needs, all but Ray."""
-    import pandas  # noqa: F401
-    import transformers
-
-    import mtl_core.build
-    import mtl_core.loop  # noqa: F401
-
-    for name in ("AutoConfig", "AutoModel", "AutoTokenizer", "PreTrainedModel"):
-        getattr(transformers, name)  # they are loaded on first use
-
-
-def load_ray(environment: dict[str, str]) -> None:
-    """Import Ray, which reads the environment then: with that of the first worker.
-
-    What it reads, the job and the process that Ray's own processes hang on, is the same for all.
-    """
-    os.environ.update(environment)
-
-    from unittest.mock import patch
-
-    import ray.actor
-
-    # Ray's generator of ids is seeded at its first draw, and forks made after it would all draw the
-    # same ones. All that is drawn by imports is an id for each class of actors.
-    with patch.object(ray.actor, "ActorClassID", SystemDrawn):
-        import ray.data
-        import ray.train.torch
-
-    gc.collect()
-    gc.freeze()  # the collector would write to every page that the forks share
-
-
 class SystemDrawn:
-    """Draws ids for classes of actors from the system's random numbers."""
+    """Draws ids of a type of Ray's from the system's random numbers.
 
-    @staticmethod
-    def from_random() -> object:
-        from ray import ActorClassID
+    Ray's generator of ids is seeded at its first draw, and forks made after it would all draw the
+    same ones. All that is drawn by imports is an id for each class of actors.
+    """
 
-        return ActorClassID(os.urandom(ActorClassID.size()))
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def from_random(self) -> Any:
+        return self.kind(os.urandom(self.kind.size()))
 
 
 def run(command: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:
@@ -167,7 +154,7 @@ def ask(path: str, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        serve(int(sys.argv[1]))
+    if sys.argv[1].isdecimal():
+        serve(int(sys.argv[1]), sys.argv[2])
     else:
         ask(sys.argv[1], sys.argv[2:])

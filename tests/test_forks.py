@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from mtl_core import forks
 from tests.commands import ROOT, environment
-from train_jobs import forks
 
 SCRIPT = """
 import json, os, sys, threading
@@ -41,8 +41,8 @@ print("a complaint", file=sys.stderr)
 """
 DRIVER = """
 import sys
-from train_jobs.forks import forked_workers
-with forked_workers() as command:
+from mtl_core.forks import forked_workers
+with forked_workers("train_jobs.preload") as command:
     print(command, flush=True)
     sys.stdin.read()
 """
@@ -114,5 +114,5 @@ def test_on_a_cluster_of_others_and_beside_a_gpu_nothing_is_forked(
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     monkeypatch.setattr(os.path, "exists", lambda path: gpu and path == "/dev/nvidiactl")
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with forks.forked_workers() as command:
+    with forks.forked_workers("train_jobs.preload") as command:
         assert command is None

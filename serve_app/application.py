@@ -1,0 +1,193 @@
+"""What `python -m serve_app` does: serve an artifact on this machine, or bring a cluster to it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from typing import Any
+
+import yaml
+
+from mtl_core.artifact import read_manifest
+from mtl_core.config import ConfigError
+from serve_app import launch
+from serve_app.auth import KEYS_VARIABLE, Keys
+from serve_app.loaded import current_version, fetch
+from serve_app.settings import parse_settings
+
+
+def serve_config(options: argparse.Namespace) -> dict[str, Any]:
+    """The applications for an artifact, in the form `serve deploy` takes.
+
+    Raises:
+        ArtifactError: the artifact is not sound.
+        ConfigError: a setting is wrong, or the port would be open to others without a key.
+    """
+    args: dict[str, Any] = {"artifact": launch.artifact_path(options.artifact)}
+    for change in options.set:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: expected KEY=VALUE, got {change!r}")
+        try:
+            args[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: {value!r} is no YAML value") from error
+    if options.keys_file:
+        args["keys_file"] = launch.artifact_path(options.keys_file)
+    if options.insecure:
+        args["insecure"] = True
+    settings = parse_settings(args)
+    keys = Keys(settings.keys_file)
+    exposed = options.host not in ("127.0.0.1", "::1", "localhost")
+    if exposed and not keys.required and not settings.insecure:
+        raise ConfigError(
+            f"--host {options.host}: others could ask without a key; set {KEYS_VARIABLE} or "
+            "--keys-file, or say --insecure"
+        )
+    manifest = read_manifest(fetch(args["artifact"]))
+    apps: list[dict[str, Any]] = [
+        {
+            "name": "encoder",
+            "route_prefix": "/",
+            "import_path": "serve_app.deployments:encoder_app",
+            "args": args,
+            "deployments": [{"name": "encoder", "num_replicas": options.encoder_replicas}],
+        }
+    ]
+    if settings.heads == "deployments":
+        apps += [head_config(task, options.head_replicas) for task in manifest.tasks]
+    http = {"host": options.host, "port": options.port}
+    return {"http_options": http, "applications": apps}
+
+
+def head_config(task: str, replicas: int) -> dict[str, Any]:
+    """A head's application."""
+    return {
+        "name": f"head-{task}",
+        "route_prefix": None,
+        "import_path": "serve_app.deployments:head_app",
+        "args": {"task": task},
+        "deployments": [{"name": f"head-{task}", "num_replicas": replicas}],
+    }
+
+
+def autoscale(config: dict[str, Any]) -> None:
+    """Let replicas come and go with the requests, as on a cluster they may."""
+    for application in config["applications"]:
+        (deployment,) = application["deployments"]
+        least = deployment.pop("num_replicas")
+        deployment["autoscaling_config"] = {
+            "min_replicas": least,
+            "max_replicas": max(4, least),
+            "target_ongoing_requests": 32 if application["route_prefix"] else 8,
+            "downscale_delay_s": 60,
+        }
+
+
+def write_config(options: argparse.Namespace) -> None:
+    """Write what `serve deploy` reads."""
+    config = serve_config(options)
+    autoscale(config)
+    with open(options.write_config, "w", encoding="utf-8") as file:
+        yaml.safe_dump(config, file, sort_keys=False, allow_unicode=True)
+    print(f"wrote {options.write_config}; run: serve deploy {options.write_config}")
+
+
+def serve_until_stopped(options: argparse.Namespace, python: str | None) -> None:
+    """Start everything on this machine, answer until Ctrl-C, stop everything.
+
+    With `python`, a command of `forked_workers`, replicas are forks.
+    """
+    config = serve_config(options)
+    options.port = launch.check_port(options.host, options.port)
+    config["http_options"]["port"] = options.port
+    launch.set_environment(local=True)
+    # Ray hands an encoder replica one CPU; here they may share all that the machine has.
+    encoder = config["applications"][0]
+    share = max(1, (os.cpu_count() or 1) // options.encoder_replicas)
+    encoder["args"].setdefault("threads", share)
+    url = local_url(options)
+    print("starting Ray and the replicas …", flush=True)
+    try:
+        launch.start_ray(options.host, options.port, cpus_for(config), python)
+        launch.deploy(config)
+        launch.wait_until_ready(url)
+        if options.ask:
+            launch.ask(url, options.ask)
+            return
+        settings = parse_settings(config["applications"][0]["args"])
+        heads = HeadWatcher(config, options.head_replicas)
+        ready = f"ready: {url}  (page, /docs, /v1/predict; Ctrl-C stops)"
+        launch.wait_for_signal(heads.look, settings.poll_seconds, ready)
+        print("stopping …", flush=True)
+    finally:
+        launch.stop()
+
+
+def serve_on_cluster(options: argparse.Namespace) -> None:
+    """Bring a cluster to what `serve_config` gives, as `serve deploy` does; leave it running."""
+    config = serve_config(options)
+    autoscale(config)
+    launch.set_environment(local=False)
+    launch.start_ray(options.host, options.port)
+    launch.deploy_on_cluster(config)
+    url = local_url(options)
+    if options.ask:
+        launch.wait_until_ready(url)
+        launch.ask(url, options.ask)
+    print(
+        f"deployed on the cluster at {os.environ['RAY_ADDRESS']}, port {options.port}; it goes on "
+        "without this command; `serve status` shows it, `serve shutdown` stops it"
+    )
+
+
+def local_url(options: argparse.Namespace) -> str:
+    """Where this machine reaches the server."""
+    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
+    return f"http://[{host}]:{options.port}" if ":" in host else f"http://{host}:{options.port}"
+
+
+def cpus_for(config: dict[str, Any]) -> int:
+    """CPUs that Ray is told of: at least what the replicas ask for and room for a few heads."""
+    replicas = [app["deployments"][0]["num_replicas"] for app in config["applications"]]
+    asked: float = replicas[0] + 0.1 * sum(replicas[1:]) + 0.5
+    return max(os.cpu_count() or 1, math.ceil(asked))
+
+
+class HeadWatcher:
+    """Deploys the heads that a new version of the artifact brings.
+
+    The encoder takes such a version up once they answer. On a cluster, running the command again
+    does the same.
+    """
+
+    def __init__(self, config: dict[str, Any], replicas: int) -> None:
+        args = config["applications"][0]["args"]
+        self.artifact = args["artifact"]
+        self.replicas = replicas
+        self.seen: str | None = None
+        self.complaint = ""
+        self.in_process = args.get("heads") == "in_process"
+        self.running = {app["name"] for app in config["applications"]}
+
+    def look(self) -> None:
+        if self.in_process:
+            return
+        try:
+            version = current_version(self.artifact)
+            if version == self.seen:
+                return
+            tasks = read_manifest(fetch(self.artifact), check_files=False).tasks
+            heads = [head_config(task, self.replicas) for task in tasks]
+            new = [head for head in heads if head["name"] not in self.running]
+            if new:
+                launch.deploy({"applications": new})
+                self.running |= {head["name"] for head in new}
+                print(f"added {', '.join(head['name'] for head in new)}", flush=True)
+            self.seen = version
+        except Exception as error:  # whatever it is, it must not end the server
+            if str(error) != self.complaint:
+                print(f"artifact: {error}; what is served stays", file=sys.stderr, flush=True)
+            self.complaint = str(error)
