@@ -121,6 +121,21 @@ class SystemDrawn:
         return self.kind(os.urandom(self.kind.size()))
 
 
+@contextmanager
+def bare_node(*needless: str) -> Iterator[None]:
+    """While active, a Ray that starts leaves out what only a cluster needs.
+
+    That is what watches for demand that other machines could meet, and what collects the output of
+    workers; `needless` names further methods of Ray's `Node` that start something.
+    """
+    from unittest.mock import patch  # not at the top: what Ray starts has a hundredth of a second
+
+    names = ("start_monitor", "start_log_monitor", *needless)
+    nothing: Any = dict.fromkeys(names, lambda *_, **__: None)
+    with patch.multiple("ray._private.node.Node", **nothing):
+        yield
+
+
 def run(command: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:
     """Run a Python script as the process would have that asked for it."""
     for stream, number in zip(streams, STREAMS, strict=True):

@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
 
 from mtl_core.config import ConfigError, ScaleConfig
+from mtl_core.forks import bare_node
 
 LOCAL_SETTINGS = {
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
@@ -50,7 +51,8 @@ def ray_cluster(python: str | None = None) -> Iterator[Callable[[], Any]]:
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they are no forks
             options["runtime_env"] = {"py_executable": python}
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        with nullcontext() if address else bare_node():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error

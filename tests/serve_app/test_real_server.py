@@ -186,6 +186,14 @@ def test_replicas_share_the_memory_of_what_they_have_loaded(server: RealServer) 
         assert memory.uss < 100 * 2**20
 
 
+def test_nothing_runs_that_only_a_cluster_needs(server: RealServer) -> None:
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    lines = [" ".join(process.cmdline()) for process in family]
+    assert any("raylet" in line for line in lines)
+    for needless in ("dashboard.py", "monitor.py"):  # the autoscaler's, and that of logs
+        assert not any(needless in line for line in lines)
+
+
 @pytest.fixture(scope="module")
 def second(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     """Another server on the same machine."""
