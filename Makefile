@@ -50,8 +50,8 @@ down: ## Stop these containers
 	$(COMPOSE) down
 
 # Beside another a test may run out of time: what fails there has to pass alone.
-test: test-fast ## Run all tests: the fast ones, then those that start clusters, two files at a time
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "cluster or slow" || \
+test: test-fast ## Run all tests: the fast ones, then those that start clusters, three files at a time
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "cluster or slow" || \
 		$(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none -m "cluster or slow"
 
 test-fast: $(STAMP) ## Run the tests that need no Ray cluster and take no more than seconds

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from serve_app.ports import free_ports, own_haproxy_ports
+from tests import preloaded
 from tests.commands import ROOT
 from tests.servers import wait_for
 
@@ -42,7 +43,7 @@ class HeadNode:
         )
 
     def serve_app(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", "serve_app", *arguments)
+        return preloaded.run("serve_app", tuple(map(str, arguments)), ROOT, self.env, 120)
 
     def serve_deploy(self, file: Path) -> None:
         """As a user at the head node types it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,10 @@ class Jobs:
 def run_ranks(jobs: Jobs) -> None:
     """Start as many processes as the largest group needs; results stand in `jobs.folder`."""
     ports = free_ports(len(SIZES))
-    torch.multiprocessing.spawn(_process, args=(jobs, ports), nprocs=max(SIZES))
+    multiprocessing.set_forkserver_preload([__name__])  # they need not import all this again
+    torch.multiprocessing.start_processes(
+        _process, args=(jobs, ports), nprocs=max(SIZES), start_method="forkserver"
+    )
 
 
 def _process(rank: int, jobs: Jobs, ports: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,7 @@ def _user(environment: dict[str, str], name: str, policy: dict[str, Any]) -> dic
     import boto3
 
     iam = boto3.client("iam", **_arguments(environment))
+    name = f"{name}-{secrets.token_hex(4)}"  # servers of one process share their users
     iam.create_user(UserName=name)
     iam.put_user_policy(UserName=name, PolicyName=name, PolicyDocument=json.dumps(policy))
     key = iam.create_access_key(UserName=name)["AccessKey"]

@@ -159,6 +159,7 @@ def test_checking_an_experiment_file_does_not_load_torch(tmp_path: Path) -> None
     ("name", "unloaded"),
     [
         ("train_jobs.train", HEAVY),  # so that --help and a mistake in the file cost no seconds
+        ("serve_app.__main__", HEAVY),
         ("train_jobs.runs", HEAVY),
         ("train_jobs.progress", ("torch", "transformers", "pandas", "datasets")),
         ("mtl_core.data.cache", HEAVY),

@@ -60,10 +60,6 @@ def test_serve_deploy_and_the_command_bring_a_cluster_to_what_they_are_told(
     places = [(entity["start"], entity["end"]) for entity in row["entities"]]
     assert places == [(entity["start"], entity["end"]) for entity in expected["entities"]]
 
-    cluster.serve_app(*asked, "--set", "max_inputs=3", "--write-config", file)
-    cluster.serve_deploy(file)
-    wait_for(lambda: predict(url, *[TEXT] * 4).status == 413)
-
     changed = cluster.serve_app(*asked, "--set", "max_inputs=2", "--ask", TEXT)
     assert changed.returncode == 0, changed.stderr
     assert json.loads(changed.stdout.partition("\n")[2].rpartition("}")[0] + "}")["results"]

@@ -22,14 +22,14 @@ from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
 from serve_app.launch import SERVE_ENVIRONMENT
 from serve_app.ports import free_ports
+from tests import preloaded
 
 pytestmark = pytest.mark.slow
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the command."""
-    command = [sys.executable, "-m", "serve_app", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = preloaded.run("serve_app", tuple(map(str, arguments)), Path.cwd(), os.environ, 120)
     return done.returncode, done.stdout, done.stderr
 
 

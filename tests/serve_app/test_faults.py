@@ -222,7 +222,8 @@ def test_clients_that_disconnect_leave_no_work_behind(pair: RealServer) -> None:
         with socket.create_connection((host, int(port))) as connection:
             head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
-    wait_for(lambda: metric(pair.url, "mtl_unanswered_texts") == 0, 20)
+    # Either replica may answer.
+    wait_for(lambda: not any(metric(pair.url, "mtl_unanswered_texts") for _ in range(16)), 20)
     assert call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]}).status == 200
 
 

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 SLOW: dict[str, Any] = {
-    "set": {"training.epochs": 25},
+    "set": {"training.epochs": 12},
     "budget": {"trials": 4, "concurrency": 1},
     "seeds": 1,
 }
@@ -169,11 +169,11 @@ def test_a_search_whose_time_is_over_goes_on_when_it_gets_more(
     tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     """A thousand short trials never end within the time that they get."""
-    budget = {"trials": 1000, "concurrency": 1, "minutes": 0.25}
+    budget = {"trials": 1000, "concurrency": 1, "minutes": 0.35}
     path = write_sweep(tmp_path, experiment, budget=budget, seeds=1)
     done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
-    assert "0.25 minutes are over" in done.stdout
+    assert "0.35 minutes are over" in done.stdout
     assert "WARNING" not in done.stderr
     first = trials_of(tmp_path)
     ended = finished_of(first)
@@ -183,11 +183,11 @@ def test_a_search_whose_time_is_over_goes_on_when_it_gets_more(
     done = run("tune", "--config", str(path))
     assert "is finished" in done.stdout
 
-    more = ("--set", "budget.minutes=0.5", "--set", "budget.concurrency=2")
+    more = ("--set", "budget.minutes=0.6", "--set", "budget.concurrency=2")
     done = run("tune", "--config", str(path), *more)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
-    assert "0.5 minutes are over" in done.stdout
+    assert "0.6 minutes are over" in done.stdout
     searched = finished_of(trials_of(tmp_path))
     assert len(searched) > len(ended)
     before = ended["seconds"].iloc[:-1]  # the last may have been cut off behind its scores
@@ -262,7 +262,7 @@ def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
 def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
     tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
-    path = write_sweep(tmp_path, experiment, **{**SLOW, "set": {"training.epochs": 12}})
+    path = write_sweep(tmp_path, experiment, **SLOW)
     sweep = start("tune", "--config", str(path))
     read_until(sweep, "trial 1 finished")
     sweep.send_signal(signal.SIGINT)
@@ -294,7 +294,7 @@ def test_a_killed_driver_and_a_killed_trial_cost_nothing_but_time(
         process.kill()
     assert killed
     read_until(sweep, "trial 2 finished")
-    time.sleep(2)
+    time.sleep(1)
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.communicate()
     for checkpoint in (tmp_path / "sweeps/sweep/search").glob("*/checkpoint_*"):
