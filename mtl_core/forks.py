@@ -121,6 +121,14 @@ class SystemDrawn:
         return self.kind(os.urandom(self.kind.size()))
 
 
+def worker_options(python: str | None) -> dict[str, Any]:
+    """What to give `ray.init` so that a Ray of our own starts its workers with this command."""
+    if python is None:
+        return {}
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # those would be no forks
+    return {"runtime_env": {"py_executable": python}}
+
+
 @contextmanager
 def bare_node(*needless: str) -> Iterator[None]:
     """While active, a Ray that starts leaves out what only a cluster needs.

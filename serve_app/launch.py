@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from mtl_core.config import ConfigError
-from mtl_core.forks import bare_node
+from mtl_core.forks import bare_node, worker_options
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.ports import loopback_haproxy, own_haproxy_ports
 
@@ -99,11 +99,9 @@ def start_ray(host: str, port: int, num_cpus: int | None = None, python: str | N
         if address:
             ray.init(address=address, **quiet)
         else:
-            if python:
-                os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they are no forks
-                quiet["runtime_env"] = {"py_executable": python}
+            own = {"include_dashboard": False, "num_cpus": num_cpus, **worker_options(python)}
             with bare_node("start_api_server"):  # of a dashboard, which is off
-                ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
+                ray.init(address="local", **own, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error

@@ -42,7 +42,7 @@ print("a complaint", file=sys.stderr)
 DRIVER = """
 import sys
 from mtl_core.forks import forked_workers
-with forked_workers("train_jobs.preload") as command:
+with forked_workers(sys.argv[1]) as command:
     print(command, flush=True)
     sys.stdin.read()
 """
@@ -70,11 +70,12 @@ def run_by(command: list[str], script: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preload", ["train_jobs.preload", "serve_app.preload"])
 def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that_asked(
-    script: Path,
+    preload: str, script: Path
 ) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", DRIVER],
+        [sys.executable, "-c", DRIVER, preload],
         cwd=ROOT,
         env=environment(None),
         stdin=subprocess.PIPE,

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from mtl_core.config import ConfigError, ScaleConfig
-from mtl_core.forks import bare_node
+from mtl_core.forks import bare_node, worker_options
 
 LOCAL_SETTINGS = {
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
@@ -46,10 +46,7 @@ def ray_cluster(python: str | None = None) -> Iterator[Callable[[], Any]]:
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"address": address}
     if not address:
-        options = {"address": "local", "include_dashboard": False}
-        if python:
-            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they are no forks
-            options["runtime_env"] = {"py_executable": python}
+        options = {"address": "local", "include_dashboard": False, **worker_options(python)}
     try:
         with nullcontext() if address else bare_node():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
