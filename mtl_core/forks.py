@@ -2,11 +2,12 @@
 
 A run needs up to nine Python processes on its machine (Ray Train's controller, helpers, workers), a
 server six (Serve's controller and proxies, replicas), and each would spend seconds on the same
-imports. Here one process imports them while the driver does its own part; what Ray starts as
-"Python" asks that process to fork. Forks share the memory of what was loaded before.
+imports. Here one process imports them while the driver does its own part; the scripts that Ray
+starts instead of its own ask that process to fork. Forks share the memory of what was loaded.
 
-    python -m mtl_core.forks DESCRIPTOR PRELOAD           what forks, on a socket that listens
-    python -I -S … forks.py SOCKET default_worker.py …    what Ray starts: it hands over and ends
+    python -m mtl_core.forks DESCRIPTOR PRELOAD    what forks, on a socket that listens
+    python FOLDER/default_worker.py …              what Ray starts: it hands over and ends
+    python FOLDER/setup_worker.py …                the same, with a runtime environment of Ray's
 
 PRELOAD is a module with two functions: `load_libraries` imports all but Ray, at once; `load_ray`
 imports Ray, in the environment of the first process that asks.
@@ -20,7 +21,6 @@ import json
 import os
 import runpy
 import select
-import shlex
 import signal
 import socket
 import subprocess
@@ -28,16 +28,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 STREAMS = (0, 1, 2)
+SETUP, WORKER = SCRIPTS = ("setup_worker.py", "default_worker.py")
+"""Of Ray; it goes by these names."""
+SETUP_OPTIONS = ("--serialized-runtime-env-context", "--language")
+"""Of the first of these scripts; it leaves the others to the second, which comes before them."""
 MOST_BYTES = 1 << 20
 """Of a request: a command and an environment."""
 
 
 @contextmanager
 def forked_workers(preload: str) -> Iterator[str | None]:
-    """Start the process that forks; yields the command that Ray is to start workers with.
+    """Start the process that forks; yields a folder with scripts to be started in place of Ray's.
 
     `preload` names the module that says what to import.
 
@@ -49,16 +54,15 @@ def forked_workers(preload: str) -> Iterator[str | None]:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="mtl-forks-", dir="/tmp") as folder:  # a short path
-        path = f"{folder}/socket"
+        for script in SCRIPTS:
+            os.symlink(os.path.abspath(__file__), f"{folder}/{script}")
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
+            listener.bind(f"{folder}/socket")
             listener.listen(128)  # whoever asks before the libraries are loaded waits
             # Only the server keeps the socket: whoever asks after its end is refused, not kept.
             server = start_server(listener.fileno(), preload)
         try:
-            # It imports hardly anything, so without a site it starts in a hundredth of a second.
-            quick = ("-I", "-S", "-X", "utf8")
-            yield shlex.join([sys.executable, *quick, os.path.abspath(__file__), path])
+            yield folder
         finally:
             server.kill()
             server.communicate()
@@ -121,26 +125,30 @@ class SystemDrawn:
         return self.kind(os.urandom(self.kind.size()))
 
 
-def worker_options(python: str | None) -> dict[str, Any]:
-    """What to give `ray.init` so that a Ray of our own starts its workers with this command."""
-    if python is None:
-        return {}
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # those would be no forks
-    return {"runtime_env": {"py_executable": python}}
-
-
 @contextmanager
-def bare_node(*needless: str) -> Iterator[None]:
-    """While active, a Ray that starts leaves out what only a cluster needs.
+def own_node(scripts: str | None, *needless: str) -> Iterator[None]:
+    """While active, a Ray that starts here has what one machine and one user need.
 
-    That is what watches for demand that other machines could meet, and what collects the output of
-    workers; `needless` names further methods of Ray's `Node` that start something.
+    With `scripts`, a folder of `forked_workers`, its workers are forks. What watches for demand
+    that other machines could meet and what collects the output of workers are left out; `needless`
+    names further methods of Ray's `Node` that start something.
     """
     from unittest.mock import patch  # not at the top: what Ray starts has a hundredth of a second
 
-    names = ("start_monitor", "start_log_monitor", *needless)
-    nothing: Any = dict.fromkeys(names, lambda *_, **__: None)
-    with patch.multiple("ray._private.node.Node", **nothing):
+    from ray._private.node import Node
+
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one for each CPU, unasked
+    begin = Node.__init__
+
+    def begin_bare(node: Node, ray_params: Any, **options: Any) -> None:
+        ray_params.update(no_monitor=True, include_log_monitor=False)
+        if scripts is not None:
+            setup, worker = (f"{scripts}/{script}" for script in SCRIPTS)
+            ray_params.update(setup_worker_path=setup, worker_path=worker)
+        begin(node, ray_params, **options)
+
+    nothing: Any = dict.fromkeys(needless, lambda *_, **__: None)
+    with patch.multiple(Node, __init__=begin_bare, **nothing):
         yield
 
 
@@ -164,12 +172,33 @@ def receive(connection: socket.socket) -> tuple[list[str], dict[str, str], str, 
     return (*json.loads(content), streams)
 
 
-def ask(path: str, command: list[str]) -> None:
+def start_worker(script: str, arguments: list[str]) -> None:
+    """Do what Ray's own script of this name does, where that can be in a fork."""
+    folder, name = os.path.split(script)
+    spec = find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    of_ray = os.path.join(os.path.dirname(spec.origin), "_private", "workers")
+    if name == SETUP:
+        options = [part for part in arguments if part.startswith(SETUP_OPTIONS)]
+        values = dict(option.split("=", 1) for option in options)
+        context = json.loads(values[SETUP_OPTIONS[0]])
+        variables = context.pop("env_vars")
+        own = context.pop("py_executable") == sys.executable and not any(context.values())
+        if not own or "$" in "".join(variables.values()):  # Ray knows what then is to be done
+            command = [sys.executable, f"{of_ray}/{SETUP}", *arguments]
+            os.execv(sys.executable, command)
+        os.environ.update(variables)
+        _, *arguments = (part for part in arguments if part not in options)
+    ask(folder, [f"{of_ray}/{WORKER}", *arguments])
+
+
+def ask(folder: str, command: list[str]) -> None:
     """Have the server run a Python script; without a server, run it here."""
     request = json.dumps([command, dict(os.environ), os.getcwd()]).encode()
     try:
         with socket.socket(socket.AF_UNIX) as server:
-            server.connect(path)
+            server.connect(f"{folder}/socket")
             sent = socket.send_fds(server, [request], STREAMS)
             server.sendall(request[sent:])
     except OSError:
@@ -177,7 +206,7 @@ def ask(path: str, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1].isdecimal():
-        serve(int(sys.argv[1]), sys.argv[2])
+    if os.path.basename(sys.argv[0]) in SCRIPTS:
+        start_worker(sys.argv[0], sys.argv[1:])
     else:
-        ask(sys.argv[1], sys.argv[2:])
+        serve(int(sys.argv[1]), sys.argv[2])

@@ -57,10 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
         (write_config if options.write_config else serve_on_cluster)(options)
         return
     # What takes seconds to import is imported by two processes at the same time.
-    with forked_workers("serve_app.preload") as python:
+    with forked_workers("serve_app.preload") as scripts:
         from serve_app.application import serve_until_stopped
 
-        serve_until_stopped(options, python)
+        serve_until_stopped(options, scripts)
 
 
 def count(text: str) -> int:

@@ -95,10 +95,10 @@ def write_config(options: argparse.Namespace) -> None:
     print(f"wrote {options.write_config}; run: serve deploy {options.write_config}")
 
 
-def serve_until_stopped(options: argparse.Namespace, python: str | None) -> None:
+def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> None:
     """Start everything on this machine, answer until Ctrl-C, stop everything.
 
-    With `python`, a command of `forked_workers`, replicas are forks.
+    With `scripts`, a folder of `forked_workers`, replicas are forks.
     """
     config = serve_config(options)
     options.port = launch.check_port(options.host, options.port)
@@ -111,7 +111,7 @@ def serve_until_stopped(options: argparse.Namespace, python: str | None) -> None
     url = local_url(options)
     print("starting Ray and the replicas …", flush=True)
     try:
-        launch.start_ray(options.host, options.port, cpus_for(config), python)
+        launch.start_ray(options.host, options.port, cpus_for(config), scripts)
         launch.deploy(config)
         launch.wait_until_ready(url)
         if options.ask:

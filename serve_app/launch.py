@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from mtl_core.config import ConfigError
-from mtl_core.forks import bare_node, worker_options
+from mtl_core.forks import own_node
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.ports import loopback_haproxy, own_haproxy_ports
 
@@ -76,13 +76,15 @@ def set_environment(local: bool) -> None:
         os.environ.setdefault(name, value)
 
 
-def start_ray(host: str, port: int, num_cpus: int | None = None, python: str | None = None) -> None:
+def start_ray(
+    host: str, port: int, num_cpus: int | None = None, scripts: str | None = None
+) -> None:
     """Connect to RAY_ADDRESS, or start Ray here, and start Serve on a host and port.
 
     Args:
         host, port: what Serve listens on.
         num_cpus: CPUs that a local Ray may hand out, whatever the machine has.
-        python: what a local Ray starts its workers with, Serve's own among them.
+        scripts: of `forked_workers`, for a local Ray, so that its workers are forks.
 
     Raises:
         ConfigError: Ray cannot be had, or Serve runs there already on another address.
@@ -99,9 +101,8 @@ def start_ray(host: str, port: int, num_cpus: int | None = None, python: str | N
         if address:
             ray.init(address=address, **quiet)
         else:
-            own = {"include_dashboard": False, "num_cpus": num_cpus, **worker_options(python)}
-            with bare_node("start_api_server"):  # of a dashboard, which is off
-                ray.init(address="local", **own, **quiet)
+            with own_node(scripts, "start_api_server"):  # of a dashboard, which is off
+                ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error

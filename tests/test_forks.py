@@ -1,13 +1,14 @@
-"""Scripts that run in a fork of a process which has the libraries loaded."""
+"""What Ray starts runs in a fork of a process which has the libraries loaded."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,38 +43,48 @@ print("a complaint", file=sys.stderr)
 DRIVER = """
 import sys
 from mtl_core.forks import forked_workers
-with forked_workers(sys.argv[1]) as command:
-    print(command, flush=True)
+with forked_workers(sys.argv[1]) as scripts:
+    print(scripts, flush=True)
     sys.stdin.read()
 """
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT, encoding="utf-8")
-    return path
+def ray_like(tmp_path: Path) -> Path:
+    """A package with Ray's two scripts: one tells of its process, one what it was started with."""
+    workers = tmp_path / "ray" / "_private" / "workers"
+    workers.mkdir(parents=True)
+    (tmp_path / "ray" / "__init__.py").touch()
+    (workers / "default_worker.py").write_text(SCRIPT, encoding="utf-8")
+    (workers / "setup_worker.py").write_text("import sys; print(sys.argv[1:])", encoding="utf-8")
+    return workers / "default_worker.py"
 
 
-def run_by(command: list[str], script: Path) -> tuple[dict[str, Any], str]:
-    """What the script tells of its process, and its standard error."""
+def run_as_ray(ray_like: Path, *command: str) -> tuple[str, str, dict[str, str]]:
+    """What a script prints and complains of, and the environment that it was started in."""
+    variables = {"ONLY": "größer", "LC_ALL": "C", "PYTHONPATH": str(ray_like.parents[3])}
     done = subprocess.run(
-        [*command, str(script), "--number", "5"],
-        cwd=script.parent,
-        env={"ONLY": "größer", "LC_ALL": "C"},
+        [sys.executable, *command],
+        cwd=ray_like.parent,
+        env=variables,
         capture_output=True,
         encoding="utf-8",
         timeout=100,
         check=True,
     )
-    return json.loads(done.stdout), done.stderr
+    return done.stdout, done.stderr, variables
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preload", ["train_jobs.preload", "serve_app.preload"])
-def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that_asked(
-    preload: str, script: Path
-) -> None:
+def prepared(**context: Any) -> str:
+    """The argument in which Ray hands over a runtime environment."""
+    usual = {"command_prefix": [], "env_vars": {}, "py_executable": sys.executable}
+    more = {"override_worker_entrypoint": None, "java_jars": []}
+    return f"--serialized-runtime-env-context={json.dumps({**usual, **more, **context})}"
+
+
+@contextmanager
+def scripts_of(preload: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Their folder, and the process that forks; in the end the one that started it is killed."""
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, preload],
         cwd=ROOT,
@@ -83,28 +94,51 @@ def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that
         text=True,
     ) as driver:
         assert driver.stdout is not None
-        command = shlex.split(driver.stdout.readline())
+        folder = driver.stdout.readline().strip()
         (server,) = psutil.Process(driver.pid).children()
-        told, complaint = run_by(command, script)
-        again, _ = run_by(command, script)
+        yield folder, server
         driver.send_signal(signal.SIGKILL)
-    assert told["arguments"] == [str(script), "--number", "5"]
-    assert told["environment"] == {"ONLY": "größer", "LC_ALL": "C"}
-    assert told["folder"] == str(script.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preload", ["train_jobs.preload", "serve_app.preload"])
+def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that_asked(
+    preload: str, ray_like: Path
+) -> None:
+    with scripts_of(preload) as (folder, server):
+        worker, setup = f"{folder}/default_worker.py", f"{folder}/setup_worker.py"
+        said, complaint, variables = run_as_ray(ray_like, worker, "--number", "5")
+        plain = prepared(env_vars={"MORE": "ja"})
+        with_more, _, _ = run_as_ray(
+            ray_like, setup, worker, "--number", "5", plain, "--language=P"
+        )
+        beyond = prepared(command_prefix=["nice", "&&"])
+        left_to_ray, _, _ = run_as_ray(ray_like, setup, worker, beyond)
+    told, again = json.loads(said), json.loads(with_more)
+    assert told["arguments"] == again["arguments"] == [str(ray_like), "--number", "5"]
+    assert told["environment"] == variables
+    assert again["environment"] == {**variables, "MORE": "ja"}
+    assert told["folder"] == str(ray_like.parent)
     assert told["main"] == "__main__"
     assert told["libraries"] == ["torch", "ray", "transformers"]
     assert told["parent"] == again["parent"] == server.pid
     ids = {*told["ids"], *again["ids"]}
     assert len(ids) == 4, "workers would give different objects the same id"
     assert complaint == "a complaint\n"
+    assert left_to_ray == f"{[worker, beyond]}\n"
     psutil.wait_procs([server], timeout=20)
     assert not server.is_running(), "it outlived its driver"
 
 
-def test_without_the_process_that_forks_python_starts_as_ever(script: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-I", "-S", forks.__file__, str(tmp_path / "nobody")]
-    told, _ = run_by(command, script)
-    assert told["arguments"] == [str(script), "--number", "5"]
+def test_without_the_process_that_forks_a_worker_starts_as_ever(
+    ray_like: Path, tmp_path: Path
+) -> None:
+    worker = tmp_path / "default_worker.py"
+    worker.symlink_to(forks.__file__)
+    said, _, variables = run_as_ray(ray_like, str(worker), "--number", "5")
+    told = json.loads(said)
+    assert told["arguments"] == [str(ray_like), "--number", "5"]
+    assert told["environment"] == variables
     assert told["libraries"] == []
 
 
@@ -115,5 +149,5 @@ def test_on_a_cluster_of_others_and_beside_a_gpu_nothing_is_forked(
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     monkeypatch.setattr(os.path, "exists", lambda path: gpu and path == "/dev/nvidiactl")
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with forks.forked_workers("train_jobs.preload") as command:
-        assert command is None
+    with forks.forked_workers("train_jobs.preload") as scripts:
+        assert scripts is None

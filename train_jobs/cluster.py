@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from mtl_core.config import ConfigError, ScaleConfig
-from mtl_core.forks import bare_node, worker_options
+from mtl_core.forks import own_node
 
 LOCAL_SETTINGS = {
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
@@ -32,11 +32,11 @@ OWN_SETTINGS = {
 
 
 @contextmanager
-def ray_cluster(python: str | None = None) -> Iterator[Callable[[], Any]]:
+def ray_cluster(scripts: str | None = None) -> Iterator[Callable[[], Any]]:
     """Connect to RAY_ADDRESS (set inside `ray job submit`), or start Ray here for the duration.
 
     Yields what may be called when Ray has done its part, to have it end beside what is left to do.
-    With `python`, a command of `forked_workers`, workers of the Ray that starts here are forks.
+    With `scripts`, a folder of `forked_workers`, workers of the Ray that starts here are forks.
     """
     if ray.is_initialized():
         yield lambda: None
@@ -46,9 +46,9 @@ def ray_cluster(python: str | None = None) -> Iterator[Callable[[], Any]]:
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"address": address}
     if not address:
-        options = {"address": "local", "include_dashboard": False, **worker_options(python)}
+        options = {"address": "local", "include_dashboard": False}
     try:
-        with nullcontext() if address else bare_node():
+        with nullcontext() if address else own_node(scripts):
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"

@@ -165,8 +165,8 @@ def predict_file(
     known = {name: kind for name, kind in types.items() if not name.startswith("predicted_")}
     written = bad = 0
     with (
-        forked_workers("train_jobs.preload") as python,
-        ray_cluster(python),
+        forked_workers("train_jobs.preload") as scripts,
+        ray_cluster(scripts),
         closing(_answers(artifact, source, column, tasks, workers)) as answers,
         TableWriter(target, known) as output,
         TableWriter(side) as rejected,

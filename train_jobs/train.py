@@ -62,7 +62,7 @@ def run(experiment: Experiment, folder: RunFolder) -> None:
     from mtl_core.forks import forked_workers
 
     started = time.monotonic()
-    with forked_workers("train_jobs.preload") as python:
+    with forked_workers("train_jobs.preload") as scripts:
         from mtl_core.data.prepare import prepare
         from train_jobs.cluster import ray_cluster
         from train_jobs.console import announce_reading, describe_data
@@ -72,7 +72,7 @@ def run(experiment: Experiment, folder: RunFolder) -> None:
         announce_reading(experiment)
         data = prepare(experiment)
         describe_data(data)
-        with folder.claim(experiment), ray_cluster(python) as end_ray:
+        with folder.claim(experiment), ray_cluster(scripts) as end_ray:
             checkpoint = train(experiment, data, folder)
             end_ray()
             with checkpoint.as_directory() as weights:

@@ -92,7 +92,7 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
         logging.getLogger(f"ray.tune.{name}").addFilter(_is_news)
     # A trial that ended is on disk a second later, whatever happens to this process.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    with forked_workers("train_jobs.preload") as python, ray_cluster(python):
+    with forked_workers("train_jobs.preload") as scripts, ray_cluster(scripts):
         plan = _with_resources(plan)  # what this machine cannot hold leaves no folder
         with folder.claim(plan):
             rehearse(plan.base.scale, plan.sweep)
