@@ -11,6 +11,8 @@ COMPOSE := MTL_UID=$$(id -u) PORT=$(PORT) docker compose -f docker/docker-compos
 
 export PYTEST_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Hundreds of processes would each compile all of this anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo serve up down wheel test test-fast lint types notebook check docker-check readme-check format bench-snips bench-pair bench-train bench-weighting bench-serve bench-sweep docs clean

@@ -126,21 +126,19 @@ class SystemDrawn:
 
 
 @contextmanager
-def own_node(scripts: str | None, *needless: str) -> Iterator[None]:
+def own_node(kind: Any, scripts: str | None, *needless: str) -> Iterator[None]:
     """While active, a Ray that starts here has what one machine and one user need.
 
     With `scripts`, a folder of `forked_workers`, its workers are forks. What watches for demand
-    that other machines could meet and what collects the output of workers are left out; `needless`
-    names further methods of Ray's `Node` that start something.
+    that other machines could meet and what collects the output of workers are left out. `kind` is
+    Ray's `Node`; `needless` names further methods of it that start something.
     """
     from unittest.mock import patch  # not at the top: what Ray starts has a hundredth of a second
 
-    from ray._private.node import Node
-
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one for each CPU, unasked
-    begin = Node.__init__
+    begin = kind.__init__
 
-    def begin_bare(node: Node, ray_params: Any, **options: Any) -> None:
+    def begin_bare(node: Any, ray_params: Any, **options: Any) -> None:
         ray_params.update(no_monitor=True, include_log_monitor=False)
         if scripts is not None:
             setup, worker = (f"{scripts}/{script}" for script in SCRIPTS)
@@ -148,7 +146,7 @@ def own_node(scripts: str | None, *needless: str) -> Iterator[None]:
         begin(node, ray_params, **options)
 
     nothing: Any = dict.fromkeys(needless, lambda *_, **__: None)
-    with patch.multiple(Node, __init__=begin_bare, **nothing):
+    with patch.multiple(kind, __init__=begin_bare, **nothing):
         yield
 
 

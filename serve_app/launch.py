@@ -91,6 +91,7 @@ def start_ray(
     """
     import ray
     from ray import serve
+    from ray._private.node import Node
     from ray.serve.config import HTTPOptions
 
     address = os.environ.get("RAY_ADDRESS")
@@ -101,7 +102,7 @@ def start_ray(
         if address:
             ray.init(address=address, **quiet)
         else:
-            with own_node(scripts, "start_api_server"):  # of a dashboard, which is off
+            with own_node(Node, scripts, "start_api_server"):  # of a dashboard, which is off
                 ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"

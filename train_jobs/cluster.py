@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
+from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 
 from mtl_core.config import ConfigError, ScaleConfig
@@ -48,7 +49,7 @@ def ray_cluster(scripts: str | None = None) -> Iterator[Callable[[], Any]]:
     if not address:
         options = {"address": "local", "include_dashboard": False}
     try:
-        with nullcontext() if address else own_node(scripts):
+        with nullcontext() if address else own_node(Node, scripts):
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
