@@ -52,9 +52,9 @@ down: ## Stop these containers
 	$(COMPOSE) down
 
 # Beside another a test may run out of time: what fails there has to pass alone.
-test: test-fast ## Run all tests: the fast ones, then those that start clusters, three files at a time
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "cluster or slow" || \
-		$(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none -m "cluster or slow"
+test: $(STAMP) ## Run all tests, three files at a time, the longest first
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder || \
+		$(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
 
 test-fast: $(STAMP) ## Run the tests that need no Ray cluster and take no more than seconds
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not cluster and not slow"

@@ -27,11 +27,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
 STREAMS = (0, 1, 2)
+PATIENCE_S = 2.0
+"""With a worker that Ray has left behind."""
 SETUP, WORKER = SCRIPTS = ("setup_worker.py", "default_worker.py")
 """Of Ray; it goes by these names."""
 SETUP_OPTIONS = ("--serialized-runtime-env-context", "--language")
@@ -64,8 +66,7 @@ def forked_workers(preload: str) -> Iterator[str | None]:
         try:
             yield folder
         finally:
-            server.kill()
-            server.communicate()
+            end(server)
 
 
 def start_server(number: int, preload: str) -> subprocess.Popen[bytes]:
@@ -78,6 +79,19 @@ def start_server(number: int, preload: str) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for the driver
     )
+
+
+def end(server: subprocess.Popen[bytes]) -> None:
+    """Stop the process that forks, and what is left of its workers: they should go with Ray."""
+    import psutil  # not at the top: what Ray starts has a hundredth of a second
+
+    workers = []
+    with suppress(psutil.NoSuchProcess):
+        workers = psutil.Process(server.pid).children()
+    server.kill()
+    server.communicate()
+    for worker in psutil.wait_procs(workers, timeout=PATIENCE_S)[1]:
+        worker.kill()
 
 
 def serve(number: int, preload: str) -> None:
@@ -133,7 +147,7 @@ def own_node(kind: Any, scripts: str | None, *needless: str) -> Iterator[None]:
     that other machines could meet and what collects the output of workers are left out. `kind` is
     Ray's `Node`; `needless` names further methods of it that start something.
     """
-    from unittest.mock import patch  # not at the top: what Ray starts has a hundredth of a second
+    from unittest.mock import patch  # here for the same reason
 
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one for each CPU, unasked
     begin = kind.__init__

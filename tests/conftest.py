@@ -22,7 +22,12 @@ os.environ.update(
 _SESSION_CACHE = tempfile.TemporaryDirectory(prefix="mtl-cache-")
 os.environ["MTL_CACHE"] = _SESSION_CACHE.name
 
-LONGEST = ("test_jobs.py", "test_train.py", "test_tune.py", "test_autoscaling.py", "test_faults.py")
+LONGEST = (
+    *("test_jobs.py", "test_train.py", "test_tune.py", "test_autoscaling.py", "test_cluster.py"),
+    *("test_sweep_job.py", "test_environment.py", "test_real_server.py", "test_s3_runs.py"),
+    *("train_jobs/test_predict.py", "train_jobs/test_shards.py", "test_faults.py"),
+    *("test_terminal.py", "test_loop_distributed.py", "test_bench_train.py", "test_bench_serve.py"),
+)
 """Files of minutes. Where files run beside each other, none of them must be the last to begin."""
 HIDDEN_SIZE = 32
 NUM_LAYERS = 3
@@ -47,8 +52,11 @@ SIZES: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((i for i, file in enumerate(LONGEST) if path.endswith(file)), len(LONGEST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -147,6 +149,10 @@ def train(
 
 def learned(folder: Path | str, /, **changes: Any) -> tuple[TrainState, Data, list[Event]]:
     """A model that knows 32 texts, its training and validation data, by heart."""
+    return _learned(folder, **changes) if changes else copy.deepcopy(_learned_once(folder))
+
+
+def _learned(folder: Path | str, /, **changes: Any) -> tuple[TrainState, Data, list[Event]]:
     rates = {"learning_rate": 5e-3, "head_learning_rate": 5e-2, "max_grad_norm": 1.0}
     settings = {"optim": rates, "training": {"epochs": 60, "batch_size": 8}} | changes
     config = experiment(folder, **settings)
@@ -155,6 +161,10 @@ def learned(folder: Path | str, /, **changes: Any) -> tuple[TrainState, Data, li
     encoded.keys["validation"] = encoded.keys["train"]
     state, events = train(config, encoded)
     return state, encoded, events
+
+
+_learned_once = functools.cache(_learned)
+"""Files of tests that run in one process share what it gives."""
 
 
 def first_gradients(state: TrainState) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ def tables() -> tuple[nn.Embedding, RowsEmbedding]:
 
 
 def learn_apart(folder: Path | str, whole: bool, **changes: Any) -> TrainState:
-    """A run of a few epochs, with the whole embedding table or the rows that occur."""
-    config = experiment(folder, **changes)
+    """A run of two epochs, if no more is said, on the whole table or on the rows that occur."""
+    config = experiment(folder, **{"training": {"epochs": 2}, **changes})
     encoded = data(config)
     state = begin(config, encoded)
     if whole:

@@ -35,10 +35,17 @@ print(json.dumps({
     "environment": dict(os.environ),
     "folder": os.getcwd(),
     "libraries": [name for name in ("torch", "ray", "transformers") if name in sys.modules],
+    "pid": os.getpid(),
     "parent": os.getppid(),
     "main": __name__,
 }))
 print("a complaint", file=sys.stderr)
+if "--stay" in sys.argv:
+    import time
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.close(stream.fileno())
+    time.sleep(1000)
 """
 DRIVER = """
 import sys
@@ -83,8 +90,8 @@ def prepared(**context: Any) -> str:
 
 
 @contextmanager
-def scripts_of(preload: str) -> Iterator[tuple[str, psutil.Process]]:
-    """Their folder, and the process that forks; in the end the one that started it is killed."""
+def scripts_of(preload: str, number: int) -> Iterator[tuple[str, psutil.Process]]:
+    """Their folder, and the process that forks; the one that started it gets a signal then."""
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, preload],
         cwd=ROOT,
@@ -97,7 +104,7 @@ def scripts_of(preload: str) -> Iterator[tuple[str, psutil.Process]]:
         folder = driver.stdout.readline().strip()
         (server,) = psutil.Process(driver.pid).children()
         yield folder, server
-        driver.send_signal(signal.SIGKILL)
+        driver.send_signal(number)
 
 
 @pytest.mark.slow
@@ -105,7 +112,7 @@ def scripts_of(preload: str) -> Iterator[tuple[str, psutil.Process]]:
 def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that_asked(
     preload: str, ray_like: Path
 ) -> None:
-    with scripts_of(preload) as (folder, server):
+    with scripts_of(preload, signal.SIGKILL) as (folder, server):
         worker, setup = f"{folder}/default_worker.py", f"{folder}/setup_worker.py"
         said, complaint, variables = run_as_ray(ray_like, worker, "--number", "5")
         plain = prepared(env_vars={"MORE": "ja"})
@@ -128,6 +135,16 @@ def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that
     assert left_to_ray == f"{[worker, beyond]}\n"
     psutil.wait_procs([server], timeout=20)
     assert not server.is_running(), "it outlived its driver"
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_end_with_ray_ends_with_the_command(ray_like: Path) -> None:
+    with scripts_of("serve_app.preload", signal.SIGINT) as (folder, server):
+        said, _, _ = run_as_ray(ray_like, f"{folder}/default_worker.py", "--stay")
+        worker = psutil.Process(json.loads(said)["pid"])
+        assert worker.ppid() == server.pid
+    assert not psutil.wait_procs([server, worker], timeout=1)[1]
+    assert not Path(folder).exists()
 
 
 def test_without_the_process_that_forks_a_worker_starts_as_ever(

@@ -86,8 +86,7 @@ def test_a_matrix_that_does_not_fit_its_labels_is_refused(tmp_path: Path) -> Non
         plots.similarity_heatmap(np.zeros((2, 3)), ["a", "b"], tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("num_texts", [1, 8, 12, 60])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("num_texts", "sign"), [(1, 1), (8, -1), (12, 1), (60, -1)])
 def test_a_heatmap_is_drawn_with_and_without_negative_cosines(
     num_texts: int, sign: int, tmp_path: Path
 ) -> None:

@@ -9,26 +9,25 @@ from typing import Any
 
 import pytest
 
+from mtl_core.forks import forked_workers, own_node
 from tests.commands import run, write_config
 
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """A local Ray of two CPUs that every test marked `cluster` shares."""
+    """A local Ray of two CPUs, whose workers are forks, that tests marked `cluster` share."""
     import ray
+    from ray._private.node import Node
 
     from train_jobs.cluster import LOCAL_SETTINGS
 
     os.environ.update(LOCAL_SETTINGS)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    settings = {"num_cpus": 2, "include_dashboard": False, "logging_level": "ERROR"}
+    with forked_workers("train_jobs.preload") as scripts:
+        with own_node(Node, scripts):
+            ray.init(address="local", log_to_driver=False, **settings)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
