@@ -88,10 +88,10 @@ def end(server: subprocess.Popen[bytes]) -> None:
     workers = []
     with suppress(psutil.NoSuchProcess):
         workers = psutil.Process(server.pid).children()
-    server.kill()
-    server.communicate()
     for worker in psutil.wait_procs(workers, timeout=PATIENCE_S)[1]:
         worker.kill()
+    server.kill()  # after them: whoever is not its child may stay in the system's table when dead
+    server.communicate()
 
 
 def serve(number: int, preload: str) -> None:
