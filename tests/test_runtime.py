@@ -43,12 +43,10 @@ def features(folder: Path, runtime: Any) -> Any:
     return stage.encode(items, [True] * len(items))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pooling"),
-    [
-        pytest.param(name, pooling, marks=[pytest.mark.slow] if name != "bert" else [])
-        for name, pooling in [(n, "mean") for n in ENCODERS] + [("bert", "cls"), ("roberta", "max")]
-    ],
+    [*((name, "mean") for name in ENCODERS), ("bert", "cls"), ("roberta", "max")],
 )
 def test_openvino_gives_what_torch_gives(
     name: str, pooling: str, tiny_encoders: dict[str, Path], tmp_path: Path
@@ -61,6 +59,7 @@ def test_openvino_gives_what_torch_gives(
     np.testing.assert_allclose(found.states, expected.states, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "threads"), [("bert", 1), ("bert", 2), ("roberta", 2)])
 def test_a_text_has_the_same_states_in_a_row_with_others(
     name: str, threads: int, tiny_encoders: dict[str, Path], tmp_path: Path
@@ -115,7 +114,16 @@ def expert(tiny_encoders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     return write_artifact(state.model, experiment(tiny_encoders["bert"]), folder)
 
 
-@pytest.mark.parametrize("runtime", ["torch-bf16", "openvino-bf16", "openvino-fp32", "auto"])
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        "torch-bf16",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("openvino-bf16", "openvino-fp32", "auto")
+        ),
+    ],
+)
 def test_a_faster_runtime_gives_mostly_the_same_labels(runtime: Any, expert: Path) -> None:
     texts = [example(number, {"topic"}).text for number in range(80)]
     exact: list[Any] = Predictor.load(expert).predict(texts)
@@ -134,6 +142,7 @@ def test_a_faster_runtime_gives_mostly_the_same_labels(runtime: Any, expert: Pat
     assert np.mean([a == b for a, b in zip(*words, strict=True)]) >= 0.95
 
 
+@pytest.mark.slow
 def test_an_encoder_is_converted_once(
     tiny_encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
