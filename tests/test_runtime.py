@@ -28,6 +28,7 @@ from tests.conftest import SENTENCES
 from tests.small_runs import begin, data, example, experiment, learned, write_artifact
 
 ENCODERS = ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"]
+POOLED = [*((name, "mean") for name in ENCODERS), ("bert", "cls"), ("roberta", "max")]
 CPU = torch.device("cpu")
 TEXTS = [*SENTENCES, "Zoë", " ".join(SENTENCES), "x" * 200]
 
@@ -44,10 +45,7 @@ def features(folder: Path, runtime: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "pooling"),
-    [*((name, "mean") for name in ENCODERS), ("bert", "cls"), ("roberta", "max")],
-)
+@pytest.mark.parametrize(("name", "pooling"), POOLED)
 def test_openvino_gives_what_torch_gives(
     name: str, pooling: str, tiny_encoders: dict[str, Path], tmp_path: Path
 ) -> None:
