@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mtl_core.artifact import load_model, read_manifest
@@ -164,12 +165,21 @@ def test_an_elastic_number_of_workers_gives_the_weights_of_two(
         assert (a - b).abs().max() < 1e-4, name
 
 
+def assert_nothing_for_clusters_runs(process: Process) -> None:
+    """A Ray of the command's own watches for no demand and collects no output."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    commands = [" ".join(member.cmdline()) for member in family]
+    assert any("gcs_server" in command for command in commands)
+    assert not any("monitor.py" in command for command in commands)
+
+
 def test_a_killed_worker_costs_nothing_but_time_and_nobody_else_may_start_the_name_meanwhile(
     finished: Path, tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     config = write_config(tmp_path, experiment)
     process = start("train", "--config", str(config))
     row = freeze_inside_an_epoch(tmp_path, process)
+    assert_nothing_for_clusters_runs(process)
     second = run("train", "--config", str(config))
     assert second.returncode == 1
     assert f"is in use by process {process.pid} on host" in second.stderr
