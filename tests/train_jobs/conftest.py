@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from mtl_core.forks import forked_workers, own_node
+from mtl_core.forks import own_node
 from tests.commands import run, write_config
 
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """A local Ray of two CPUs, whose workers are forks, that tests marked `cluster` share."""
+    """A local Ray of two CPUs that tests marked `cluster` share. Several drivers: so no forks."""
     import ray
     from ray._private.node import Node
 
@@ -23,11 +23,10 @@ def ray_address() -> Iterator[str]:
 
     os.environ.update(LOCAL_SETTINGS)
     settings = {"num_cpus": 2, "include_dashboard": False, "logging_level": "ERROR"}
-    with forked_workers("train_jobs.preload") as scripts:
-        with own_node(Node, scripts):
-            ray.init(address="local", log_to_driver=False, **settings)
-        yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
+    with own_node(Node, None):
+        ray.init(address="local", log_to_driver=False, **settings)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
