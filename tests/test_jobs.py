@@ -73,7 +73,7 @@ def train_command(encoder: Path) -> list[str]:
     """The shipped demo on a tiny encoder, with its run on S3."""
     changes = {
         "encoder.model": encoder,
-        "training.epochs": 3,
+        "training.epochs": 5,
         "training.checkpoint_every": 20,
         "training.precision": "fp32",
         "optim.learning_rate": 0.003,
