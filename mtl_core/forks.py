@@ -140,14 +140,14 @@ class SystemDrawn:
 
 
 @contextmanager
-def own_node(kind: Any, scripts: str | None, *needless: str) -> Iterator[None]:
-    """While active, a Ray that starts here has what one machine and one user need.
+def own_node(kind: Any, scripts: str | None) -> Iterator[None]:
+    """While active, a Ray that starts here has what one machine and one command need.
 
     With `scripts`, a folder of `forked_workers`, its workers are forks. What watches for demand
-    that other machines could meet and what collects the output of workers are left out. `kind` is
-    Ray's `Node`; `needless` names further methods of it that start something.
+    that other machines could meet, what collects the output of workers and the server of a
+    dashboard that is off are left out. `kind` is Ray's `Node`.
     """
-    from unittest.mock import patch  # here for the same reason
+    from unittest.mock import patch  # not at the top: what Ray starts has a hundredth of a second
 
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one for each CPU, unasked
     begin = kind.__init__
@@ -159,8 +159,10 @@ def own_node(kind: Any, scripts: str | None, *needless: str) -> Iterator[None]:
             ray_params.update(setup_worker_path=setup, worker_path=worker)
         begin(node, ray_params, **options)
 
-    nothing: Any = dict.fromkeys(needless, lambda *_, **__: None)
-    with patch.multiple(kind, __init__=begin_bare, **nothing):
+    def start_nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    with patch.multiple(kind, __init__=begin_bare, start_api_server=start_nothing):
         yield
 
 
@@ -197,16 +199,18 @@ def start_worker(script: str, arguments: list[str]) -> None:
         context = json.loads(values[SETUP_OPTIONS[0]])
         variables = context.pop("env_vars")
         own = context.pop("py_executable") == sys.executable and not any(context.values())
-        if not own or "$" in "".join(variables.values()):  # Ray knows what then is to be done
-            command = [sys.executable, f"{of_ray}/{SETUP}", *arguments]
-            os.execv(sys.executable, command)
-        os.environ.update(variables)
-        _, *arguments = (part for part in arguments if part not in options)
-    ask(folder, [f"{of_ray}/{WORKER}", *arguments])
+        if own and "$" not in "".join(variables.values()):  # else Ray knows what is to be done
+            name = WORKER
+            os.environ.update(variables)
+            _, *arguments = (part for part in arguments if part not in options)
+    command = [f"{of_ray}/{name}", *arguments]
+    # What moves objects between memory and disk is of no job.
+    if name == SETUP or "RAY_JOB_ID" not in os.environ or not ask(folder, command):
+        os.execv(sys.executable, [sys.executable, *command])
 
 
-def ask(folder: str, command: list[str]) -> None:
-    """Have the server run a Python script; without a server, run it here."""
+def ask(folder: str, command: list[str]) -> bool:
+    """Have the server run a Python script; False without a server."""
     request = json.dumps([command, dict(os.environ), os.getcwd()]).encode()
     try:
         with socket.socket(socket.AF_UNIX) as server:
@@ -214,7 +218,8 @@ def ask(folder: str, command: list[str]) -> None:
             sent = socket.send_fds(server, [request], STREAMS)
             server.sendall(request[sent:])
     except OSError:
-        os.execv(sys.executable, [sys.executable, *command])
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def start_ray(
         if address:
             ray.init(address=address, **quiet)
         else:
-            with own_node(Node, scripts, "start_api_server"):  # of a dashboard, which is off
+            with own_node(Node, scripts):
                 ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"

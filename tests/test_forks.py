@@ -67,9 +67,13 @@ def ray_like(tmp_path: Path) -> Path:
     return workers / "default_worker.py"
 
 
-def run_as_ray(ray_like: Path, *command: str) -> tuple[str, str, dict[str, str]]:
+def run_as_ray(
+    ray_like: Path, *command: str, job: str | None = "01000000"
+) -> tuple[str, str, dict[str, str]]:
     """What a script prints and complains of, and the environment that it was started in."""
     variables = {"ONLY": "größer", "LC_ALL": "C", "PYTHONPATH": str(ray_like.parents[3])}
+    if job is not None:
+        variables["RAY_JOB_ID"] = job
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ray_like.parent,
@@ -121,6 +125,7 @@ def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that
         )
         beyond = prepared(command_prefix=["nice", "&&"])
         left_to_ray, _, _ = run_as_ray(ray_like, setup, worker, beyond)
+        of_no_job, _, _ = run_as_ray(ray_like, worker, job=None)
     told, again = json.loads(said), json.loads(with_more)
     assert told["arguments"] == again["arguments"] == [str(ray_like), "--number", "5"]
     assert told["environment"] == variables
@@ -133,6 +138,7 @@ def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that
     assert len(ids) == 4, "workers would give different objects the same id"
     assert complaint == "a complaint\n"
     assert left_to_ray == f"{[worker, beyond]}\n"
+    assert json.loads(of_no_job)["libraries"] == [], "its job would be that of the other forks"
     psutil.wait_procs([server], timeout=20)
     assert not server.is_running(), "it outlived its driver"
 

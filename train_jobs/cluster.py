@@ -24,9 +24,10 @@ LOCAL_SETTINGS = {
     # every two seconds, so that a checkpoint a second would halve the speed of a run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 OWN_SETTINGS = {
     # A process each that nothing here needs: nobody takes away the only node.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    WATCHER: "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 """For the Ray that a command starts for itself."""
@@ -59,6 +60,11 @@ def ray_cluster(scripts: str | None = None) -> Iterator[Callable[[], Any]]:
             yield lambda: aside.submit(ray.shutdown)
         finally:
             aside.submit(ray.shutdown).result()  # a second time it finds nothing to do
+
+
+def is_own() -> bool:
+    """Whether this process, the command or one of its workers, is on a Ray that it started."""
+    return os.environ.get(WATCHER) == OWN_SETTINGS[WATCHER]
 
 
 def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, dict[str, float]]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from ray.train import Checkpoint, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import (
     CheckpointConfig,
@@ -21,7 +23,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from mtl_core.config import Experiment
 from mtl_core.data.prepare import Data
 from mtl_core.errors import TrainingError
-from train_jobs.cluster import worker_resources
+from train_jobs.cluster import is_own, worker_resources
 from train_jobs.follower import Follower
 from train_jobs.nodes import wait_for_nodes
 from train_jobs.progress import progress_log
@@ -68,6 +70,20 @@ def stop_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class LeanTrainer(TorchTrainer):
+    """Starts no process for datasets of Ray Data, which it is never given.
+
+    Nor, on a Ray that ends with the command, one that would free the workers' room after it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        needless: tuple[type, ...] = (DatasetsCallback,)
+        if is_own():
+            needless += (PlacementGroupCleanerCallback,)
+        usual = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in usual if not isinstance(callback, needless)]
+
+
 def build_trainer(
     experiment: Experiment,
     folder: RunFolder,
@@ -81,7 +97,7 @@ def build_trainer(
     With a `session` the one worker runs in this process, and tells the session.
     """
     workers, use_gpu, resources = worker_resources(experiment.scale)
-    return TorchTrainer(
+    return LeanTrainer(
         train_worker,
         train_loop_config={
             "experiment": experiment.model_dump(mode="json"),

@@ -9,22 +9,19 @@ from typing import Any
 
 import pytest
 
-from mtl_core.forks import own_node
 from tests.commands import run, write_config
 
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """A local Ray of two CPUs that tests marked `cluster` share. Several drivers: so no forks."""
+    """A local Ray of two CPUs that every test marked `cluster` shares."""
     import ray
-    from ray._private.node import Node
 
     from train_jobs.cluster import LOCAL_SETTINGS
 
     os.environ.update(LOCAL_SETTINGS)
     settings = {"num_cpus": 2, "include_dashboard": False, "logging_level": "ERROR"}
-    with own_node(Node, None):
-        ray.init(address="local", log_to_driver=False, **settings)
+    ray.init(address="local", log_to_driver=False, **settings)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
