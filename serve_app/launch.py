@@ -59,6 +59,9 @@ SERVE_ENVIRONMENT = {
 """Must be set where Ray itself is started: here for a local Ray, at `ray start` on a cluster.
 `python -m serve_app.environment` starts it so."""
 LOCAL_ENVIRONMENT = {
+    # A proxy that is not ready by then is ended, and the start with it: on a busy machine five
+    # seconds, the default, are too few.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # With one node no load balancer elsewhere has to notice that a replica is going.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     # Ray's own ports on the loopback address, as on the platforms that it is named for.

@@ -45,7 +45,7 @@ def test_a_bucket_that_is_not_there_is_named_and_not_made(client: Any) -> None:
     message = refused("s3://misspelt/runs")
     assert "s3://misspelt/runs/small" in message
     assert "there is no bucket 'misspelt'" in message
-    assert [bucket["Name"] for bucket in client.list_buckets()["Buckets"]] == ["bucket"]
+    assert "misspelt" not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     with pytest.raises(ArtifactError, match="s3://misspelt/artifact: cannot be fetched"):
         fetch("s3://misspelt/artifact")
 

@@ -20,7 +20,7 @@ class Pace:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         """Optimiser steps a slice."""
-        self.done, self.tokens, self.seconds = 0, 0, 0.0
+        self.done, self.tokens, self.seconds, self.cpu = 0, 0, 0.0, 0.0
         print(json.dumps({"ready": True}), flush=True)
         self._wait()
 
@@ -28,19 +28,20 @@ class Pace:
         """`count` optimiser steps over `tokens` real tokens have been taken."""
         now = time.perf_counter()
         self.seconds += now - self.since
+        self.cpu += time.process_time() - self.cpu_since
         self.done += count
         self.tokens += tokens
         if self.done >= self.steps:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             told = {"seconds": self.seconds, "tokens": self.tokens, "peak_mb": round(peak)}
-            print(json.dumps(told), flush=True)
-            self.done, self.tokens, self.seconds = 0, 0, 0.0
+            print(json.dumps({**told, "cpu_seconds": self.cpu}), flush=True)
+            self.done, self.tokens, self.seconds, self.cpu = 0, 0, 0.0, 0.0
             self._wait()
         self.skip()
 
     def skip(self) -> None:
         """What happened since the last step was no training."""
-        self.since = time.perf_counter()
+        self.since, self.cpu_since = time.perf_counter(), time.process_time()
 
     def _wait(self) -> None:
         if not sys.stdin.readline():

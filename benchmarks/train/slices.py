@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 Slice = dict[str, float]
-"""seconds, real tokens, and the process's peak memory in MB."""
+"""Seconds, of them CPU time of all threads, real tokens, the process's peak memory in MB."""
 
 
 def in_turn(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[Slice]]:

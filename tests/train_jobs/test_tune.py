@@ -183,11 +183,11 @@ def test_a_search_whose_time_is_over_goes_on_when_it_gets_more(
     done = run("tune", "--config", str(path))
     assert "is finished" in done.stdout
 
-    more = ("--set", "budget.minutes=0.6", "--set", "budget.concurrency=2")
+    more = ("--set", "budget.minutes=0.8", "--set", "budget.concurrency=2")
     done = run("tune", "--config", str(path), *more)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
-    assert "0.6 minutes are over" in done.stdout
+    assert "0.8 minutes are over" in done.stdout
     searched = finished_of(trials_of(tmp_path))
     assert len(searched) > len(ended)
     before = ended["seconds"].iloc[:-1]  # the last may have been cut off behind its scores
