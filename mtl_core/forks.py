@@ -103,23 +103,26 @@ def serve(number: int, preload: str) -> None:
     with socket.socket(fileno=number) as listener:
         libraries.load_libraries()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the workers
-        complete = False
+        job: str | None = None
         while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
             with listener.accept()[0] as connection:
                 command, environment, folder, streams = receive(connection)
-            if not complete:
-                # Ray reads the environment when it is imported. What it reads, the job and the
-                # process that Ray's own processes hang on, is the same for all that ask.
+            of_job = environment.get("RAY_JOB_ID")
+            if job is None and of_job is not None:
+                # Ray reads the environment when it is imported: the process that its own hang on,
+                # which is the same for all that ask, and the job, which is the driver's.
+                job = of_job
                 os.environ.update(environment)
                 libraries.load_ray()
                 gc.collect()
                 gc.freeze()  # the collector would write to every page that the forks share
-                complete = True
             if os.fork() == 0:
                 listener.close()
                 os.setsid()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                run(command, environment, folder, streams)
+                # Another driver's workers start afresh, and so does what moves objects between
+                # memory and disk, which is of no job.
+                run(command, environment, folder, streams, afresh=job is None or of_job != job)
                 return
             for stream in streams:
                 os.close(stream)
@@ -166,7 +169,9 @@ def own_node(kind: Any, scripts: str | None) -> Iterator[None]:
         yield
 
 
-def run(command: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:
+def run(
+    command: list[str], environment: dict[str, str], folder: str, streams: list[int], afresh: bool
+) -> None:
     """Run a Python script as the process would have that asked for it."""
     for stream, number in zip(streams, STREAMS, strict=True):
         os.dup2(stream, number)
@@ -174,6 +179,8 @@ def run(command: list[str], environment: dict[str, str], folder: str, streams: l
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if afresh:
+        os.execv(sys.executable, [sys.executable, *command])
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
@@ -204,8 +211,7 @@ def start_worker(script: str, arguments: list[str]) -> None:
             os.environ.update(variables)
             _, *arguments = (part for part in arguments if part not in options)
     command = [f"{of_ray}/{name}", *arguments]
-    # What moves objects between memory and disk is of no job.
-    if name == SETUP or "RAY_JOB_ID" not in os.environ or not ask(folder, command):
+    if name == SETUP or not ask(folder, command):
         os.execv(sys.executable, [sys.executable, *command])
 
 

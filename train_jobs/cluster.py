@@ -24,10 +24,11 @@ LOCAL_SETTINGS = {
     # every two seconds, so that a checkpoint a second would halve the speed of a run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
-WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+OWN = "MTL_OWN_RAY"
 OWN_SETTINGS = {
+    OWN: "1",
     # A process each that nothing here needs: nobody takes away the only node.
-    WATCHER: "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 """For the Ray that a command starts for itself."""
@@ -64,7 +65,7 @@ def ray_cluster(scripts: str | None = None) -> Iterator[Callable[[], Any]]:
 
 def is_own() -> bool:
     """Whether this process, the command or one of its workers, is on a Ray that it started."""
-    return os.environ.get(WATCHER) == OWN_SETTINGS[WATCHER]
+    return OWN in os.environ
 
 
 def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, dict[str, float]]:

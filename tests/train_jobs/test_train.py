@@ -165,12 +165,20 @@ def test_an_elastic_number_of_workers_gives_the_weights_of_two(
         assert (a - b).abs().max() < 1e-4, name
 
 
-def assert_nothing_for_clusters_runs(process: Process) -> None:
-    """A Ray of the command's own watches for no demand and collects no output."""
+def raylets(process: Process) -> set[int]:
+    family = psutil.Process(process.pid).children(recursive=True)
+    found = {member.pid for member in family if member.name() == "raylet"}
+    assert found
+    return found
+
+
+def assert_nothing_needless_runs(process: Process) -> None:
+    """A Ray of the command's own has none of what only clusters and Ray Data's datasets need."""
     family = psutil.Process(process.pid).children(recursive=True)
     commands = [" ".join(member.cmdline()) for member in family]
-    assert any("gcs_server" in command for command in commands)
-    assert not any("monitor.py" in command for command in commands)
+    assert any(command.startswith("ray::TrainController") for command in commands)
+    for needless in ("monitor.py", "dashboard.py", "PlacementGroupCleaner", "DatasetManager"):
+        assert not any(needless in command for command in commands), needless
 
 
 def test_a_killed_worker_costs_nothing_but_time_and_nobody_else_may_start_the_name_meanwhile(
@@ -179,7 +187,8 @@ def test_a_killed_worker_costs_nothing_but_time_and_nobody_else_may_start_the_na
     config = write_config(tmp_path, experiment)
     process = start("train", "--config", str(config))
     row = freeze_inside_an_epoch(tmp_path, process)
-    assert_nothing_for_clusters_runs(process)
+    assert psutil.Process(row["pid"]).ppid() not in raylets(process), "it is no fork"
+    assert_nothing_needless_runs(process)
     second = run("train", "--config", str(config))
     assert second.returncode == 1
     assert f"is in use by process {process.pid} on host" in second.stderr
