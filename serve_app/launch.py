@@ -90,11 +90,13 @@ def start_ray(
         scripts: of `forked_workers`, for a local Ray, so that its workers are forks.
 
     Raises:
-        ConfigError: Ray cannot be had, or Serve runs there already on another address.
+        ConfigError: Ray cannot be had, Serve runs there already on another address, or its proxy
+            is not ready in time.
     """
     import ray
     from ray import serve
     from ray._private.node import Node
+    from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
 
     address = os.environ.get("RAY_ADDRESS")
@@ -111,7 +113,14 @@ def start_ray(
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(http_options=HTTPOptions(host=host, port=port))
+    try:
+        serve.start(http_options=HTTPOptions(host=host, port=port))
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"Serve's proxy did not start: {reason}\nWhere the machine is busy give it longer than "
+            "its 30 seconds: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+        ) from error
     check_address(host, port)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -20,6 +21,7 @@ import pytest
 from huggingface_hub import InferenceClient
 
 from mtl_core.predictor import Predictor
+from tests import preloaded
 from tests.servers import Answer, RealServer, call, heads, metric, processes, real_server
 from tests.small_runs import example
 
@@ -230,6 +232,16 @@ def test_without_the_process_that_forks_a_head_is_replaced_all_the_same(
     assert second.stop() == 0
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
+
+
+def test_a_proxy_that_is_not_ready_in_time_is_told_without_a_traceback(artifact: Path) -> None:
+    env = {**os.environ, "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "0.05"}
+    arguments = ("--artifact", str(artifact), "--port", "0")
+    done = preloaded.run("serve_app", arguments, Path.cwd(), env, 120)
+    assert done.returncode == 1
+    assert "error: Serve's proxy did not start: " in done.stderr
+    assert "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def haproxy_ports(server: RealServer) -> set[int]:
