@@ -27,9 +27,10 @@ import yaml
 
 from serve_app.launch import end
 from serve_app.ports import free_ports
+from tests import preloaded
 from tests.commands import ROOT
 
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+RAY_START = [sys.executable, "-m", "tests.ray_start", "start"]
 PROVIDER = "tests.refusing.NoGpus"
 HEAD_ID = "f" * 51 + "00000"
 HEAD_TYPE = "ray.head.default"  # the provider knows no other
@@ -48,15 +49,8 @@ class AutoscalingCluster:
 
     def ray(self, *arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
         """Run `ray …` as a user does, pointed at this cluster."""
-        return subprocess.run(
-            [*RAY, *arguments],
-            cwd=cwd,
-            env={**self.environment, "RAY_API_SERVER_ADDRESS": self.dashboard, **more},
-            capture_output=True,
-            text=True,
-            timeout=150,
-            check=False,
-        )
+        env = {**self.environment, "RAY_API_SERVER_ADDRESS": self.dashboard, **more}
+        return preloaded.run("ray.scripts.scripts", arguments, cwd, env, 150)
 
     def nodes(self) -> int:
         """Nodes alive now, the head left out."""
@@ -115,7 +109,7 @@ def autoscaling_cluster(
             "RAY_worker_niceness": "0",
             "PYTHONPATH": str(ROOT),
         }
-        command = [*RAY, "start", "--head", "--block", "--disable-usage-stats"]
+        command = [*RAY_START, "--head", "--block", "--disable-usage-stats"]
         command += ["--port", str(gcs_port), "--num-cpus", "0"]
         command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
         command += ["--dashboard-agent-listen-port", "0", "--object-store-memory", str(MEMORY)]

@@ -52,7 +52,7 @@ class HeadNode:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-RAY_START = ("ray", "start", "--head")
+RAY_START = (sys.executable, "-m", "tests.ray_start", "start", "--head")
 
 
 @contextmanager
@@ -67,6 +67,7 @@ def head_node(
     """
     ports = free_ports(8)
     env = {**os.environ, "PYTHONPATH": str(ROOT), **own_haproxy_ports(), **environment}
+    env[preloaded.FOLDER] = preloaded.scripts()
     env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all on the loopback address

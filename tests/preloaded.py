@@ -10,10 +10,12 @@ with its arguments, environment, folder and streams.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import IO, TextIO
@@ -31,14 +34,29 @@ from serve_app import preload as servers
 from train_jobs import preload as jobs
 
 ROOT = Path(__file__).parents[1]
+FOLDER = "MTL_TEST_SCRIPTS"
+"""The variable that tells `tests.ray_start` of `scripts`."""
+OF_RAY = (
+    *("aiohttp.web", "aiohttp_cors", "boto3", "botocore.endpoint", "colorful", "fsspec.core"),
+    *("google.protobuf.json_format", "grpc.aio", "jsonschema", "matplotlib.backends.backend_agg"),
+    *("matplotlib.pyplot", "opentelemetry.exporter.prometheus", "opentelemetry.sdk.metrics"),
+    *("PIL.JpegImagePlugin", "pyarrow.json", "pyarrow.parquet", "pydantic.v1", "rich.console"),
+    *("rich.progress", "tensorboardX", "uvloop"),
+)
+"""What Ray and plots import of others."""
 
 
 @cache
-def server() -> str:
-    """Where the process that forks listens; it ends with this one."""
-    path = f"{tempfile.mkdtemp(prefix='mtl-preloaded-', dir='/tmp')}/socket"
+def scripts() -> str:
+    """A folder with the socket of the process that forks, which ends with this one.
+
+    Its scripts stand in for Ray's: any driver's workers are forks too, and load no more than Ray.
+    """
+    folder = tempfile.mkdtemp(prefix="mtl-preloaded-", dir="/tmp")
+    for script in forks.SCRIPTS:
+        os.symlink(forks.__file__, f"{folder}/{script}")
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(f"{folder}/socket")
         listener.listen()
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.preloaded", str(listener.fileno())],
@@ -46,14 +64,13 @@ def server() -> str:
             pass_fds=[listener.fileno()],
             stdin=subprocess.PIPE,
         )
-    atexit.register(_end, process, Path(path))
-    return path
+    atexit.register(_end, process, folder)
+    return folder
 
 
-def _end(process: subprocess.Popen[bytes], path: Path) -> None:
+def _end(process: subprocess.Popen[bytes], folder: str) -> None:
     process.communicate()  # closes its input, which tells it to end
-    path.unlink()
-    path.parent.rmdir()
+    shutil.rmtree(folder)
 
 
 class Process:
@@ -73,7 +90,7 @@ class Process:
         self.stdout: TextIO | None = None
         request = json.dumps([self.args, dict(env), str(folder)]).encode()
         self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(server())
+        self.connection.connect(f"{scripts()}/socket")
         with open(os.devnull, "rb") as nothing:
             streams = [nothing.fileno(), out.fileno(), err.fileno()]
             sent = socket.send_fds(self.connection, [request], streams)
@@ -157,8 +174,10 @@ def serve(number: int) -> None:
     with socket.socket(fileno=number) as listener:
         jobs.load_libraries()
         servers.load_libraries()
-        import matplotlib.pyplot  # noqa: F401
-
+        for name in OF_RAY:
+            import_module(name)
+        gc.collect()
+        gc.freeze()  # the collector would write to every page that the forks share
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the keepers
         while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
             with listener.accept()[0] as connection:
@@ -178,9 +197,11 @@ def serve(number: int) -> None:
 def keep(connection: socket.socket) -> None:
     """Fork the command, tell its pid and, when it has ended, its status; returns in the fork."""
     if child := os.fork():
-        connection.sendall(f"{child}\n".encode())
+        with suppress(BrokenPipeError):  # whoever asks for a worker of Ray's does not wait
+            connection.sendall(f"{child}\n".encode())
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        connection.sendall(f"{status}\n".encode())
+        with suppress(BrokenPipeError):
+            connection.sendall(f"{status}\n".encode())
         os._exit(0)
 
 
@@ -192,15 +213,19 @@ def become(
         os.dup2(stream, number)
         os.close(stream)
     # Those of the server know whether they can seek, and what was written to them before.
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    lines = 1 if environment.get("PYTHONUNBUFFERED") else -1
+    sys.stdout = open(1, "w", lines, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    forks.start_server = ForkedServer().start
-    _, module, *arguments = command
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if command[0] == "-m":
+        forks.start_server = ForkedServer().start
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
 
 
 class ForkedServer:

@@ -7,6 +7,8 @@ from typing import Any
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
+import tests.ray_start  # noqa: F401
+
 QUOTA = "You have requested more vCPU capacity than your current vCPU limit of 0 allows"
 
 

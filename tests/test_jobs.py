@@ -15,7 +15,8 @@ import ray
 from botocore.exceptions import ClientError
 
 from aws.prepare import policies
-from tests.clusters import RAY, AutoscalingCluster, autoscaling_cluster, job_id
+from tests import preloaded
+from tests.clusters import AutoscalingCluster, autoscaling_cluster, job_id
 from tests.commands import ROOT, run, wait_for
 from tests.refusing import QUOTA
 from tests.s3_server import s3_client, s3_server
@@ -83,19 +84,15 @@ def train_command(encoder: Path) -> list[str]:
     return ["train_jobs.train", "--config", "train_jobs/configs/demo.yaml", *sets]
 
 
-def submitted(user: User, command: list[str]) -> subprocess.Popen[str]:
+def submitted(user: User, command: list[str]) -> preloaded.Process:
     """A job whose logs stream here."""
-    return subprocess.Popen(
-        [*RAY, *user.submit, "--", "python", "-m", *command],
-        cwd=user.folder,
-        env={**user.cluster.environment, "RAY_API_SERVER_ADDRESS": user.cluster.dashboard},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    arguments = (*user.submit, "--", "python", "-m", *command)
+    env = {"RAY_API_SERVER_ADDRESS": user.cluster.dashboard, "PYTHONUNBUFFERED": "1"}
+    env = {**user.cluster.environment, **env}
+    return preloaded.start("ray.scripts.scripts", arguments, user.folder, env)
 
 
-def read_until(process: subprocess.Popen[str], want: Callable[[str], Any]) -> str:
+def read_until(process: preloaded.Process, want: Callable[[str], Any]) -> str:
     """What the job prints until a line of it is wanted."""
     assert process.stdout is not None
     said = ""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -20,6 +18,7 @@ import yaml
 from serve_app.__main__ import main
 from serve_app.launch import SERVE_ENVIRONMENT
 from serve_app.ports import free_ports, own_haproxy_ports
+from tests import preloaded
 from tests.clusters import AutoscalingCluster, autoscaling_cluster
 from tests.servers import call
 
@@ -63,15 +62,8 @@ class Served:
             target = targets.get(deployment["name"].replace("-", "_"), 1000)
             deployment["autoscaling_config"] = {**QUICK, "target_ongoing_requests": target}
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file)],
-            env={**self.cluster.environment, "RAY_DASHBOARD_ADDRESS": self.cluster.dashboard},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        env = {**self.cluster.environment, "RAY_DASHBOARD_ADDRESS": self.cluster.dashboard}
+        done = preloaded.run("ray.serve.scripts", ("deploy", str(file)), self.folder, env, 60)
         assert done.returncode == 0, done.stderr
         wait_for(self.cluster, lambda found: found == ONE_EACH, 90)
 
@@ -83,7 +75,8 @@ class Served:
 def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     cpu = {"resources": {"CPU": 1}, "max_workers": 4}
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
-    with autoscaling_cluster({"cpu": cpu}, **SERVE_ENVIRONMENT, **own_haproxy_ports()) as cluster:
+    env = {**SERVE_ENVIRONMENT, **own_haproxy_ports(), preloaded.FOLDER: preloaded.scripts()}
+    with autoscaling_cluster({"cpu": cpu}, **env) as cluster:
         yield Served(cluster, url, artifact, tmp_path_factory.mktemp("deployed"))
 
 

@@ -16,6 +16,7 @@ import pytest
 from mtl_core.predictor import Predictor
 from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve_app.ports import free_ports
+from tests import preloaded
 from tests.head_node import HeadNode, head_node
 from tests.servers import Answer, call, wait_for
 
@@ -76,12 +77,12 @@ import sys
 from serve_app import launch
 from serve_app.deployments import ENCODER
 
-artifact, port = sys.argv[1], int(sys.argv[2])
+artifact, port, scripts = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 app = {"name": ENCODER, "route_prefix": "/", "deployments": [{"name": ENCODER}]}
 app["args"] = {"artifact": artifact, "heads": "in_process"}
 launch.set_environment(local=True)
 try:
-    launch.start_ray("0.0.0.0", port, 4)
+    launch.start_ray("0.0.0.0", port, 4, scripts)
     launch.deploy({"applications": [app]})
 finally:
     launch.stop()
@@ -92,7 +93,7 @@ def test_a_replica_refuses_to_start_where_others_could_ask_without_a_key(artifac
     port = free_ports(1)[0]
     env = {name: value for name, value in os.environ.items() if name != "MTL_API_KEYS"}
     done = subprocess.run(
-        [sys.executable, "-c", UNGUARDED, str(artifact), str(port)],
+        [sys.executable, "-c", UNGUARDED, str(artifact), str(port), preloaded.scripts()],
         env={**env, "RAY_AUTH_MODE": "disabled"},
         cwd=ROOT,
         capture_output=True,

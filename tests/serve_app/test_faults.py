@@ -363,7 +363,9 @@ def test_ten_thousand_requests_meet_a_queue_of_a_hundred(
     singles = [json.dumps({"inputs": text}).encode() for text in TEXTS]
     lists = [json.dumps({"inputs": TEXTS[n : n + 4]}).encode() for n in range(len(TEXTS) - 4)]
     bodies = [(singles, lists)[n % 2][n % len(lists)] for n in range(10_000)]
+    began = time.perf_counter()
     replies = asyncio.run(flood(pair.url, bodies, connections=500))
+    took = time.perf_counter() - began
     assert len(replies) == 10_000
     statuses = Counter(status for status, *_ in replies)
     assert set(statuses) == {200, 429}
@@ -381,7 +383,8 @@ def test_ten_thousand_requests_meet_a_queue_of_a_hundred(
     assert set(refused) == {str, list}
     accepted = sorted(seconds for status, seconds, *_ in replies if status == 200)
     print(f"{statuses}, accepted: p50 {accepted[len(accepted) // 2]:.2f} s, max {accepted[-1]:.2f}")
-    assert accepted[int(0.99 * len(accepted))] < 5
+    # What is ahead of a request in a full queue takes 100 / rate, whatever else the machine does.
+    assert accepted[int(0.99 * len(accepted))] < 3 * 100 * took / len(accepted)
     assert call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]}).status == 200
 
 

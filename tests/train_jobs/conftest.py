@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from mtl_core.forks import own_node
+from tests import preloaded
 from tests.commands import run, write_config
 
 
@@ -16,12 +18,14 @@ from tests.commands import run, write_config
 def ray_address() -> Iterator[str]:
     """A local Ray of two CPUs that every test marked `cluster` shares."""
     import ray
+    from ray._private.node import Node
 
     from train_jobs.cluster import LOCAL_SETTINGS
 
     os.environ.update(LOCAL_SETTINGS)
     settings = {"num_cpus": 2, "include_dashboard": False, "logging_level": "ERROR"}
-    ray.init(address="local", log_to_driver=False, **settings)
+    with own_node(Node, preloaded.scripts()):
+        ray.init(address="local", log_to_driver=False, **settings)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
