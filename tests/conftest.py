@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -19,6 +20,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )
+gc.set_threshold(100_000, 50, 50)  # else it goes through all that libraries hold, again and again
 _SESSION_CACHE = tempfile.TemporaryDirectory(prefix="mtl-cache-")
 os.environ["MTL_CACHE"] = _SESSION_CACHE.name
 

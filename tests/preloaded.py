@@ -178,6 +178,7 @@ def serve(number: int) -> None:
             import_module(name)
         gc.collect()
         gc.freeze()  # the collector would write to every page that the forks share
+        gc.set_threshold(100_000, 50, 50)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the keepers
         while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
             with listener.accept()[0] as connection:

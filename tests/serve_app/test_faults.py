@@ -383,8 +383,8 @@ def test_ten_thousand_requests_meet_a_queue_of_a_hundred(
     assert set(refused) == {str, list}
     accepted = sorted(seconds for status, seconds, *_ in replies if status == 200)
     print(f"{statuses}, accepted: p50 {accepted[len(accepted) // 2]:.2f} s, max {accepted[-1]:.2f}")
-    # What is ahead of a request in a full queue takes 100 / rate, whatever else the machine does.
-    assert accepted[int(0.99 * len(accepted))] < 3 * 100 * took / len(accepted)
+    # Whatever else the machine does, what two full queues hold takes 200 / rate.
+    assert accepted[int(0.99 * len(accepted))] < 3 * 200 * took / len(accepted)
     assert call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]}).status == 200
 
 
