@@ -118,8 +118,8 @@ def start_ray(
     except RayError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
-            f"Serve's proxy did not start: {reason}\nWhere the machine is busy give it longer than "
-            "its 30 seconds: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+            f"Serve's proxy did not start: {reason}\nOn a busy machine give it longer, where "
+            "Ray starts: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S, in seconds"
         ) from error
     check_address(host, port)
 

@@ -29,8 +29,8 @@ from serve_app.launch import end
 from serve_app.ports import free_ports
 from tests import preloaded
 from tests.commands import ROOT
+from tests.head_node import RAY_START
 
-RAY_START = [sys.executable, "-m", "tests.ray_start", "start"]
 PROVIDER = "tests.refusing.NoGpus"
 HEAD_ID = "f" * 51 + "00000"
 HEAD_TYPE = "ray.head.default"  # the provider knows no other
@@ -109,7 +109,7 @@ def autoscaling_cluster(
             "RAY_worker_niceness": "0",
             "PYTHONPATH": str(ROOT),
         }
-        command = [*RAY_START, "--head", "--block", "--disable-usage-stats"]
+        command = [*RAY_START, "--block", "--disable-usage-stats"]
         command += ["--port", str(gcs_port), "--num-cpus", "0"]
         command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
         command += ["--dashboard-agent-listen-port", "0", "--object-store-memory", str(MEMORY)]

@@ -47,10 +47,8 @@ def test_a_joint_epoch_takes_a_small_part_of_the_usual_loop_s(
     ours = command(contenders["ours"], config, data, rows, ["training.batch_size=32"])
     loop = command(contenders["plain loop"], config, data, rows, [], python=sys.executable)
     found = in_turn({"ours": [*ours[:-1], "8"], "loop": [*loop[:-1], "1"]}, rounds=3)
-    rates = {
-        name: max(
-            one["tokens"] / one["cpu_seconds"] for one in measured
-        )  # the less disturbed round
+    rates = {  # of the less disturbed round
+        name: max(one["tokens"] / one["cpu_seconds"] for one in measured)
         for name, measured in found.items()
     }
     assert rates["ours"] > 5 * rates["loop"]

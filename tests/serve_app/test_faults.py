@@ -371,6 +371,7 @@ def test_ten_thousand_requests_meet_a_queue_of_a_hundred(
     assert set(statuses) == {200, 429}
     oracle = expected(predictor)
     refused: Counter[type] = Counter()
+    answered = 0
     for status, _, head, reply, body in replies:
         inputs = json.loads(body)["inputs"]
         if status == 429:
@@ -380,11 +381,15 @@ def test_ten_thousand_requests_meet_a_queue_of_a_hundred(
         else:
             texts = [inputs] if isinstance(inputs, str) else inputs
             assert [outline(row) for row in reply["results"]] == [oracle[text] for text in texts]
+            answered += len(texts)
     assert set(refused) == {str, list}
     accepted = sorted(seconds for status, seconds, *_ in replies if status == 200)
     print(f"{statuses}, accepted: p50 {accepted[len(accepted) // 2]:.2f} s, max {accepted[-1]:.2f}")
-    # Whatever else the machine does, what two full queues hold takes 200 / rate.
-    assert accepted[int(0.99 * len(accepted))] < 3 * 200 * took / len(accepted)
+    # By the rate of this run, whatever else the machine does: two full queues hold 200 texts, while
+    # 500 clients, half of them with four texts, would wait for 1,250 if nothing were refused.
+    rate = answered / took
+    assert accepted[len(accepted) // 2] < 3 * 200 / rate
+    assert accepted[int(0.99 * len(accepted))] < 1250 / rate
     assert call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]}).status == 200
 
 
