@@ -37,7 +37,10 @@ def start_in_utf8() -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; a user's mistake gives its message and exit code 1, Ctrl-C gives 130."""
     start_in_utf8()
-    atexit.register(gc.freeze)  # or Python spends a second on the libraries' objects as it ends
+    # Or Python goes through the libraries' objects again and again as they are made, for half a
+    # second, and for a second as it ends.
+    gc.set_threshold(100_000, 50, 50)
+    atexit.register(gc.freeze)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):

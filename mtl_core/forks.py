@@ -88,8 +88,10 @@ def end(server: subprocess.Popen[bytes]) -> None:
     workers = []
     with suppress(psutil.NoSuchProcess):
         workers = psutil.Process(server.pid).children()
-    for worker in psutil.wait_procs(workers, timeout=PATIENCE_S)[1]:
+    _, left = psutil.wait_procs(workers, timeout=PATIENCE_S)
+    for worker in left:
         worker.kill()
+    psutil.wait_procs(left, timeout=PATIENCE_S)
     server.kill()  # after them: whoever is not its child may stay in the system's table when dead
     server.communicate()
 
@@ -100,6 +102,7 @@ def serve(number: int, preload: str) -> None:
     `number` is the file descriptor of a socket that listens.
     """
     libraries: Any = importlib.import_module(preload)
+    gc.disable()  # what is imported stays
     with socket.socket(fileno=number) as listener:
         libraries.load_libraries()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the workers
@@ -117,6 +120,7 @@ def serve(number: int, preload: str) -> None:
                 gc.collect()
                 gc.freeze()  # the collector would write to every page that the forks share
             if os.fork() == 0:
+                gc.enable()
                 listener.close()
                 os.setsid()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)

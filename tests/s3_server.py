@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,15 @@ def s3_server(bucket: str, policy: str = "") -> Iterator[tuple[Any, dict[str, st
             yield s3_client(owner), user
     finally:
         server.stop()
+
+
+def checkpoints(client: Any, run: str) -> set[str]:
+    """Those in a run's folder of the bucket "bucket" that its workers would go on from."""
+    key = f"{run}/checkpoint_manager_snapshot.json"
+    if not client.list_objects_v2(Bucket="bucket", Prefix=key).get("Contents"):
+        return set()
+    body = client.get_object(Bucket="bucket", Key=key)["Body"].read()
+    return set(re.findall(r"checkpoint_2[\d._-]+", body.decode()))
 
 
 def s3_client(environment: dict[str, str]) -> Any:

@@ -36,9 +36,10 @@ def test_a_factor_is_an_epoch_s_time_over_ours_in_the_same_round() -> None:
 
 @pytest.mark.slow
 def test_a_joint_epoch_takes_a_small_part_of_the_usual_loop_s(
-    mtl_data: Path, tmp_path: Path
+    mtl_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ratio of two processes in turn, of CPU time: beside other tests only that is theirs."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # and not what threads wait for each other
     contenders = COMPARISONS["joint"].contenders
     config = CONFIGS["snips"]
     data = prepare(load_experiment(config))

@@ -19,7 +19,7 @@ from tests import preloaded
 from tests.clusters import AutoscalingCluster, autoscaling_cluster, job_id
 from tests.commands import ROOT, run, wait_for
 from tests.refusing import QUOTA
-from tests.s3_server import s3_client, s3_server
+from tests.s3_server import checkpoints, s3_client, s3_server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 RUN = "s3://bucket/runs/demo"
@@ -45,12 +45,7 @@ class User:
         return [item["Key"].removeprefix("runs/demo/") for item in found]
 
     def checkpoints(self) -> set[str]:
-        """Those that a worker would go on from."""
-        snapshot = "checkpoint_manager_snapshot.json"
-        if snapshot not in self.stored():
-            return set()
-        body = self.s3.get_object(Bucket="bucket", Key=f"runs/demo/{snapshot}")["Body"].read()
-        return set(re.findall(r"checkpoint_2[\d._-]+", body.decode()))
+        return checkpoints(self.s3, "runs/demo")
 
 
 @pytest.fixture(scope="module")
