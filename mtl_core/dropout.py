@@ -6,43 +6,39 @@ than a tenth of a training step of a small encoder. `QuickDropout` draws four el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 LEVELS = 2**16
 """An element is kept or dropped by 16 random bits: rates are met to within 1 in 65,536."""
 
 
-class QuickDropout(TorchFunctionMode):
+class QuickDropout:
     """While active, dropout of CPU tensors takes its bits from a generator of its own.
 
-    Whatever the architecture, it goes through two functions: `dropout`, and attention, which on
-    CPUs has no fused kernel with dropout and is spelt out here in the precision of its inputs.
+    Whatever the architecture, it goes through two functions, which are replaced for the whole
+    process: `dropout`, and attention, which on CPUs has no fused kernel with dropout and is spelt
+    out here in the precision of its inputs.
     """
 
     def __init__(self, seeds: np.random.SeedSequence) -> None:
-        super().__init__()
         self.random = np.random.Generator(np.random.SFC64(seeds))
+        self.fused = F.scaled_dot_product_attention
+        self.replaced: AbstractContextManager[Any] = patch.multiple(
+            F, dropout=self._dropout, scaled_dot_product_attention=self._attention
+        )
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return self._dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and _is_plain(kwargs):
-            return self._attention(*args, **kwargs)
-        return func(*args, **kwargs)
+    def __enter__(self) -> None:
+        self.replaced.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.replaced.__exit__(*error)
 
     def _dropout(
         self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -63,9 +59,11 @@ class QuickDropout(TorchFunctionMode):
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         scale: float | None = None,
-        **_: Any,
+        **more: Any,
     ) -> Tensor:
         """Scaled dot-product attention as PyTorch's documentation defines it."""
+        if not dropout_p or any(more.values()):
+            return self.fused(query, key, value, attn_mask, dropout_p, scale=scale, **more)
         scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
@@ -73,9 +71,3 @@ class QuickDropout(TorchFunctionMode):
             else:
                 scores = scores + attn_mask
         return self._dropout(scores.softmax(dim=-1), dropout_p) @ value
-
-
-def _is_plain(settings: Mapping[str, Any]) -> bool:
-    """Whether attention drops something and asks for nothing beyond a mask and a scale."""
-    special = settings.get("is_causal") or settings.get("enable_gqa")
-    return bool(settings.get("dropout_p")) and not special

@@ -306,7 +306,7 @@ class _Run:
         optimizer = self.state.optimizer
         assert optimizer is not None
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+        norm = optim.total_norm([grad for grad in grads if grad is not None])
         excess = float(norm) / (self.experiment.optim.max_grad_norm or math.inf)
         scale = norm.new_tensor(excess) if excess > 1 else None
         optimizer.grad_scale = scale  # type: ignore[attr-defined]

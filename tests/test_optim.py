@@ -14,7 +14,7 @@ from mtl_core.encoder import SentenceEncoder, layers
 from mtl_core.freezing import apply_freezing
 from mtl_core.heads import build_head
 from mtl_core.model import MultiTaskModel
-from mtl_core.optim import build_optimizer, rate_factor, set_rates
+from mtl_core.optim import build_optimizer, rate_factor, set_rates, total_norm
 from mtl_core.weighting import FixedWeighting, UncertaintyWeighting, Weighting
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "deberta-v2", "mpnet")
@@ -157,3 +157,13 @@ def test_rates_of_all_groups_move_together_and_peaks_stay(tiny_encoders: dict[st
         assert factor == pytest.approx(progress / 0.5)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([peak * factor for peak in peaks])
+
+
+@pytest.mark.parametrize("spoilt", [None, float("inf"), float("nan")])
+def test_the_norm_of_all_gradients_is_pytorchs(spoilt: float | None) -> None:
+    gradients = [torch.randn(shape) for shape in ((300, 40), (7,), ())]
+    if spoilt is not None:
+        gradients[0][5, 5] = spoilt
+    expected = torch.nn.utils.get_total_norm(gradients)
+    torch.testing.assert_close(total_norm(gradients), expected, equal_nan=True)
+    assert total_norm([]) == 0
