@@ -21,7 +21,7 @@ from typing import Any
 from mtl_core.data.cache import cache_root
 from serve_app.errors import unavailable
 
-QUIET_PORTS = range(20_000, 32_000)
+QUIET_PORTS = range(20_000, 30_000)
 NOT_YET = json.dumps(unavailable("the server has just started; try again").body())
 TRY_AGAIN = (
     r"s/return status 404 .*/return status 503 hdr Retry-After 1 content-type application\/json "
@@ -70,8 +70,8 @@ def haproxy_script(loopback: bool) -> str:
 def free_ports(count: int) -> list[int]:
     """Ports of this machine that nobody has, none of them twice.
 
-    They lie between those of Ray's workers and those that systems hand out to whoever asks for any,
-    so that none is taken by chance before it is used.
+    They lie between those of Ray's workers and those of Serve's replicas, and below what systems
+    hand out to whoever asks for any, so that none is taken by chance before it is used.
     """
     found: list[int] = []
     for port in random.SystemRandom().sample(QUIET_PORTS, len(QUIET_PORTS)):
