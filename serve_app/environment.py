@@ -6,6 +6,7 @@ import os
 import sys
 
 from serve_app.launch import set_environment
+from serve_app.ports import HAPROXY_VARIABLE, haproxy_script
 
 USAGE = """usage: python -m serve_app.environment COMMAND [ARGUMENT …]
 
@@ -20,6 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(USAGE)
         raise SystemExit(0 if command else 2)
     set_environment(local=False)
+    if HAPROXY_VARIABLE not in os.environ:
+        try:
+            os.environ[HAPROXY_VARIABLE] = haproxy_script(loopback=False)
+        except OSError as error:
+            print(f"note: HAProxy says 404 at first, and not 503: {error}", file=sys.stderr)
     try:
         os.execvp(command[0], command)
     except OSError as error:

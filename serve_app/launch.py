@@ -20,7 +20,7 @@ import psutil
 from mtl_core.config import ConfigError
 from mtl_core.forks import own_node
 from serve_app.auth import KEYS_VARIABLE
-from serve_app.ports import haproxy_script, own_haproxy_ports
+from serve_app.ports import HAPROXY_VARIABLE, haproxy_script, own_haproxy_ports
 
 RETRY_ON = "conn-failure empty-response"
 BODY_TIMEOUT_S = 10
@@ -71,10 +71,10 @@ LOCAL_ENVIRONMENT = {
 
 def set_environment(local: bool) -> None:
     """Set what Serve reads at import; what the user set stays."""
-    haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": haproxy_script(loopback=local)}
-    chosen = {**SERVE_ENVIRONMENT, **haproxy}
+    chosen = dict(SERVE_ENVIRONMENT)
     if local:
-        chosen |= {**LOCAL_ENVIRONMENT, **own_haproxy_ports()}
+        haproxy = {HAPROXY_VARIABLE: haproxy_script(loopback=True), **own_haproxy_ports()}
+        chosen |= {**LOCAL_ENVIRONMENT, **haproxy}
     for name, value in chosen.items():
         os.environ.setdefault(name, value)
 

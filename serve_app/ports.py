@@ -22,6 +22,7 @@ from mtl_core.data.cache import cache_root
 from serve_app.errors import unavailable
 
 QUIET_PORTS = range(20_000, 30_000)
+HAPROXY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 NOT_YET = json.dumps(unavailable("the server has just started; try again").body())
 TRY_AGAIN = (
     r"s/return status 404 .*/return status 503 hdr Retry-After 1 content-type application\/json "
@@ -43,7 +44,7 @@ exec {program} "$@"
 
 
 def haproxy_script(loopback: bool) -> str:
-    """Write the script that starts HAProxy; its path, for RAY_SERVE_HAPROXY_BINARY_PATH.
+    """Write the script that starts HAProxy; its path, for HAPROXY_VARIABLE.
 
     With `loopback` its statistics can be read on this machine alone.
     """

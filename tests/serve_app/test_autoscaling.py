@@ -17,7 +17,7 @@ import yaml
 
 from serve_app.__main__ import main
 from serve_app.launch import SERVE_ENVIRONMENT
-from serve_app.ports import free_ports, haproxy_script, own_haproxy_ports
+from serve_app.ports import HAPROXY_VARIABLE, free_ports, haproxy_script, own_haproxy_ports
 from tests import preloaded
 from tests.clusters import AutoscalingCluster, autoscaling_cluster
 from tests.servers import Answer, call
@@ -76,7 +76,7 @@ def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     cpu = {"resources": {"CPU": 1}, "max_workers": 4}
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     haproxy = {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy_script(loopback=True),
+        HAPROXY_VARIABLE: haproxy_script(loopback=True),
         **own_haproxy_ports(),
     }
     env = {**SERVE_ENVIRONMENT, **haproxy, preloaded.FOLDER: preloaded.scripts()}

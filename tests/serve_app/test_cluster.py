@@ -15,7 +15,7 @@ import pytest
 
 from mtl_core.predictor import Predictor
 from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
-from serve_app.ports import free_ports, haproxy_script
+from serve_app.ports import HAPROXY_VARIABLE, free_ports, haproxy_script
 from tests import preloaded
 from tests.head_node import HeadNode, head_node
 from tests.servers import Answer, call, wait_for
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 def cluster() -> Iterator[HeadNode]:
     """`ray start` with a token, in the environment that docs/serving.md tells to set."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-for-this-test-alone-0123456789"}
-    haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": haproxy_script(loopback=False)}
+    haproxy = {HAPROXY_VARIABLE: haproxy_script(loopback=False)}
     with head_node({**SERVE_ENVIRONMENT, **LOCAL_ENVIRONMENT, **haproxy, **token}) as running:
         yield running
 

@@ -221,6 +221,28 @@ def test_ray_is_started_with_every_setting_of_serve() -> None:
     }
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_ray_is_started_even_where_the_script_before_haproxy_cannot_be_written(
+    writable: bool, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    if not writable:
+        cache.write_text("no folder", encoding="utf-8")
+    show = "import os; print(os.environ.get('RAY_SERVE_HAPROXY_BINARY_PATH'))"
+    command = [sys.executable, "-m", "serve_app.environment", sys.executable, "-c", show]
+    env = {**os.environ, "MTL_CACHE": str(cache)}
+    env.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    if not writable:
+        assert done.stdout == "None\n"
+        assert done.stderr.startswith("note: HAProxy says 404 at first")
+        return
+    found = subprocess.run(
+        [done.stdout.strip(), "-v"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert "HAProxy version" in found.stdout
+
+
 SIGNALLED = """
 import os, random, signal, threading, time
 from serve_app.launch import wait_for_signal
