@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mtl_core.data.demo import ENTITY_TYPES, SENTIMENTS, demo_corpus
 
 CONFIG = "train_jobs/configs/demo.yaml"
 WORKER = "RayTrainWorker"
+NUMBER = "{number}"
 
 
 @dataclass
@@ -44,17 +46,15 @@ class Measured:
 
 def write(path: Path, rows: int) -> None:
     """So many rows with a sentiment, entities or both, as JSON lines."""
-    examples = demo_corpus()["train"]
+    templates = []
+    for example in demo_corpus()["train"]:
+        row: dict[str, Any] = {"text": f"{example.text} {NUMBER}", **example.targets}
+        if (entities := example.targets.get("entities")) is not None:
+            row["entities"] = [span._asdict() for span in entities]  # type: ignore[union-attr]
+        templates.append((json.dumps(row) + "\n").split(NUMBER))
     with path.open("w", encoding="utf-8") as file:
-        for number in range(rows):
-            example = examples[number % len(examples)]
-            entities = example.targets.get("entities")
-            row: dict[str, Any] = {"text": f"{example.text} {number}"}
-            if "sentiment" in example.targets:
-                row["sentiment"] = example.targets["sentiment"]
-            if entities is not None:
-                row["entities"] = [span._asdict() for span in entities]  # type: ignore[union-attr]
-            file.write(json.dumps(row) + "\n")
+        for number, (before, after) in zip(range(rows), cycle(templates), strict=False):
+            file.write(f"{before}{number}{after}")
 
 
 def measure(corpus: Path, shard_texts: int | None, folder: Path) -> Measured:

@@ -127,10 +127,10 @@ def main() -> None:
 
 
 def command(workers: int, batch: int) -> list[str]:
-    """This project's loop on so many workers of one thread."""
+    """This project's loop on so many workers of one thread, each as on a machine of its own."""
     settings = [f"training.batch_size={batch}", "freeze.embeddings=false"]
     sets = [word for setting in settings for word in ("--set", setting)]
-    sizes = ["--steps", str(STEPS), "--workers", str(workers), "--threads", "1"]
+    sizes = ["--steps", str(STEPS), "--workers", str(workers), "--threads", "1", "--sockets"]
     return [sys.executable, "-m", "benchmarks.train.ours", "--config", CONFIG, *sets, *sizes]
 
 

@@ -31,6 +31,7 @@ from mtl_core.dropout import QuickDropout
 from mtl_core.errors import TrainingError as TrainingError
 from mtl_core.evaluation import evaluate
 from mtl_core.model import Batch, MultiTaskModel
+from mtl_core.shared_gradients import SharedGradients
 from mtl_core.state import TrainState
 from mtl_core.weighting import Step, Weighting
 from mtl_core.world import World
@@ -123,6 +124,8 @@ class _Run:
         self.pad_id = features.pad_id(self.model)
         self.caches: dict[str, features.FeatureCache | None] = {"train": None, "validation": None}
         self.wrapped: MultiTaskModel | DistributedDataParallel = self.model
+        self.shared: SharedGradients | None = None
+        self.connected = False
 
     @property
     def weighting(self) -> Weighting:
@@ -159,8 +162,8 @@ class _Run:
         """The rest of the epoch that the state stands in, then validation."""
         state = self.state
         changed = freezing.apply_freezing(self.model, self.experiment.freeze, state.epoch)
-        if changed or self.wrapped is self.model:
-            self.wrapped = self._wrap()
+        if changed or not self.connected:
+            self._connect()
         order = self.parts.order(state.epoch)
         for place in range(state.part if self._learns() else len(order), len(order)):
             yield from self._part(order, place)
@@ -221,14 +224,25 @@ class _Run:
         size = self.experiment.training.accumulation
         return [batches[first : first + size] for first in range(0, len(batches), size)]
 
-    def _wrap(self) -> MultiTaskModel | DistributedDataParallel:
-        """DDP over what learns now, anew whenever that changes; none where weighting reduces."""
+    def _connect(self) -> None:
+        """Have the gradients of what learns now averaged over ranks, anew whenever that changes.
+
+        Through shared memory where all ranks can, else by DDP; not at all where weighting does it.
+        """
+        self.connected, self.wrapped, self.shared = True, self.model, None
         if self.world.size == 1 or not self._learns() or self.weighting.reduces_gradients:
-            return self.model
-        ids = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(
-            self.model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )
+            return
+        on_cpu = self.world.device.type == "cpu"
+        if on_cpu:
+            learning = [p for p in self.model.parameters() if p.requires_grad]
+            self.shared = SharedGradients.open(learning, self.world.rank, self.world.size)
+        if self.shared is None:
+            self.wrapped = DistributedDataParallel(
+                self.model,
+                device_ids=None if on_cpu else [self.world.device],
+                gradient_as_bucket_view=True,
+                forward_sync_buffers=False,
+            )
 
     def _step(self, batches: list[Rows], log: _StepLog) -> None:
         """One optimiser step over one or more accumulated batches."""
@@ -253,7 +267,7 @@ class _Run:
                 device = self.world.device.type
                 with torch.autocast(device, torch.bfloat16, enabled=self.bf16), dropout:
                     sums = wrapped(batch)
-                # DDP averages over ranks where the step's mean needs their sum.
+                # Ranks are averaged where the step's mean needs their sum.
                 losses = {
                     task: sums[task] * (self.world.size / max(counts[task], 1))
                     for task in self.tasks
@@ -261,9 +275,10 @@ class _Run:
                 self.weighting.backward(losses, share)
             log.add_losses(sums, counts if last else None, tokens)
         self.weighting.finish_step(self.world)
-        norm = self._clip()
-        if not math.isfinite(norm):
+        norm = self._norm() if self.shared is None else self.shared.average()
+        if not torch.isfinite(norm):
             raise self._not_finite(log.losses)
+        self._clip(norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         log.seconds += time.perf_counter() - started
@@ -297,20 +312,22 @@ class _Run:
         tokens = 0 if empty else int(self.train.lengths[mine].sum())
         return batch.to(self.world.device), tokens
 
-    def _clip(self) -> float:
+    def _norm(self) -> Tensor:
+        """() of the whole gradient."""
+        assert self.state.optimizer is not None
+        groups = self.state.optimizer.param_groups
+        found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return optim.total_norm(found)
+
+    def _clip(self, norm: Tensor) -> None:
         """Have the next optimiser step take a gradient of no more than the largest norm.
 
         The fused step divides by `grad_scale` as it reads the gradient; a pass of its own over it
-        would take a few hundredths of a small encoder's step. Returns the norm as it is.
+        would take a few hundredths of a small encoder's step.
         """
-        optimizer = self.state.optimizer
-        assert optimizer is not None
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norm = optim.total_norm([grad for grad in grads if grad is not None])
-        excess = float(norm) / (self.experiment.optim.max_grad_norm or math.inf)
-        scale = norm.new_tensor(excess) if excess > 1 else None
-        optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        return float(norm)
+        excess = norm / (self.experiment.optim.max_grad_norm or math.inf)
+        scale = excess if excess > 1 else None
+        self.state.optimizer.grad_scale = scale  # type: ignore[union-attr]
 
     def _not_finite(self, losses: Mapping[str, Tensor]) -> TrainingError:
         """All ranks come here together: the gradient that was not finite is the summed one."""

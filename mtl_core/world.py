@@ -1,4 +1,4 @@
-"""This process among the data-parallel ones; besides the loop, all that knows torch.distributed."""
+"""This process among the data-parallel ones."""
 
 from __future__ import annotations
 

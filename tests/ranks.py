@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
-from mtl_core import evaluation, loop
+from mtl_core import evaluation, loop, shared_gradients
 from mtl_core.config import Experiment
 from mtl_core.data.batching import evaluation_batches
 from mtl_core.data.prepare import Data
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.loop import TrainingError, fit
+from mtl_core.shared_gradients import SharedGradients
 from mtl_core.state import TrainState
 from mtl_core.world import World
 from serve_app.ports import free_ports
 from tests.small_runs import begin, first_gradients, weights
 
 STEPS = 20
-SIZES = (2, 3)
+GROUPS = {"2": 2, "3": 3, "2 machines": 2}
+"""Processes of a group; of the last one the second cannot map the first one's memory."""
+ON_MACHINES = ("plain", "accumulated", "uncertainty", "joint", "unfreezing", "frozen")
+"""The runs of that last group."""
 
 
 @dataclass(frozen=True)
@@ -41,53 +47,64 @@ class Jobs:
 
 def run_ranks(jobs: Jobs) -> None:
     """Start as many processes as the largest group needs; results stand in `jobs.folder`."""
-    ports = free_ports(len(SIZES))
+    ports = free_ports(len(GROUPS))
     multiprocessing.set_forkserver_preload([__name__])  # they need not import all this again
     torch.multiprocessing.start_processes(
-        _process, args=(jobs, ports), nprocs=max(SIZES), start_method="forkserver"
+        _process, args=(jobs, ports), nprocs=max(GROUPS.values()), start_method="forkserver"
     )
 
 
 def _process(rank: int, jobs: Jobs, ports: list[int]) -> None:
     torch.set_num_threads(jobs.threads)
     disable_progress_bar()
-    for size, port in zip(SIZES, ports, strict=True):
+    for (group, size), port in zip(GROUPS.items(), ports, strict=True):
         if rank >= size:
             continue
+        if group == "2 machines" and rank == 1:
+            shared_gradients._map = lambda *place: None
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
         try:
             world = World(rank, size, rank)
-            for name, (config, data) in jobs.runs.items():
-                _train(jobs.folder / f"{size}.{name}.{rank}", config, data, world)
+            for name in runs_of(group, jobs.runs):
+                config, data = jobs.runs[name]
+                _train(jobs.folder / f"{group}.{name}.{rank}", config, data, world)
             config, data = jobs.runs["plain"]
             result = evaluate_in_small_batches(begin(config, data), data, world)
-            (jobs.folder / f"{size}.{rank}.evaluation").write_text(json.dumps(plain(result)))
-            (jobs.folder / f"{size}.{rank}.failure").write_text(_fail(config, data, world))
+            (jobs.folder / f"{group}.{rank}.evaluation").write_text(json.dumps(plain(result)))
+            (jobs.folder / f"{group}.{rank}.failure").write_text(_fail(config, data, world))
         finally:
             dist.destroy_process_group()
+
+
+def runs_of(group: str, runs: Iterable[str]) -> list[str]:
+    """Names of what a group trains."""
+    return [name for name in runs if group != "2 machines" or name in ON_MACHINES]
 
 
 def _train(path: Path, config: Experiment, data: Data, world: World) -> None:
     """Some steps; writes the first gradients and the last weights."""
     state = begin(config, data)
     gradients = first_gradients(state)
-    wrapped = 0
+    ways: list[str] = []
 
     class Counted(DistributedDataParallel):
         def __init__(self, *args: Any, **options: Any) -> None:
-            nonlocal wrapped
-            wrapped += 1
+            ways.append("sockets")
             super().__init__(*args, **options)
 
-    original, loop.DistributedDataParallel = loop.DistributedDataParallel, Counted  # type: ignore[misc]
-    try:
+    class CountedMemory(SharedGradients):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            ways.append("memory")
+            super().__init__(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "DistributedDataParallel", Counted)
+        patch.setattr(loop, "SharedGradients", CountedMemory)
         rows = steps(state, data, config, world)
-    finally:
-        loop.DistributedDataParallel = original  # type: ignore[misc]
     save_file(gradients, path.with_name(path.name + ".gradients"))
     save_file(weights(state.model), path.with_name(path.name + ".weights"))
-    told = json.dumps({"wrapped": wrapped, "rows": rows})
+    told = json.dumps({"ways": ways, "rows": rows})
     path.with_name(path.name + ".told").write_text(told)
 
 

@@ -14,7 +14,16 @@ from safetensors.torch import load_file
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Schedule, shard
 from mtl_core.data.prepare import Data
-from tests.ranks import SIZES, STEPS, Jobs, evaluate_in_small_batches, plain, run_ranks, steps
+from tests.ranks import (
+    GROUPS,
+    STEPS,
+    Jobs,
+    evaluate_in_small_batches,
+    plain,
+    run_ranks,
+    runs_of,
+    steps,
+)
 from tests.small_runs import begin, data, experiment, first_gradients, in_shards, weights
 
 pytestmark = pytest.mark.slow
@@ -96,9 +105,9 @@ def test_any_number_of_processes_gives_the_gradients_and_weights_of_one(
     state = begin(config, encoded)
     gradients = first_gradients(state)
     rows = steps(state, encoded, config)
-    for size in SIZES:
-        for rank in range(size):
-            path = folder / f"{size}.{name}.{rank}"
+    for group, size in GROUPS.items():
+        for rank in range(size) if name in runs_of(group, RUNS) else ():
+            path = folder / f"{group}.{name}.{rank}"
             theirs = load_file(f"{path}.gradients")
             assert theirs.keys() == gradients.keys()
             for parameter, gradient in gradients.items():
@@ -109,7 +118,8 @@ def test_any_number_of_processes_gives_the_gradients_and_weights_of_one(
                     torch.testing.assert_close(theirs[parameter], weight, rtol=0, atol=1e-6)
             told = json.loads(Path(f"{path}.told").read_text())
             by_hand = config.weighting.strategy == "pcgrad"
-            assert told["wrapped"] == (0 if by_hand else 4 if name == "unfreezing" else 1)
+            times = 0 if by_hand else 4 if name == "unfreezing" else 1
+            assert told["ways"] == times * ["sockets" if group == "2 machines" else "memory"]
             assert_same_story(told["rows"], rows)
 
 
@@ -125,7 +135,7 @@ def assert_same_story(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) 
                 assert left[key] == right[key]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", sorted(set(GROUPS.values())))
 def test_the_runs_deal_tasks_and_texts_out_unevenly(
     size: int, runs: dict[str, tuple[Experiment, Data]]
 ) -> None:
@@ -143,7 +153,20 @@ def test_the_runs_deal_tasks_and_texts_out_unevenly(
     assert uneven >= 5
     assert absent >= 5
     small, encoded = runs["fewer texts than processes"]
-    assert small.training.batch_size < max(SIZES)
+    assert small.training.batch_size < max(GROUPS.values())
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in GROUPS for name in runs_of(group, RUNS)]
+)
+def test_all_ranks_have_the_same_weights_to_the_last_bit(
+    group: str, name: str, folder: Path
+) -> None:
+    first, *others = (
+        load_file(folder / f"{group}.{name}.{rank}.weights") for rank in range(GROUPS[group])
+    )
+    for other in others:
+        assert all(torch.equal(other[parameter], weight) for parameter, weight in first.items())
 
 
 def test_every_rank_is_told_the_same(
@@ -155,22 +178,22 @@ def test_every_rank_is_told_the_same(
     assert rows[0][-1]["step"] == STEPS
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("group", GROUPS)
 def test_evaluation_in_shards_counts_exactly_what_one_process_counts(
-    size: int, runs: dict[str, tuple[Experiment, Data]], folder: Path
+    group: str, runs: dict[str, tuple[Experiment, Data]], folder: Path
 ) -> None:
     config, encoded = runs["plain"]
     whole = plain(evaluate_in_small_batches(begin(config, encoded), encoded))
     assert all(whole["scores"][task] for task in config.tasks)
-    for rank in range(size):
-        theirs = json.loads((folder / f"{size}.{rank}.evaluation").read_text())
+    for rank in range(GROUPS[group]):
+        theirs = json.loads((folder / f"{group}.{rank}.evaluation").read_text())
         assert theirs["counts"] == whole["counts"]
         assert theirs["scores"] == whole["scores"]
         assert theirs["losses"] == pytest.approx(whole["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them(size: int, folder: Path) -> None:
-    for rank in range(size):
-        message = (folder / f"{size}.{rank}.failure").read_text()
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them(group: str, folder: Path) -> None:
+    for rank in range(GROUPS[group]):
+        message = (folder / f"{group}.{rank}.failure").read_text()
         assert message.startswith("the loss of task 'topic' is not finite at step 11 (epoch 2)")
