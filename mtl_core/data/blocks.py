@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mtl_core.config import SourceConfig, TaskConfig
 from mtl_core.data.examples import DataError
@@ -20,13 +21,13 @@ CHUNK = 1 << 24
 NEWLINE = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
-    """The blocks of one source's train split, as plain values."""
+    """The blocks of one source's train split."""
 
-    rows: tuple[int, ...]
+    rows: NDArray[np.int64]
     """How many rows, or lines, each holds."""
-    starts: tuple[int, ...]
+    starts: NDArray[np.int64]
     """Where each begins, and where the last one ends: bytes of a JSONL file, else rows."""
     version: str
     """Changes with the rows: a hash of a JSONL file, of a Parquet file's metadata, or what
@@ -69,8 +70,8 @@ class BlockReader:
         """
         if self.source.hub is not None:
             data, _ = self._dataset
-            starts = [*range(0, len(data), size), len(data)]
-            return _by_rows(starts, str(data._fingerprint))
+            starts = np.append(np.arange(0, len(data), size), len(data))
+            return Blocks(np.diff(starts), starts, str(data._fingerprint))
         if self.source.demo:
             raise DataError(f"{self.source.title}: {CANNOT}")
         file = self._file
@@ -82,9 +83,9 @@ class BlockReader:
         if kind == "jsonl":
             return _by_lines(file, size)
         metadata = self._parquet.metadata.to_dict()  # which has sizes and extremes of every column
-        rows = [group["num_rows"] for group in metadata["row_groups"]]
+        rows = np.array([group["num_rows"] for group in metadata["row_groups"]], dtype=np.int64)
         version = hashlib.sha256(repr(metadata).encode()).hexdigest()
-        return _by_rows([0, *np.cumsum(rows).tolist()], version)
+        return Blocks(rows, np.append(0, np.cumsum(rows)), version)
 
     def labels(self, tasks: Mapping[str, TaskConfig]) -> dict[str, tuple[str, ...]]:
         """Each task's labels where the dataset declares them."""
@@ -100,7 +101,7 @@ class BlockReader:
         Raises:
             DataError: they cannot be read.
         """
-        start, end = blocks.starts[index : index + 2]
+        start, end = blocks.starts[index : index + 2].tolist()
         if self.source.hub is not None:
             from mtl_core.data.hub import to_table
 
@@ -115,7 +116,7 @@ class BlockReader:
                 for number, row in enumerate(group.to_pylist(), start + 1)
             ]
             return Table(file.title, tuple(columns), rows)
-        first = index * blocks.rows[0] + 1
+        first = index * int(blocks.rows[0]) + 1
         data = read_file(file, start, end)
         return parse_table(data, file.title, "jsonl", self.source.encoding, self.wanted, first)
 
@@ -126,25 +127,22 @@ CANNOT = (
 )
 
 
-def _by_rows(starts: Sequence[int], version: str) -> Blocks:
-    return Blocks(tuple(np.diff(starts).tolist()), tuple(starts), version)
-
-
 def _by_lines(file: File, size: int) -> Blocks:
     """Every `size` lines of a file, found by their ends alone."""
     digest = hashlib.sha256()
-    starts, lines, place, last = [0], 0, 0, b"\n"
+    starts, lines, place, last = [np.zeros(1, np.int64)], 0, 0, b"\n"
     with file.filesystem.open(file.location, "rb") as opened:
         while chunk := opened.read(CHUNK):
             digest.update(chunk)
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE) + 1
-            starts += (place + ends[size - 1 - lines % size :: size]).tolist()
+            starts.append(place + ends[size - 1 - lines % size :: size])
             lines += len(ends)
             place += len(chunk)
             last = chunk[-1:]
     lines += last != b"\n"
-    if starts[-1] < place:
-        starts.append(place)
-    full, rest = divmod(lines, size)
-    rows = (size,) * full + ((rest,) if rest else ())
-    return Blocks(rows, tuple(starts), digest.hexdigest())
+    found = np.concatenate(starts)
+    if found[-1] < place:
+        found = np.append(found, place)
+    rows = np.full(len(found) - 1, size)
+    rows[lines // size :] = lines % size
+    return Blocks(rows, found, digest.hexdigest())

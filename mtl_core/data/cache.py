@@ -17,7 +17,8 @@ from mtl_core.config import TaskConfig
 from mtl_core.data.encoding import EncodedSplit, Labels, encode_split
 from mtl_core.data.examples import Example
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+INFO = "arrays.json"
 
 
 def cache_root() -> Path:
@@ -67,21 +68,39 @@ def encode_cached(
 
 
 def save_split(key: str, split: EncodedSplit) -> None:
-    """Write under a temporary name, then rename: a reader sees all of it or nothing."""
-    folder = cache_root() / "encoded" / key
-    partial = folder.with_name(f"{key}.{uuid.uuid4().hex[:8]}.partial")
+    """Keep a split for other processes of this machine."""
+    arrays = {n: getattr(split, n) for n in ("input_ids", "starts", "word_tokens", "word_starts")}
+    for group in ("targets", "present", "word_tags"):
+        arrays |= {f"{group}.{task}": array for task, array in getattr(split, group).items()}
+    save_arrays(cache_root() / "encoded" / key, arrays, {"num_truncated": split.num_truncated})
+
+
+def load_split(key: str) -> EncodedSplit | None:
+    """A split that `save_split` wrote, mapped from disk; None if it is not there, or not whole."""
+    found = load_arrays(cache_root() / "encoded" / key)
+    if found is None:
+        return None
+    arrays, info = found
+    groups: dict[str, Any] = {"targets": {}, "present": {}, "word_tags": {}}
+    for name in list(arrays):
+        group, dot, task = name.partition(".")
+        if dot:
+            groups[group][task] = arrays.pop(name)
+    return EncodedSplit(**(arrays | groups), **info)
+
+
+def save_arrays(folder: Path, arrays: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Write under a temporary name, then rename: a reader sees all of it or nothing.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
-        for name in ("input_ids", "starts", "word_tokens", "word_starts"):
-            np.save(partial / f"{name}.npy", getattr(split, name))
-        for group in ("targets", "present", "word_tags"):
-            for task, array in getattr(split, group).items():
-                np.save(partial / f"{group}.{task}.npy", array)
-        info = {
-            "num_truncated": split.num_truncated,
-            "arrays": sorted(path.stem for path in partial.glob("*.npy")),
-        }
-        (partial / "split.json").write_text(json.dumps(info))
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        (partial / INFO).write_text(json.dumps({"arrays": sorted(arrays), "info": info}))
         if not folder.exists():
             partial.rename(folder)
     except OSError:
@@ -91,19 +110,12 @@ def save_split(key: str, split: EncodedSplit) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_split(key: str) -> EncodedSplit | None:
-    """A split that `save_split` wrote, mapped from disk; None if it is not there, or not whole."""
-    folder = cache_root() / "encoded" / key
+def load_arrays(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What `save_arrays` wrote, mapped from disk; None if it is not there, or not whole."""
     try:
-        info = json.loads((folder / "split.json").read_text())
-        arrays: dict[str, Any] = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in info["arrays"]
-        }
+        content = json.loads((folder / INFO).read_text())
+        names = content["arrays"]
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
     except (OSError, ValueError, KeyError):
         return None
-    groups: dict[str, Any] = {"targets": {}, "present": {}, "word_tags": {}}
-    for name in list(arrays):
-        group, dot, task = name.partition(".")
-        if dot:
-            groups[group][task] = arrays.pop(name)
-    return EncodedSplit(**(arrays | groups), num_truncated=info["num_truncated"])
+    return arrays, content["info"]

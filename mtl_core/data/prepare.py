@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtl_core.artifact import load_config, read_manifest
@@ -72,7 +72,7 @@ def _prepare_shards(experiment: Experiment, labels: Labels | None = None) -> Dat
     encoding = content_key([], experiment.tasks, labels, tokenizer, max_length)
     reading = {"columns", "encoding", "on_bad_row"}
     rows = [source.model_dump(mode="json", include=reading) for source in experiment.data]
-    content = json.dumps([encoding, rows, asdict(shards)], sort_keys=True)
+    content = json.dumps([encoding, rows, shards.fingerprint()], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     shards.save(key)
     return replace(data, keys={"train": key, **data.keys}, shards=shards)

@@ -8,19 +8,19 @@ buffer, is how MosaicML's StreamingDataset and WebDataset order data that does n
 
 from __future__ import annotations
 
-import json
-import uuid
-from collections.abc import Collection, Iterator, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mtl_core.config import Experiment, Split
 from mtl_core.data.blocks import BlockReader, Blocks
-from mtl_core.data.cache import cache_root, load_split, save_split
+from mtl_core.data.cache import cache_root, load_arrays, load_split, save_arrays, save_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, encode_split
 from mtl_core.data.examples import Corpus, DataError, Example, label_names
 from mtl_core.data.formats import Column, Table
@@ -33,13 +33,13 @@ LARGEST_BLOCK = 1000
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shards:
-    """How a training corpus is cut; plain values, kept as JSON."""
+    """How a training corpus is cut; kept as arrays that the processes of a machine map."""
 
     blocks: tuple[Blocks, ...]
     """Of each source."""
-    drawn: tuple[tuple[int, ...], ...]
+    drawn: tuple[NDArray[np.int64], ...]
     """Each source's blocks that train, in the order drawn."""
     count: int
     """How many shards there are."""
@@ -51,39 +51,46 @@ class Shards:
     def rows(self, number: int) -> int:
         """How many rows a shard has."""
         shares = zip(self.blocks, self.share(number), strict=True)
-        return sum(blocks.rows[index] for blocks, indices in shares for index in indices)
+        return sum(int(blocks.rows[indices].sum()) for blocks, indices in shares)
 
-    def share(self, number: int) -> list[list[int]]:
+    def share(self, number: int) -> list[NDArray[np.int64]]:
         """One shard's blocks of each source, in the order that they stand in."""
         shares = []
         for drawn in self.drawn:
-            cuts = np.linspace(0, len(drawn), self.count + 1).astype(int)
-            shares.append(sorted(drawn[cuts[number] : cuts[number + 1]]))
+            first, end = (len(drawn) * n // self.count for n in (number, number + 1))
+            shares.append(np.sort(drawn[first:end]))
         return shares
+
+    def fingerprint(self) -> str:
+        """Changes with the rows and with how they are cut."""
+        digest = hashlib.sha256(repr((self.count, [b.version for b in self.blocks])).encode())
+        for array in self._arrays().values():
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def _arrays(self) -> dict[str, NDArray[np.int64]]:
+        arrays: dict[str, NDArray[np.int64]] = {}
+        for number, (blocks, drawn) in enumerate(zip(self.blocks, self.drawn, strict=True)):
+            found = {"rows": blocks.rows, "starts": blocks.starts, "drawn": drawn}
+            arrays |= {f"{name}.{number}": array for name, array in found.items()}
+        return arrays
 
     def save(self, key: str) -> None:
         """Keep it for other processes of this machine."""
-        path = cache_root() / "shards" / f"{key}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-        try:
-            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        info = {"versions": [blocks.version for blocks in self.blocks], "count": self.count}
+        save_arrays(cache_root() / "shards" / key, self._arrays(), info)
 
     @classmethod
     def load(cls, key: str) -> Shards | None:
         """What `save` wrote on this machine."""
-        try:
-            text = (cache_root() / "shards" / f"{key}.json").read_text(encoding="utf-8")
-            content = json.loads(text)
-        except (OSError, ValueError):
+        found = load_arrays(cache_root() / "shards" / key)
+        if found is None:
             return None
-        blocks = (
-            Blocks(tuple(b["rows"]), tuple(b["starts"]), b["version"]) for b in content["blocks"]
-        )
-        return cls(tuple(blocks), tuple(map(tuple, content["drawn"])), content["count"])
+        arrays, info = found
+        versions = enumerate(info["versions"])
+        blocks = [Blocks(arrays[f"rows.{n}"], arrays[f"starts.{n}"], v) for n, v in versions]
+        drawn = [arrays[f"drawn.{number}"] for number in range(len(blocks))]
+        return cls(tuple(blocks), tuple(drawn), info["count"])
 
 
 class ShardedCorpus:
@@ -110,12 +117,12 @@ class ShardedCorpus:
         corpus = Corpus({name: [] for name in HELD_OUT}, {}, {})
         for number, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True)):
             blocks = reader.find(block)
-            largest = max(blocks.rows, default=0)
+            largest = blocks.rows.max(initial=0)
             if largest > size:
                 fix = f"write it with row groups of {block}, or raise training.shard_texts"
                 raise DataError(f"{source.title}: a row group has {largest:,} rows; {fix}")
             order = np.random.default_rng([self.experiment.seed, number])
-            indices: list[int] = order.permutation(len(blocks.rows)).tolist()
+            indices = order.permutation(len(blocks.rows))
             tables, labels = read_tables(source, self.experiment.tasks, HELD_OUT, "train")
             examples, skipped = to_examples(source, self.experiment.tasks, tables)
             if skipped:
@@ -124,7 +131,7 @@ class ShardedCorpus:
                 taken = max(1, round(len(indices) * source.validation_fraction))
                 examples["validation"] = list(self._examples(number, blocks, indices[:taken]))
                 indices = indices[taken:]
-            if not indices:
+            if not len(indices):
                 raise DataError(f"{source.title}: too few rows to cut; leave shard_texts out")
             for name, rows in examples.items():
                 corpus.splits[name] += rows
@@ -132,12 +139,12 @@ class ShardedCorpus:
                 known = corpus.labels.get(task, ())
                 corpus.labels[task] = tuple(dict.fromkeys(known + names))
             found.append(blocks)
-            drawn.append(tuple(indices))
-        total = sum(b.rows[i] for b, indices in zip(found, drawn, strict=True) for i in indices)
+            drawn.append(indices)
+        total = sum(int(b.rows[i].sum()) for b, i in zip(found, drawn, strict=True))
         count = min([-(-total // size), *map(len, drawn)])
         return Shards(tuple(found), tuple(drawn), count), corpus
 
-    def _examples(self, number: int, blocks: Blocks, indices: Sequence[int]) -> Iterator[Example]:
+    def _examples(self, number: int, blocks: Blocks, indices: Iterable[int]) -> Iterator[Example]:
         """The labelled rows of one source's blocks."""
         source, reader = self.sources[number], self.readers[number]
         for index in indices:
