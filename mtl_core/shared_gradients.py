@@ -8,6 +8,7 @@ a reduce-scatter and an all-gather without messages.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Sequence
@@ -47,20 +48,16 @@ class SharedGradients:
     ) -> SharedGradients | None:
         """Start all ranks from the first one's parameters, as DistributedDataParallel does.
 
-        None on every rank, and nothing done, if they are on several machines, or not on Linux.
+        None on every rank, and nothing done, if one of them cannot map the first one's memory: on
+        another machine, on a system that is not Linux.
         """
         numbers = size * (sum(parameter.numel() for parameter in parameters) + 1)
-        descriptor, places = None, [("", "")]
-        if rank == 0 and hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create(f"gradients-{uuid.uuid4()}")
-            path = f"/proc/{os.getpid()}/fd/{descriptor}"
-            places = [(path, os.readlink(path))]
-        dist.broadcast_object_list(places, src=0)
-        memory = _map(*places[0], numbers)
-        mapped = torch.tensor(int(memory is not None))
-        dist.all_reduce(mapped, dist.ReduceOp.MIN)
-        if descriptor is not None:
-            os.close(descriptor)  # the memory lives as long as a process has it mapped
+        with contextlib.ExitStack() as opened:
+            told = [_offer(opened) if rank == 0 else None]
+            dist.broadcast_object_list(told, src=0)
+            memory = None if told[0] is None else _map(*told[0], numbers)
+            mapped = torch.tensor(int(memory is not None))
+            dist.all_reduce(mapped, dist.ReduceOp.MIN)
         if memory is None or not mapped:
             return None
         for parameter in parameters:
@@ -83,7 +80,7 @@ class SharedGradients:
         owned = [index for index, owner in enumerate(self.owners) if owner == self.rank]
         means = [mine[index] for index in owned]
         others = [row for row in self.rows if row is not mine]
-        for seen, row in enumerate(others, start=1):
+        for seen, row in enumerate(others if means else (), start=1):  # a rank may own nothing
             torch._foreach_lerp_(means, [row[index] for index in owned], 1 / (seen + 1))
         self.norms[self.rank] = total_norm(means)
         dist.barrier()
@@ -106,13 +103,27 @@ def even_shares(sizes: Sequence[int], ranks: int) -> list[int]:
     return owners
 
 
+def _offer(opened: contextlib.ExitStack) -> tuple[str, str] | None:
+    """Memory without a name in any file system: where others find it, and what they see there.
+
+    It lives as long as a process has it mapped. None where the system has no such memory to give.
+    """
+    try:
+        descriptor = os.memfd_create(f"gradients-{uuid.uuid4()}")
+        opened.callback(os.close, descriptor)
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        return path, os.readlink(path)
+    except (AttributeError, OSError):
+        return None
+
+
 def _map(path: str, name: str, numbers: int) -> Tensor | None:
     """The memory of another process at this path, unless it is none of that name.
 
     On another machine the path may lead to anything, which must not be opened.
     """
     try:
-        if not path or os.readlink(path) != name:
+        if os.readlink(path) != name:
             return None
         return torch.from_file(path, shared=True, size=numbers, dtype=torch.float32)
     except (OSError, RuntimeError):

@@ -50,7 +50,7 @@ class Weighting(nn.Module):
     varies: ClassVar[bool] = True
     """Whether the factors change in a run, so that they are worth telling."""
     reduces_gradients: ClassVar[bool] = False
-    """Whether `finish_step` sums gradients over ranks; else DistributedDataParallel does."""
+    """Whether `finish_step` averages gradients over ranks; else the loop does."""
 
     def __init__(
         self, loss_weights: Mapping[str, float], config: WeightingConfig | None = None

@@ -61,6 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "joint": {"mixing": {"strategy": "joint"}, "optim": {"max_grad_norm": 0.5}},
     "unfreezing": {"training": {"batch_size": 8, "epochs": 5}, "freeze": {"unfreeze_every": 1}},
     "frozen": {"freeze": {"encoder": True}},
+    "fewer parameters than processes": {"freeze": {"encoder": True, "heads": ["mood", "entities"]}},
     "in shards": {"training": {"epochs": 2}},
 }
 SMALL_STEPS = {"learning_rate": 5e-5}

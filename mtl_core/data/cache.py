@@ -101,10 +101,12 @@ def save_arrays(folder: Path, arrays: Mapping[str, Any], info: Mapping[str, Any]
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
         (partial / INFO).write_text(json.dumps({"arrays": sorted(arrays), "info": info}))
+        if folder.exists() and load_arrays(folder) is None:
+            shutil.rmtree(folder)  # it was damaged
         if not folder.exists():
             partial.rename(folder)
     except OSError:
-        if not folder.exists():  # else another process wrote the same content first
+        if load_arrays(folder) is None:  # else another process wrote the same content first
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -116,6 +118,6 @@ def load_arrays(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
         content = json.loads((folder / INFO).read_text())
         names = content["arrays"]
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError):
         return None
     return arrays, content["info"]

@@ -89,12 +89,19 @@ def test_the_key_changes_with_all_that_the_arrays_depend_on(tokenizers: dict[str
     assert content_key(*variants[0]) == keys[0]
 
 
-def test_a_damaged_cache_is_as_good_as_none(own_cache: Path, tokenizers: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["starts.npy", "arrays.json"])
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_damaged_cache_is_as_good_as_none_and_replaced(
+    own_cache: Path, tokenizers: dict[str, Any], name: str, emptied: bool
+) -> None:
     key, first = encode_cached(ROWS, TASKS, LABELS, tokenizers["bert"], 32)
-    (own_cache / key / "starts.npy").unlink()
+    (own_cache / key / name).unlink()
+    if emptied:
+        (own_cache / key / name).touch()
     assert load_split(key) is None
     _, again = encode_cached(ROWS, TASKS, LABELS, tokenizers["bert"], 32)
     assert_same(first, again)
+    assert load_split(key) is not None
 
 
 def _die_while_writing(folder: str, key: str, split: EncodedSplit) -> None:
