@@ -41,6 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--head-replicas", type=count, default=1, metavar="N", help="replicas of each head"
     )
+    parser.add_argument(
+        "--gpus",
+        type=share,
+        metavar="N",
+        help="GPUs of an encoder replica, as 1 or 0.5 (all that this machine has; 0 on a cluster)",
+    )
     parser.add_argument("--keys-file", help="file with an API key a line")
     parser.add_argument("--insecure", action="store_true", help="let others ask without a key")
     parser.add_argument(
@@ -67,6 +73,14 @@ def count(text: str) -> int:
     """A whole number from 1 on."""
     number = int(text)
     if number < 1:
+        raise ValueError
+    return number
+
+
+def share(text: str) -> float:
+    """A number that Ray takes for GPUs: up to 1, or a whole one."""
+    number = float(text)
+    if number < 0 or (number > 1 and not number.is_integer()):
         raise ValueError
     return number
 

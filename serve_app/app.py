@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -11,13 +14,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve_app.errors import ApiError
-from serve_app.gate import dump
+from serve_app.gate import Gate, dump
 from serve_app.routes import Routes
 
+NO_ROUTE = "none"
+"""What log and metrics call a path or method that is not answered; the path may hold anything."""
 
-async def http_error(request: Request, error: Exception) -> Response:
+
+async def http_error(gate: Gate, request: Request, error: Exception) -> Response:
     """404 and 405 of the router, as JSON."""
     assert isinstance(error, HTTPException)
+    started = time.perf_counter()
     kind = "NotFound"
     if error.status_code == 405:
         kind = "MethodNotAllowed"
@@ -26,6 +33,7 @@ async def http_error(request: Request, error: Exception) -> Response:
     else:
         message = f"no route {request.url.path[:80]}; /docs lists them"
     known = ApiError(error.status_code, kind, message, dict(error.headers or {}))
+    gate.finish(request, NO_ROUTE, known.status, started, None)
     return Response(dump(known.body()), known.status, known.headers, media_type="application/json")
 
 
@@ -47,5 +55,7 @@ def build_app(routes: Routes) -> Starlette:
             )
         )
     return Starlette(
-        routes=table, middleware=middleware, exception_handlers={HTTPException: http_error}
+        routes=table,
+        middleware=middleware,
+        exception_handlers={HTTPException: partial(http_error, gate)},
     )

@@ -15,7 +15,7 @@ from mtl_core.config import ConfigError
 from serve_app import launch
 from serve_app.auth import KEYS_VARIABLE, Keys
 from serve_app.loaded import current_version, fetch
-from serve_app.settings import parse_settings
+from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, parse_settings
 
 
 def serve_config(options: argparse.Namespace) -> dict[str, Any]:
@@ -53,7 +53,13 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
             "route_prefix": "/",
             "import_path": "serve_app.deployments:encoder_app",
             "args": args,
-            "deployments": [{"name": "encoder", "num_replicas": options.encoder_replicas}],
+            "deployments": [
+                {
+                    "name": "encoder",
+                    "num_replicas": options.encoder_replicas,
+                    "ray_actor_options": {"num_cpus": ENCODER_CPUS, "num_gpus": options.gpus or 0},
+                }
+            ],
         }
     ]
     if settings.heads == "deployments":
@@ -69,8 +75,24 @@ def head_config(task: str, replicas: int) -> dict[str, Any]:
         "route_prefix": None,
         "import_path": "serve_app.deployments:head_app",
         "args": {"task": task},
-        "deployments": [{"name": f"head-{task}", "num_replicas": replicas}],
+        "deployments": [
+            {
+                "name": f"head-{task}",
+                "num_replicas": replicas,
+                "ray_actor_options": {"num_cpus": HEAD_CPUS},
+            }
+        ],
     }
+
+
+def share_gpus(config: dict[str, Any], found: float) -> None:
+    """Give each encoder replica a GPU, or its share where there are fewer, for torch to run on."""
+    encoder = config["applications"][0]
+    runtime = parse_settings(encoder["args"]).runtime
+    if found and not runtime.startswith("openvino"):
+        (deployment,) = encoder["deployments"]
+        share = min(1.0, found / deployment["num_replicas"])
+        deployment["ray_actor_options"]["num_gpus"] = math.floor(share * 1e4) / 1e4
 
 
 def autoscale(config: dict[str, Any]) -> None:
@@ -112,6 +134,8 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
     print("starting Ray and the replicas …", flush=True)
     try:
         launch.start_ray(options.host, options.port, cpus_for(config), scripts)
+        if options.gpus is None:
+            share_gpus(config, launch.gpus())
         launch.deploy(config)
         launch.wait_until_ready(url)
         if options.ask:
@@ -151,9 +175,9 @@ def local_url(options: argparse.Namespace) -> str:
 
 def cpus_for(config: dict[str, Any]) -> int:
     """CPUs that Ray is told of: at least what the replicas ask for and room for a few heads."""
-    replicas = [app["deployments"][0]["num_replicas"] for app in config["applications"]]
-    asked: float = replicas[0] + 0.1 * sum(replicas[1:]) + 0.5
-    return max(os.cpu_count() or 1, math.ceil(asked))
+    deployments = [app["deployments"][0] for app in config["applications"]]
+    asked: float = sum(d["num_replicas"] * d["ray_actor_options"]["num_cpus"] for d in deployments)
+    return max(os.cpu_count() or 1, math.ceil(asked + 0.5))
 
 
 class HeadWatcher:

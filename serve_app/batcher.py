@@ -55,6 +55,7 @@ class Batcher:
         done: called on the event loop with each finished batch; settles the jobs' futures.
         max_waiting: texts that may be unanswered at a time.
         batch_tokens: sub-words in a batch, unless a single job has more.
+        max_waiting_tokens: sub-words that may be unanswered at a time.
     """
 
     def __init__(
@@ -63,13 +64,15 @@ class Batcher:
         done: Callable[[Batch], None],
         max_waiting: int,
         batch_tokens: int,
+        max_waiting_tokens: int,
     ) -> None:
         self.encode = encode
         self.done = done
         self.max_waiting = max_waiting
         self.batch_tokens = batch_tokens
+        self.max_waiting_tokens = max_waiting_tokens
         self.queue: deque[Job] = deque()
-        self.unanswered = 0
+        self.unanswered = self.unanswered_tokens = 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.task: asyncio.Task[None] | None = None
 
@@ -86,13 +89,15 @@ class Batcher:
         Raises:
             Overloaded: the queue is full.
         """
-        self.check_room(len(items))
+        size = sum(item.num_tokens for item in items)
+        self.check_room(len(items), size)
         loop = asyncio.get_running_loop()
         jobs = [
             Job(part, tasks, want_states, all_tags, loop.create_future(), tokens, model)
             for part, tokens in parts(items, self.batch_tokens)
         ]
         self.unanswered += len(items)
+        self.unanswered_tokens += size
         self.queue.extend(jobs)
         if self.task is None:
             self.task = loop.create_task(self._work())
@@ -101,13 +106,16 @@ class Batcher:
         finally:
             # Also when the client has gone: its jobs leave the queue, or are dropped on return.
             self.unanswered -= len(items)
+            self.unanswered_tokens -= size
             for job in jobs:
                 job.future.cancel()
 
-    def check_room(self, count: int) -> None:
-        """Raise Overloaded unless so many more texts may wait; an idle replica takes any number."""
-        if self.unanswered and self.unanswered + count > self.max_waiting:
+    def check_room(self, texts: int, tokens: int = 0) -> None:
+        """Raise Overloaded unless so much more may wait; an idle replica takes any number."""
+        if self.unanswered and self.unanswered + texts > self.max_waiting:
             raise Overloaded(f"{self.unanswered} texts are waiting; try again later")
+        if self.unanswered and self.unanswered_tokens + tokens > self.max_waiting_tokens:
+            raise Overloaded(f"{self.unanswered_tokens} tokens are waiting; try again later")
 
     async def _work(self) -> None:
         """Run batches until nothing waits."""

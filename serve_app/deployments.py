@@ -30,13 +30,12 @@ from serve_app.ports import bind_replicas_to_their_node
 from serve_app.requestlog import RequestLog
 from serve_app.routes import Routes
 from serve_app.service import Service
-from serve_app.settings import Settings, parse_settings
+from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, Settings, parse_settings
 
 bind_replicas_to_their_node()  # at import: Serve opens the port before it calls a replica's code
 
 ENCODER = "encoder"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-HEAD_CPUS = 0.1
 RETRY_REFUSED_S = 60.0
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 10.0
 """A replica that died is replaced within seconds, before calls to it time out; one that hangs
@@ -96,6 +95,8 @@ class EncoderReplica:
             self.metrics,
             self.settings.max_waiting,
             self.settings.batch_tokens,
+            self.settings.max_tokens,
+            self.settings.max_waiting_tokens,
         )
         self.watcher: asyncio.Task[None] | None = None
         self.refused = ("", 0.0)
@@ -253,6 +254,7 @@ def encoder_deployment() -> serve.Deployment:
         name=ENCODER,
         max_ongoing_requests=10_000,
         max_surge_percent=100,
+        ray_actor_options={"num_cpus": ENCODER_CPUS},
         graceful_shutdown_timeout_s=30.0,
         logging_config={"enable_access_log": False},  # RequestLog says more and costs less
         health_check_period_s=HEALTH_PERIOD_S,

@@ -20,7 +20,7 @@ from serve_app.errors import ApiError, invalid, overloaded, too_large, unauthori
 from serve_app.openapi import Operation
 from serve_app.requestlog import RequestLog
 from serve_app.schemas import OpenAIErrorReply
-from serve_app.service import Answer, Service, TooLong
+from serve_app.service import Answer, Service, TooLong, TooMany
 from serve_app.settings import Settings
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
@@ -182,6 +182,8 @@ class Gate:
         if isinstance(error, TooLong):
             cut = operation.truncate
             return too_large(f"{error}; shorten it, or send {cut} to use its beginning")
+        if isinstance(error, TooMany):
+            return too_large(f"{error}: split them over requests")
         if isinstance(error, TextError):
             return invalid(str(error))
         if isinstance(error, ApiError):

@@ -20,16 +20,23 @@ import psutil
 from mtl_core.config import ConfigError
 from mtl_core.forks import own_node
 from serve_app.auth import KEYS_VARIABLE
+from serve_app.errors import ApiError
 from serve_app.ports import HAPROXY_VARIABLE, haproxy_script, own_haproxy_ports
 
 RETRY_ON = "conn-failure empty-response"
 BODY_TIMEOUT_S = 10
-TOO_SLOW = {"error": f"the body did not arrive in {BODY_TIMEOUT_S} s", "error_type": "Validation"}
+HAPROXY_ERRORS = {
+    408: ApiError(408, "Validation", f"the body did not arrive in {BODY_TIMEOUT_S} s"),
+    500: ApiError(500, "Backend", "an error of the proxy; its log has the details"),
+}
 HAPROXY_DEFAULTS = f"""{RETRY_ON}
     option http-buffer-request
     timeout http-request {BODY_TIMEOUT_S}s
-    option http-ignore-probes
-    http-error status 408 content-type application/json string '{json.dumps(TOO_SLOW)}'"""
+    option http-ignore-probes""" + "".join(
+    f"\n    http-error status {status} content-type application/json string "
+    f"'{json.dumps(error.body())}'"
+    for status, error in HAPROXY_ERRORS.items()
+)
 """HAProxy sends again only what it had whole when it began to send, and clients often send body and
 headers apart: so it waits for the body, and then for no longer than a replica would. Serve has no
 setting for these options; they follow on lines of their own where it writes a value of its own."""
@@ -122,6 +129,14 @@ def start_ray(
             "Ray starts: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S, in seconds"
         ) from error
     check_address(host, port)
+
+
+def gpus() -> float:
+    """GPUs that Ray found."""
+    import ray
+
+    found: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    return found
 
 
 def knock(address: str) -> None:

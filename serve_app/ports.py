@@ -5,6 +5,7 @@ bound to every address, and Serve has no option against it: where RAY_AUTH_MODE 
 who reaches a replica's could run code. The statistics' numbers are the same in every server, and
 HAProxy shares a port with another one without a word. One that has just started answers 404 for any
 route until it is told of an application: at first, on a new node, and after another one died.
+And what it says itself when no replica answers is no JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from mtl_core.data.cache import cache_root
-from serve_app.errors import unavailable
+from serve_app.errors import ApiError, unavailable
 
 QUIET_PORTS = range(20_000, 30_000)
 HAPROXY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -28,6 +29,12 @@ TRY_AGAIN = (
     r"s/return status 404 .*/return status 503 hdr Retry-After 1 content-type application\/json "
     f"string '{NOT_YET}'/"
 )
+FAILED = json.dumps(ApiError(503, "Backend", "no replica answered; try again").body())
+AS_JSON = (
+    r"s/errorfile \(50[234]\) .*/http-error status \1 content-type application\/json "
+    f"hdr Retry-After 1 string '{FAILED}'/"
+)
+"""Where Ray has HAProxy say 500, in plain text."""
 LOOPBACK = (
     "/^frontend prometheus/,/^frontend http/s/bind :/bind 127.0.0.1:/; "
     r"/^listen stats/,$s/bind \*:/bind 127.0.0.1:/"
@@ -57,7 +64,7 @@ def haproxy_script(loopback: bool) -> str:
     script = cache_root() / ("haproxy-loopback.sh" if loopback else "haproxy.sh")
     script.parent.mkdir(parents=True, exist_ok=True)
     text = HAPROXY.format(
-        edit=shlex.quote(LOOPBACK if loopback else ""),
+        edit=shlex.quote(f"{AS_JSON}; {LOOPBACK}" if loopback else AS_JSON),
         without_application=shlex.quote(TRY_AGAIN),
         program=shlex.quote(program),
     )

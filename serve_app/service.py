@@ -94,6 +94,8 @@ class Service:
         metrics: where it is counted.
         max_waiting: texts that may be unanswered at a time.
         batch_tokens: sub-words in a batch.
+        max_tokens: sub-words in a request.
+        max_waiting_tokens: sub-words that may be unanswered at a time.
     """
 
     def __init__(
@@ -103,12 +105,17 @@ class Service:
         metrics: Metrics,
         max_waiting: int = 512,
         batch_tokens: int = 2048,
+        max_tokens: int = 65_536,
+        max_waiting_tokens: int = 131_072,
     ) -> None:
         self.model = model
+        self.max_tokens = max_tokens
         self.head_call = head_call
         self.metrics = metrics
         self.calls: dict[str, HeadCall] = {}
-        self.batcher = Batcher(self._encode, self._encoded, max_waiting, batch_tokens)
+        self.batcher = Batcher(
+            self._encode, self._encoded, max_waiting, batch_tokens, max_waiting_tokens
+        )
         self.asking: set[asyncio.Task[None]] = set()
 
     async def answer(
@@ -131,6 +138,7 @@ class Service:
         Raises:
             TextError: a text is blank or no valid Unicode.
             TooLong: see `whole`.
+            TooMany: they have more sub-words than a request may have.
             Overloaded: too much waits already.
         """
         model = self.model
@@ -142,6 +150,9 @@ class Service:
         else:
             items = split(texts)
         timings = Timings(tokenize=time.perf_counter() - started)
+        size = sum(item.num_tokens for item in items)
+        if size > self.max_tokens:
+            raise TooMany(f"the inputs have {size} tokens; at most {self.max_tokens} are taken")
         want_states = any(model.heads[task].level == "token" for task in tasks)
         pooled = vectors or not tasks
         cut = pooled or any(model.heads[task].level == "sentence" for task in tasks)
@@ -267,6 +278,10 @@ class Service:
 
 class TooLong(ValueError):
     """A text is longer than the model reads."""
+
+
+class TooMany(ValueError):
+    """A request's texts have more sub-words than it may have."""
 
 
 def needed(features: Features, rows: Sequence[int], level: str) -> Features:

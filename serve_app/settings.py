@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mtl_core.config import ConfigError
 from mtl_core.runtime import RuntimeName
 
+ENCODER_CPUS, HEAD_CPUS = 1.0, 0.1
+"""What Ray hands a replica, unless `ray_actor_options` of its deployment say otherwise."""
+
 
 class Settings(BaseModel):
     """Arguments of the encoder deployment; `args` of its application in serve_config.yaml."""
@@ -37,12 +40,16 @@ class Settings(BaseModel):
     """Texts in one request."""
     max_characters: int = Field(default=200_000, ge=1)
     """Characters in one text."""
+    max_tokens: int = Field(default=65_536, ge=1)
+    """Sub-words in one request, those of all windows of its texts."""
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     """Bytes in one request's body."""
     body_timeout_s: float = Field(default=10.0, gt=0)
     """Seconds a client has to send its body; in front of the replicas HAProxy waits 10 s for it."""
     max_waiting: int = Field(default=512, ge=1)
     """Texts a replica holds unanswered; a request beyond that gets 429."""
+    max_waiting_tokens: int = Field(default=131_072, ge=1)
+    """Sub-words of the texts a replica holds unanswered; a request beyond that gets 429."""
     retry_after_s: int = Field(default=1, ge=1)
     """What a 429 tells clients to wait."""
     batch_tokens: int = Field(default=2048, ge=1)

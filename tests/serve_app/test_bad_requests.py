@@ -48,6 +48,7 @@ def narrow_url(artifact: Path) -> Iterator[str]:
         "max_inputs": 4,
         "max_characters": 300,
         "max_body_bytes": 5_000,
+        "max_tokens": 400,
         "body_timeout_s": 0.3,
     }
     with local_server(artifact, runtime="torch-fp32", **limits) as (url, _):
@@ -112,6 +113,31 @@ def test_too_much_is_refused_with_the_limit(path: str, narrow_url: str) -> None:
     answer = call(url, {field: [SECRET] * 250})
     assert answer.status == 413
     assert "5000" in message(answer)
+
+
+@pytest.mark.parametrize("path", sorted(set(BODIES) - {"/tokenize"}))
+def test_too_many_tokens_are_refused_with_the_limit(path: str, narrow_url: str) -> None:
+    answer = call(narrow_url + path, {BODIES[path]: ["! " * 110] * 4})
+    assert answer.status == 413
+    assert "tokens; at most 400 are taken: split them over requests" in message(answer)
+
+
+def test_pages_of_other_origins_may_ask_only_where_they_are_named(
+    artifact: Path, local_url: str
+) -> None:
+    origin = "https://app.example"
+    asked = {"origin": origin, "access_control_request_method": "POST"}
+    allowed = "access-control-allow-origin"
+    for method, body in (("OPTIONS", None), ("POST", {"inputs": "a"})):
+        answer = call(f"{local_url}/v1/predict", body, method=method, **asked)
+        assert allowed not in answer.headers
+    with local_server(artifact, runtime="torch-fp32", cors_origins=(origin,)) as (url, _):
+        for method, body in (("OPTIONS", None), ("POST", {"inputs": "a"})):
+            assert (
+                call(f"{url}/v1/predict", body, method=method, **asked).headers[allowed] == origin
+            )
+            other = {**asked, "origin": "https://evil.example"}
+            assert allowed not in call(f"{url}/v1/predict", body, method=method, **other).headers
 
 
 def test_a_large_body_is_refused_however_it_is_sent(narrow_url: str) -> None:

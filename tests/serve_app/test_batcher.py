@@ -49,13 +49,16 @@ def item(text: str, tokens: int = 1) -> Any:
 
 
 def run(
-    scenario: Callable[[Batcher, Encoder], Any], max_waiting: int = 100, batch_tokens: int = 100
+    scenario: Callable[[Batcher, Encoder], Any],
+    max_waiting: int = 100,
+    batch_tokens: int = 100,
+    max_waiting_tokens: int = 1000,
 ) -> None:
     async def main() -> None:
         encoder = Encoder()
-        batcher = Batcher(encoder, settle, max_waiting, batch_tokens)
+        batcher = Batcher(encoder, settle, max_waiting, batch_tokens, max_waiting_tokens)
         await scenario(batcher, encoder)
-        assert batcher.unanswered == 0
+        assert batcher.unanswered == batcher.unanswered_tokens == 0
 
     asyncio.run(main())
 
@@ -164,6 +167,21 @@ def test_a_full_queue_refuses_single_texts_and_lists_alike(texts: list[str]) -> 
     run(scenario, max_waiting=3)
 
 
+def test_few_long_texts_fill_the_queue_as_many_short_ones_do() -> None:
+    async def scenario(batcher: Batcher, encoder: Encoder) -> None:
+        first, rest = await busy(batcher, encoder), ask(batcher, "b", tokens=60)
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded, match="61 tokens are waiting"):
+            await ask(batcher, "c", tokens=40)
+        short = ask(batcher, "d", tokens=39)
+        await asyncio.sleep(0.01)
+        encoder.gate.set()
+        await asyncio.gather(first, rest, short)
+        assert await ask(batcher, "c", tokens=400) == [["C"]]
+
+    run(scenario, max_waiting_tokens=100)
+
+
 def test_an_idle_encoder_takes_a_request_larger_than_the_queue() -> None:
     async def scenario(batcher: Batcher, encoder: Encoder) -> None:
         assert await ask(batcher, *"abcdef") == [["A", "B", "C", "D", "E", "F"]]
@@ -205,7 +223,7 @@ def test_an_error_in_what_follows_a_batch_fails_its_requests_instead_of_hanging_
         def broken(batch: Batch) -> None:
             raise RuntimeError("settling failed")
 
-        batcher = Batcher(Encoder(), broken, 100, 100)
+        batcher = Batcher(Encoder(), broken, 100, 100, 1000)
         with pytest.raises(RuntimeError, match="settling failed"):
             await asyncio.wait_for(ask(batcher, "one"), 2)
         batcher.done = settle

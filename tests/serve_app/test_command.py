@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
 from serve_app.__main__ import main
+from serve_app.application import share_gpus
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
 from serve_app.launch import SERVE_ENVIRONMENT
@@ -57,7 +59,14 @@ def test_help_names_every_option_and_gives_examples() -> None:
     status, said, _ = run("--help")
     assert status == 0
     options = ("--artifact", "--host", "--port", "--set", "--keys-file", "--insecure")
-    more = ("--write-config", "--ask", "--encoder-replicas", "--head-replicas", "examples:")
+    more = (
+        "--gpus",
+        "--write-config",
+        "--ask",
+        "--encoder-replicas",
+        "--head-replicas",
+        "examples:",
+    )
     assert all(option in said for option in (*options, *more))
 
 
@@ -176,6 +185,50 @@ def test_what_it_writes_is_a_config_that_serve_deploy_takes(
     assert [scaling(head) for head in heads] == [(6, 6)] * 3
 
 
+def test_it_writes_what_each_replica_takes_of_the_machine(artifact: Path, tmp_path: Path) -> None:
+    file = tmp_path / "serve_config.yaml"
+    for gpus in (0, 0.5, 2):
+        main(["--artifact", str(artifact), "--write-config", str(file), "--gpus", str(gpus)])
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        encoder, *heads = (resources(application) for application in content["applications"])
+        assert encoder == {"num_cpus": 1.0, "num_gpus": gpus}
+        assert heads == [{"num_cpus": 0.1}] * 3
+
+
+@pytest.mark.parametrize("gpus", ["-1", "1.5", "all"])
+def test_gpus_are_a_share_or_whole_ones(
+    artifact: Path, gpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--artifact", str(artifact), "--gpus", gpus])
+    assert "--gpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("runtime", "found", "replicas", "share"),
+    [
+        ("auto", 0, 1, 0),
+        ("auto", 1, 1, 1),
+        ("torch-bf16", 4, 2, 1),
+        ("auto", 1, 3, 0.3333),
+        ("openvino-bf16", 1, 1, 0),
+    ],
+)
+def test_encoder_replicas_share_the_gpus_of_this_machine(
+    runtime: str, found: float, replicas: int, share: float, artifact: Path
+) -> None:
+    deployment = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 1.0, "num_gpus": 0}}
+    args = {"artifact": str(artifact), "runtime": runtime}
+    share_gpus({"applications": [{"args": args, "deployments": [deployment]}]}, found)
+    assert deployment["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": share}
+
+
+def resources(application: dict[str, Any]) -> dict[str, Any]:
+    (deployment,) = application["deployments"]
+    options: dict[str, Any] = deployment["ray_actor_options"]
+    return options
+
+
 def scaling(application: object) -> tuple[int, int]:
     (deployment,) = application.deployments  # type: ignore[attr-defined]
     settings = deployment.autoscaling_config
@@ -206,6 +259,9 @@ def test_the_file_that_ships_fits_the_demo_s_tasks() -> None:
     heads = {application.name for application in config.applications} - {"encoder"}
     assert heads == {f"head-{task}" for task in demo["tasks"]}
     assert {scaling(application) for application in config.applications} == {(1, 4)}
+    encoder, *others = map(resources, shipped["applications"])
+    assert encoder == {"num_cpus": 1.0, "num_gpus": 0}
+    assert others == [{"num_cpus": 0.1}] * len(heads)
 
 
 def test_ray_is_started_with_every_setting_of_serve() -> None:

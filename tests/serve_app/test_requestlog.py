@@ -83,6 +83,34 @@ def test_refused_requests_are_logged_without_their_texts(
     assert rows[-2]["route"] == "/tasks/{task}"
 
 
+def test_what_no_route_answers_is_logged_and_counted_without_its_path(
+    logged: tuple[str, io.StringIO, Breakable],
+) -> None:
+    url, stream, _ = logged
+    lines(stream)
+    assert call(f"{url}/v2/Maria%20Lopez").status == 404
+    assert call(f"{url}/v1/predict", method="DELETE").status == 405
+    assert [(row["route"], row["status"]) for row in lines(stream)] == [
+        ("none", 404),
+        ("none", 405),
+    ]
+    found = call(f"{url}/metrics").body
+    assert 'mtl_requests_total{replica="local",route="none",status="404"} 1.0' in found
+
+
+def test_keys_are_never_logged(artifact: Path, tmp_path: Path) -> None:
+    stream, file = io.StringIO(), tmp_path / "keys.txt"
+    file.write_text("right-key\n")
+    log = RequestLog(True, stream)
+    with local_server(artifact, None, log, runtime="torch-fp32", keys_file=str(file)) as (url, _):
+        for key, status in (("right-key", 200), ("wrong-key", 401)):
+            assert call(f"{url}/v1/predict", {"inputs": SECRET}, key=key).status == status
+        metrics = call(f"{url}/metrics", key="right-key").body
+    assert "-key" not in stream.getvalue()
+    assert len(lines(stream)) == 3
+    assert "-key" not in metrics
+
+
 def test_an_error_of_the_server_is_logged_with_its_place_but_not_its_words(
     logged: tuple[str, io.StringIO, Breakable],
 ) -> None:

@@ -96,6 +96,46 @@ def test_answers_are_those_of_the_offline_predictor(model: Loaded, predictor: Pr
     assert found == [(e["start"], e["end"]) for e in expected["entities"]]
 
 
+class Noting(LocalHead):
+    """A head that keeps what it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Features] = []
+
+    async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
+        self.sent.append(features)
+        return await super().__call__(head, features, all_tags)
+
+
+def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: Loaded) -> None:
+    sent = {task: Noting() for task in TASKS}
+    service = Service(model, sent.__getitem__, Metrics("test"))
+
+    async def both() -> None:
+        first = service.answer([TEXT, "Berlin"], ["topic"])
+        second = service.answer(["Maria"], ["topic", "entities"])
+        await asyncio.gather(first, second)
+
+    asyncio.run(both())
+    assert not sent["mood"].sent
+    (topics,) = sent["topic"].sent
+    assert topics.pooled.shape[0] == 3
+    assert topics.states.size == 0
+    (entities,) = sent["entities"].sent
+    assert entities.pooled.size == 0
+    tokens = [item.num_tokens for item in model.stage.windows.split(["Maria"])]
+    assert entities.lengths.tolist() == [len(entities.states)]
+    assert 1 <= len(entities.states) <= tokens[0]
+
+
+def test_every_stage_is_timed(model: Loaded) -> None:
+    metrics = Metrics("test")
+    asyncio.run(ask(Service(model, lambda _: LocalHead(), metrics)))
+    for stage in ("tokenise", "queue", "encoder", *(f"head-{task}" for task in TASKS)):
+        assert value(metrics, "mtl_stage_seconds_count", stage=stage) == 1
+
+
 def test_a_task_whose_head_fails_is_missing_and_the_others_are_there(model: Loaded) -> None:
     service = Service(model, head_calls(Raising()), Metrics("test"))
     answer = asyncio.run(ask(service))

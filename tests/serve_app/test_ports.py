@@ -1,0 +1,74 @@
+"""HAProxy as our script starts it, without Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+from serve_app.ports import free_ports, haproxy_script
+from tests.servers import Answer, call, wait_for
+
+CONFIG = """defaults
+    mode http
+    retries 0
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+{errors}
+frontend http
+    bind 127.0.0.1:{port}
+    {route}
+    http-request return status 404 content-type text/plain string 'no application' if !known
+backend encoder
+    server gone 127.0.0.1:{nobody}
+"""
+
+
+def errors(folder: Path) -> str:
+    """What Ray writes for errors of HAProxy's own; its template is the oracle."""
+    page = folder / "500.http"
+    page.write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Type: text/plain\r\n\r\nerror")
+    lines = [line for line in HAPROXY_CONFIG_TEMPLATE.splitlines() if "errorfile" in line]
+    assert len(lines) == 3
+    return "\n".join(lines).replace("{{ config.error_file_path }}", str(page))
+
+
+def answers(folder: Path, known: bool) -> Answer:
+    """What a HAProxy says that knows of an application without a replica, or of none."""
+    port, nobody = free_ports(2)
+    route = "acl known always_true\n    use_backend encoder" if known else "acl known always_false"
+    config = folder / "haproxy.cfg"
+    written = CONFIG.format(errors=errors(folder), port=port, route=route, nobody=nobody)
+    config.write_text(written)
+    with subprocess.Popen([haproxy_script(loopback=True), "-f", str(config)]) as process:
+        found: list[Answer] = []
+
+        def asked() -> bool:
+            try:
+                found.append(call(f"http://127.0.0.1:{port}/v1/predict", {"inputs": "a"}))
+            except OSError:
+                return False
+            return True
+
+        try:
+            wait_for(asked, 20)
+        finally:
+            process.kill()
+    return found[0]
+
+
+def test_without_a_replica_the_error_is_json_that_says_when_to_try_again(tmp_path: Path) -> None:
+    answer = answers(tmp_path, known=True)
+    assert answer.status == 503
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["retry-after"] == "1"
+    assert answer.body == {"error": "no replica answered; try again", "error_type": "Backend"}
+
+
+def test_without_an_application_too(tmp_path: Path) -> None:
+    answer = answers(tmp_path, known=False)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert json.dumps(answer.body).startswith('{"error": "the server has just started')
