@@ -45,7 +45,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # A batch's token states are larger than gRPC's 4 MB.
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 1024 * 1024),
     # Requests change nothing, so one whose replica died is sent to another. A 503 is an answer:
     # a head that hangs would be asked five times over.
     "RAY_SERVE_HAPROXY_RETRY_ON": HAPROXY_DEFAULTS,

@@ -105,7 +105,7 @@ class Service:
         metrics: Metrics,
         max_waiting: int = 512,
         batch_tokens: int = 2048,
-        max_tokens: int = 65_536,
+        max_tokens: int = 262_144,
         max_waiting_tokens: int = 131_072,
     ) -> None:
         self.model = model

@@ -40,7 +40,7 @@ class Settings(BaseModel):
     """Texts in one request."""
     max_characters: int = Field(default=200_000, ge=1)
     """Characters in one text."""
-    max_tokens: int = Field(default=65_536, ge=1)
+    max_tokens: int = Field(default=262_144, ge=1)
     """Sub-words in one request, those of all windows of its texts."""
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     """Bytes in one request's body."""
