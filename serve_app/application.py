@@ -85,13 +85,22 @@ def head_config(task: str, replicas: int) -> dict[str, Any]:
     }
 
 
-def share_gpus(config: dict[str, Any], found: float) -> None:
-    """Give each encoder replica a GPU, or its share where there are fewer, for torch to run on."""
+def share_gpus(config: dict[str, Any], found: float, asked: float | None) -> None:
+    """Give each encoder replica a GPU, or its share where there are fewer, for torch to run on.
+
+    Raises:
+        ConfigError: more is asked for than this machine has, for which replicas would wait.
+    """
     encoder = config["applications"][0]
-    runtime = parse_settings(encoder["args"]).runtime
-    if found and not runtime.startswith("openvino"):
-        (deployment,) = encoder["deployments"]
-        share = min(1.0, found / deployment["num_replicas"])
+    (deployment,) = encoder["deployments"]
+    replicas = deployment["num_replicas"]
+    if asked is not None:
+        if asked * replicas > found:
+            raise ConfigError(
+                f"--gpus {asked:g}: Ray finds {found:g} here, for {replicas} replicas"
+            )
+    elif found and not parse_settings(encoder["args"]).runtime.startswith("openvino"):
+        share = min(1.0, found / replicas)
         deployment["ray_actor_options"]["num_gpus"] = math.floor(share * 1e4) / 1e4
 
 
@@ -134,8 +143,7 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
     print("starting Ray and the replicas …", flush=True)
     try:
         launch.start_ray(options.host, options.port, cpus_for(config), scripts)
-        if options.gpus is None:
-            share_gpus(config, launch.gpus())
+        share_gpus(config, launch.gpus(), options.gpus)
         launch.deploy(config)
         launch.wait_until_ready(url)
         if options.ask:

@@ -89,15 +89,7 @@ class EncoderReplica:
         check_exposure(self.settings, self.keys)
         self.metrics = Metrics(replica_name())
         self.log = RequestLog(self.settings.log_requests)
-        self.service = Service(
-            self._load(None),
-            self._head_call,
-            self.metrics,
-            self.settings.max_waiting,
-            self.settings.batch_tokens,
-            self.settings.max_tokens,
-            self.settings.max_waiting_tokens,
-        )
+        self.service = Service(self._load(None), self._head_call, self.metrics, self.settings)
         self.watcher: asyncio.Task[None] | None = None
         self.refused = ("", 0.0)
         """The version that was refused last, and when to try it again."""

@@ -25,17 +25,17 @@ from serve_app.ports import HAPROXY_VARIABLE, haproxy_script, own_haproxy_ports
 
 RETRY_ON = "conn-failure empty-response"
 BODY_TIMEOUT_S = 10
-HAPROXY_ERRORS = {
-    408: ApiError(408, "Validation", f"the body did not arrive in {BODY_TIMEOUT_S} s"),
-    500: ApiError(500, "Backend", "an error of the proxy; its log has the details"),
-}
+HAPROXY_ERRORS = (
+    ApiError(408, "Validation", f"the body did not arrive in {BODY_TIMEOUT_S} s"),
+    ApiError(500, "Backend", "an error of the proxy; its log has the details"),
+)
 HAPROXY_DEFAULTS = f"""{RETRY_ON}
     option http-buffer-request
     timeout http-request {BODY_TIMEOUT_S}s
     option http-ignore-probes""" + "".join(
-    f"\n    http-error status {status} content-type application/json string "
+    f"\n    http-error status {error.status} content-type application/json string "
     f"'{json.dumps(error.body())}'"
-    for status, error in HAPROXY_ERRORS.items()
+    for error in HAPROXY_ERRORS
 )
 """HAProxy sends again only what it had whole when it began to send, and clients often send body and
 headers apart: so it waits for the body, and then for no longer than a replica would. Serve has no

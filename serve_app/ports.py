@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from mtl_core.data.cache import cache_root
-from serve_app.errors import ApiError, unavailable
+from serve_app.errors import unavailable
 
 QUIET_PORTS = range(20_000, 30_000)
 HAPROXY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -29,7 +29,7 @@ TRY_AGAIN = (
     r"s/return status 404 .*/return status 503 hdr Retry-After 1 content-type application\/json "
     f"string '{NOT_YET}'/"
 )
-FAILED = json.dumps(ApiError(503, "Backend", "no replica answered; try again").body())
+FAILED = json.dumps(unavailable("no replica answered; try again").body())
 AS_JSON = (
     r"s/errorfile \(50[234]\) .*/http-error status \1 content-type application\/json "
     f"hdr Retry-After 1 string '{FAILED}'/"

@@ -21,6 +21,7 @@ from serve_app.batcher import Batch, Batcher, Job, fail
 from serve_app.heads import HeadCall, HeadUnavailable
 from serve_app.loaded import Loaded
 from serve_app.metrics import Metrics
+from serve_app.settings import Settings
 
 INLINE_CHARACTERS = 4_000
 """Texts up to this length in all are tokenised on the event loop: it takes under a millisecond."""
@@ -92,10 +93,7 @@ class Service:
         model: what to serve first.
         head_call: makes the line to a task's head.
         metrics: where it is counted.
-        max_waiting: texts that may be unanswered at a time.
-        batch_tokens: sub-words in a batch.
-        max_tokens: sub-words in a request.
-        max_waiting_tokens: sub-words that may be unanswered at a time.
+        settings: limits of requests, batches and what may wait.
     """
 
     def __init__(
@@ -103,18 +101,19 @@ class Service:
         model: Loaded,
         head_call: Callable[[str], HeadCall],
         metrics: Metrics,
-        max_waiting: int = 512,
-        batch_tokens: int = 2048,
-        max_tokens: int = 262_144,
-        max_waiting_tokens: int = 131_072,
+        settings: Settings,
     ) -> None:
         self.model = model
-        self.max_tokens = max_tokens
+        self.max_tokens = settings.max_tokens
         self.head_call = head_call
         self.metrics = metrics
         self.calls: dict[str, HeadCall] = {}
         self.batcher = Batcher(
-            self._encode, self._encoded, max_waiting, batch_tokens, max_waiting_tokens
+            self._encode,
+            self._encoded,
+            settings.max_waiting,
+            settings.batch_tokens,
+            settings.max_waiting_tokens,
         )
         self.asking: set[asyncio.Task[None]] = set()
 

@@ -136,11 +136,7 @@ def local_server(
     def local(_: str) -> HeadCall:
         return LocalHead()
 
-    limits = {
-        name: getattr(chosen, name)
-        for name in ("max_waiting", "batch_tokens", "max_tokens", "max_waiting_tokens")
-    }
-    service = Service(model, head_call or local, metrics, **limits)
+    service = Service(model, head_call or local, metrics, chosen)
     gate = Gate(service, chosen, keys, log or RequestLog(False))
     port = free_ports(1)[0]
     app = build_app(Routes(gate, ready))

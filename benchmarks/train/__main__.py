@@ -49,9 +49,10 @@ class Contender:
     """What a peer's environment holds."""
 
 
-def ours(*changes: str, workers: int = 1, steps: int = 20) -> Contender:
+def ours(*changes: str, workers: int = 1, steps: int = 20, sockets: bool = False) -> Contender:
     """This project's loop with some fields changed; each worker has its share of the CPUs."""
     words = [word for change in changes for word in ("--set", change)]
+    words += ["--sockets"] if sockets else []
     return Contender("ours", (*words, "--workers", str(workers)), steps)
 
 
@@ -135,6 +136,7 @@ COMPARISONS = {
         "snips",
         {
             "two workers": ours(*ALL_LEARN, workers=2),
+            "two workers, over sockets": ours(*ALL_LEARN, workers=2, sockets=True),
             "one worker": ours(*ALL_LEARN),
         },
         {"one worker": 0.85},

@@ -39,8 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers)
     words = {"config": options.config, "changes": options.set, "steps": options.steps}
-    words["sockets"] = options.sockets
-    train = partial(worker, threads=threads, **words)
+    train = partial(worker, threads=threads, sockets=options.sockets, **words)
     if options.profile:
         train(0, pace_class=ProfilingPace)
         return

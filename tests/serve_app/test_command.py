@@ -219,8 +219,11 @@ def test_encoder_replicas_share_the_gpus_of_this_machine(
 ) -> None:
     deployment = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 1.0, "num_gpus": 0}}
     args = {"artifact": str(artifact), "runtime": runtime}
-    share_gpus({"applications": [{"args": args, "deployments": [deployment]}]}, found)
+    config = {"applications": [{"args": args, "deployments": [deployment]}]}
+    share_gpus(config, found, None)
     assert deployment["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": share}
+    with pytest.raises(ConfigError, match=f"--gpus 5: Ray finds {found} here"):
+        share_gpus(config, found, 5)
 
 
 def resources(application: dict[str, Any]) -> dict[str, Any]:

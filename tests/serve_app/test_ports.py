@@ -65,7 +65,7 @@ def test_without_a_replica_the_error_is_json_that_says_when_to_try_again(tmp_pat
     assert answer.status == 503
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["retry-after"] == "1"
-    assert answer.body == {"error": "no replica answered; try again", "error_type": "Backend"}
+    assert answer.body == {"error": "no replica answered; try again", "error_type": "Unhealthy"}
 
 
 def test_without_an_application_too(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from serve_app.heads import HeadReplica, HeadUnavailable, LocalHead, RemoteHead,
 from serve_app.loaded import Loaded, load_artifact
 from serve_app.metrics import Metrics
 from serve_app.service import Service
+from serve_app.settings import Settings
 from tests.servers import call, local_server
 
 TEXT = "Maria Lopez had the food at the table in Berlin wonderful"
 TASKS = ("topic", "mood", "entities")
+SETTINGS = Settings(artifact="")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def remote(model: Loaded, replica: Any, timeout_s: float = 5.0) -> tuple[Service
     """Local heads, but for one behind a handle."""
     metrics = Metrics("test")
     return Service(
-        model, head_calls(RemoteHead(replica, "mood", timeout_s, metrics)), metrics
+        model, head_calls(RemoteHead(replica, "mood", timeout_s, metrics)), metrics, SETTINGS
     ), metrics
 
 
@@ -88,7 +90,7 @@ async def refused_at_once(service: Service) -> None:
 
 
 def test_answers_are_those_of_the_offline_predictor(model: Loaded, predictor: Predictor) -> None:
-    service = Service(model, lambda _: LocalHead(), Metrics("test"))
+    service = Service(model, lambda _: LocalHead(), Metrics("test"), SETTINGS)
     answer = asyncio.run(ask(service))
     expected = predictor.predict([TEXT])[0]
     assert next(answer.predictions("topic"))["label"] == expected["topic"]["label"]
@@ -110,7 +112,7 @@ class Noting(LocalHead):
 
 def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: Loaded) -> None:
     sent = {task: Noting() for task in TASKS}
-    service = Service(model, sent.__getitem__, Metrics("test"))
+    service = Service(model, sent.__getitem__, Metrics("test"), SETTINGS)
 
     async def both() -> None:
         first = service.answer([TEXT, "Berlin"], ["topic"])
@@ -131,13 +133,13 @@ def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: Loaded
 
 def test_every_stage_is_timed(model: Loaded) -> None:
     metrics = Metrics("test")
-    asyncio.run(ask(Service(model, lambda _: LocalHead(), metrics)))
+    asyncio.run(ask(Service(model, lambda _: LocalHead(), metrics, SETTINGS)))
     for stage in ("tokenise", "queue", "encoder", *(f"head-{task}" for task in TASKS)):
         assert value(metrics, "mtl_stage_seconds_count", stage=stage) == 1
 
 
 def test_a_task_whose_head_fails_is_missing_and_the_others_are_there(model: Loaded) -> None:
-    service = Service(model, head_calls(Raising()), Metrics("test"))
+    service = Service(model, head_calls(Raising()), Metrics("test"), SETTINGS)
     answer = asyncio.run(ask(service))
     assert set(answer.failures) == {"mood"}
     assert list(answer.predictions("topic"))
@@ -278,7 +280,7 @@ def test_a_replica_is_sent_a_version_once(model: Loaded) -> None:
 
 
 def test_a_version_is_reached_only_when_every_head_answers(model: Loaded) -> None:
-    service = Service(model, head_calls(Raising()), Metrics("test"))
+    service = Service(model, head_calls(Raising()), Metrics("test"), SETTINGS)
     with pytest.raises(HeadUnavailable):
         asyncio.run(service.reach_heads(model))
-    asyncio.run(Service(model, lambda _: LocalHead(), Metrics("test")).reach_heads(model))
+    asyncio.run(Service(model, lambda _: LocalHead(), Metrics("test"), SETTINGS).reach_heads(model))
