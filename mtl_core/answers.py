@@ -130,14 +130,14 @@ class TokenOutput:
             texts: N texts.
             offsets: for each, the characters its sub-words stand for.
         """
-        tags, probabilities = self.tags.tolist(), self.probabilities
+        tags, probabilities = self.tags.tolist(), self.probabilities.tolist()
         first = 0
         for text, ranges in zip(texts, offsets, strict=True):
             last = first + len(ranges)
             yield [
                 Entity(
                     entity_group=self.labels[tags[begin] - 1],
-                    score=round(float(probabilities[begin:end].mean()), 6),
+                    score=round(sum(probabilities[begin:end]) / (end - begin), 6),
                     word=text[ranges[begin - first][0] : ranges[end - 1 - first][1]],
                     start=ranges[begin - first][0],
                     end=ranges[end - 1 - first][1],

@@ -156,7 +156,7 @@ class Predictor:
             artifact: the folder.
             device: where heads run, and the encoder unless the runtime is OpenVINO.
             runtime: how the encoder is executed; "auto" for the fastest.
-            threads: CPU threads for OpenVINO; all when 0.
+            threads: CPU threads for the encoder; all when 0.
 
         Raises:
             ArtifactError: the folder is damaged or newer than this software.

@@ -83,14 +83,21 @@ def passes(
 
 
 class TorchRuntime:
-    """The encoder as it is, on any device."""
+    """The encoder as it is, on any device; on CPUs with `threads`, or as many as PyTorch takes if 0."""
 
     streams = 0
 
-    def __init__(self, encoder: SentenceEncoder, device: torch.device, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: SentenceEncoder,
+        device: torch.device,
+        bf16: bool = False,
+        threads: int = 0,
+    ) -> None:
         self.encoder = encoder.to(device).eval()
         self.device = device
         self.bf16 = bf16
+        self.threads = threads
         self.exact = not bf16
         self.name = f"torch-{'bf16' if bf16 else 'fp32'}"
         bound_kernel_caches()
@@ -100,6 +107,8 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def _run(self, layout: Layout) -> tuple[Float, Float]:
+        if self.threads:  # every time: OpenMP counts them for each thread that asks for them
+            torch.set_num_threads(self.threads)
         ids = torch.from_numpy(layout.input_ids).to(self.device)
         mask = torch.from_numpy(layout.segments).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -242,7 +251,7 @@ def load_runtime(
         artifact: the folder the encoder comes from.
         load_encoder: loads it as a module, for what is not yet in the runtime's own form.
         device: for torch; OpenVINO runs on the CPU.
-        threads: CPU threads for OpenVINO; all when 0.
+        threads: CPU threads; all when 0.
 
     Raises:
         ConfigError: there is no such runtime, or not for this artifact, device or installation.
@@ -255,7 +264,7 @@ def load_runtime(
         name = choose_runtime(folder, device)
     kind, precision = name.split("-")
     if kind == "torch":
-        return TorchRuntime(load_encoder(), device, bf16=precision == "bf16")
+        return TorchRuntime(load_encoder(), device, bf16=precision == "bf16", threads=threads)
     if importlib.util.find_spec("openvino") is None:
         raise ConfigError(f"runtime: {name} needs the package openvino: pip install openvino")
     if device.type != "cpu":

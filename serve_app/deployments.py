@@ -7,16 +7,13 @@ the encoder's replicas. serve_config.yaml names `encoder_app` and `head_app`.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
 
-from mtl_core.answers import Output
 from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
 from serve_app.app import build_app
@@ -35,6 +32,8 @@ from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, Settings, parse_settings
 bind_replicas_to_their_node()  # at import: Serve opens the port before it calls a replica's code
 
 ENCODER = "encoder"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+"""Serve's own lines for every call are left out: RequestLog says more and costs less."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 RETRY_REFUSED_S = 60.0
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 10.0
@@ -174,26 +173,6 @@ class EncoderReplica:
         self.log.event(f"artifact {outcome}", version=model.version, tasks=list(model.heads))
 
 
-class Head(HeadReplica):
-    """A head's replica under Serve."""
-
-    def __init__(self) -> None:
-        import torch
-
-        super().__init__()
-        torch.set_num_threads(1)  # a small matrix a batch: more threads only fight the encoder
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="head")
-
-    async def __call__(self, *args: Any) -> Output | None:
-        """`HeadReplica.answer`, in the replica's one thread, beside the event loop.
-
-        Serve would start a thread for every call of a method that is not async.
-        """
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self.answer, *args)
-
-
 def replica_name() -> str:
     return serve.get_replica_context().replica_tag
 
@@ -248,7 +227,7 @@ def encoder_deployment() -> serve.Deployment:
         max_surge_percent=100,
         ray_actor_options={"num_cpus": ENCODER_CPUS},
         graceful_shutdown_timeout_s=30.0,
-        logging_config={"enable_access_log": False},  # RequestLog says more and costs less
+        logging_config=QUIET,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
@@ -261,7 +240,8 @@ def head_deployment(task: str) -> serve.Deployment:
         max_ongoing_requests=64,
         max_surge_percent=100,
         ray_actor_options={"num_cpus": HEAD_CPUS},
+        logging_config=QUIET,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
-    return deployment(Head)
+    return deployment(HeadReplica)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
+
+import torch
 
 from mtl_core.answers import Features, Output, run_head
 from mtl_core.artifact import build_stored_head
@@ -48,11 +50,24 @@ class StoredHead:
 
 
 class HeadReplica:
-    """Runs whichever versions of one task's head it was given."""
+    """Runs whichever versions of one task's head it was given, in a thread of its own.
+
+    A batch is a small matrix: OpenMP's threads would take longer to be called together, and then
+    spin while they wait for the next one. They are counted for each thread that asks for them.
+    """
 
     def __init__(self) -> None:
         self.known: OrderedDict[str, Head] = OrderedDict()
-        self.lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(
+            1, thread_name_prefix="head", initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    async def __call__(self, *args: Any) -> Output | None:
+        """`answer`, beside the event loop.
+
+        Serve would start a thread for every call of a method that is not async.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self.answer, *args)
 
     def answer(
         self,
@@ -69,15 +84,14 @@ class HeadReplica:
             all_tags: give the probability of every tag.
             stored: contents of head.json and head.safetensors, for a replica that lacks them.
         """
-        with self.lock:
-            head = self.known.get(version)
-            if head is None:
-                if stored is None:
-                    return None
-                head = self.known[version] = build_stored_head(*stored, version)
-            self.known.move_to_end(version)
-            while len(self.known) > VERSIONS_KEPT:
-                self.known.popitem(last=False)
+        head = self.known.get(version)
+        if head is None:
+            if stored is None:
+                return None
+            head = self.known[version] = build_stored_head(*stored, version)
+        self.known.move_to_end(version)
+        while len(self.known) > VERSIONS_KEPT:
+            self.known.popitem(last=False)
         return run_head(head, features, all_tags)
 
 
@@ -95,11 +109,8 @@ class LocalHead:
 
     async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
         stored = (head.description, head.weights)
-        loop = asyncio.get_running_loop()
         try:
-            output = await loop.run_in_executor(
-                None, self.replica.answer, head.version, features, all_tags, stored
-            )
+            output = await self.replica(head.version, features, all_tags, stored)
         except Exception as error:
             raise unavailable(head.task, type(error).__name__) from error
         assert output is not None

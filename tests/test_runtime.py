@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +170,25 @@ def test_an_encoder_is_converted_once(
 
 def never() -> Any:
     raise AssertionError("nothing may be loaded")
+
+
+def test_torch_takes_the_threads_it_is_given(expert: Path) -> None:
+    encoder = load_encoder(expert, read_manifest(expert))
+
+    def run(runtime: Any, threads: int) -> tuple[int, int]:
+        torch.set_num_threads(threads)
+        list(passes(runtime, [[5, 6, 7]], 0, 64))
+        return threads, torch.get_num_threads()
+
+    given = load_runtime("torch-fp32", expert, lambda: encoder, CPU, threads=1)
+    own = load_runtime("torch-fp32", expert, lambda: encoder, CPU)
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(run, given, 3).result() == (3, 1)
+            assert pool.submit(run, own, 3).result() == (3, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_cannot_be_had_is_said(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

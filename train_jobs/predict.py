@@ -127,10 +127,8 @@ class Predict:
     """One process of the actor pool: the model is loaded once."""
 
     def __init__(self, artifact: str, tasks: Sequence[str] | None, threads: int, gpu: bool) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        self.predictor = Predictor.load(fetch(artifact), "cuda" if gpu else "cpu")
+        device = "cuda" if gpu else "cpu"
+        self.predictor = Predictor.load(fetch(artifact), device, threads=threads)
         self.tasks = tasks
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:

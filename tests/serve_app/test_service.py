@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -129,6 +132,34 @@ def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: Loaded
     tokens = [item.num_tokens for item in model.stage.windows.split(["Maria"])]
     assert entities.lengths.tolist() == [len(entities.states)]
     assert 1 <= len(entities.states) <= tokens[0]
+
+
+ONE_THREAD = """
+import asyncio, json
+import numpy as np, psutil
+from safetensors.torch import save
+from mtl_core.answers import Features
+from mtl_core.config import TaskConfig
+from mtl_core.heads import build_head
+from serve_app.heads import HeadReplica
+
+head = build_head(384, ["place"], TaskConfig(kind="token_classification"))
+stored = json.dumps(head.describe()).encode(), save(head.state_dict())
+states = np.zeros((300, 384), np.float32)
+features = Features(np.zeros((0, 0), np.float32), states, np.array([300]))
+threads = lambda: {thread.id for thread in psutil.Process().threads()}
+replica, before = HeadReplica(), threads()
+asyncio.run(replica("version", features, False, stored))
+print(len(threads() - before))
+"""
+
+
+def test_a_head_computes_in_one_thread() -> None:
+    several = {**os.environ, "OMP_NUM_THREADS": "2"}
+    found = subprocess.run(
+        [sys.executable, "-c", ONE_THREAD], env=several, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["1"]
 
 
 def test_every_stage_is_timed(model: Loaded) -> None:
