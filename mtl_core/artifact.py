@@ -131,19 +131,9 @@ def read_manifest(folder: str | Path, check_files: bool = True) -> Manifest:
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["schema_version"]
-        manifest = Manifest(**content) if version <= SCHEMA_VERSION else None
+        manifest = parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; {folder} is no artifact") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: damaged: {error!r}") from error
-    if manifest is None:
-        raise ArtifactError(
-            f"{path}: schema version {version} is newer than this software reads "
-            f"({SCHEMA_VERSION}); upgrade multitask-ray"
-        )
-    _check_shape(manifest, path)
     for name, sha256 in manifest.files.items() if check_files else ():
         file = folder / name
         if not file.is_file():
@@ -153,13 +143,34 @@ def read_manifest(folder: str | Path, check_files: bool = True) -> Manifest:
     return manifest
 
 
-def _check_shape(manifest: Manifest, path: Path) -> None:
+def parse_manifest(text: bytes, origin: str) -> Manifest:
+    """What a manifest.json says.
+
+    Raises:
+        ArtifactError: it is damaged or of a newer schema; the message names `origin`.
+    """
+    try:
+        content = json.loads(text)
+        version = content["schema_version"]
+        manifest = Manifest(**content) if version <= SCHEMA_VERSION else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{origin}: damaged: {error!r}") from error
+    if manifest is None:
+        raise ArtifactError(
+            f"{origin}: schema version {version} is newer than this software reads "
+            f"({SCHEMA_VERSION}); upgrade multitask-ray"
+        )
+    _check_shape(manifest, origin)
+    return manifest
+
+
+def _check_shape(manifest: Manifest, origin: str) -> None:
     """Raise ArtifactError unless what loading relies on is there."""
     for name in ("tasks", "encoder", "files"):
         if not isinstance(getattr(manifest, name), dict):
-            raise ArtifactError(f"{path}: damaged: {name!r} is no mapping")
+            raise ArtifactError(f"{origin}: damaged: {name!r} is no mapping")
     for name in {"pooling", "max_length"} - manifest.encoder.keys():
-        raise ArtifactError(f"{path}: damaged: 'encoder' has no {name!r}")
+        raise ArtifactError(f"{origin}: damaged: 'encoder' has no {name!r}")
 
 
 def load_parts(

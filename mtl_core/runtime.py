@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ PACKING = {
 }
 """Model types that take a position for each token and a mask for each pair of them, and where
 their positions begin (RoBERTa's: at the padding id plus one). Others get a row a sequence."""
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of CPU time in each period of so many, or `max`."""
 MASKED = -1e4
 """Added to the score of a pair that may not attend; bf16 and fp16 hold it."""
 
@@ -83,7 +86,7 @@ def passes(
 
 
 class TorchRuntime:
-    """The encoder as it is, on any device; on CPUs with `threads`, or as many as PyTorch takes if 0."""
+    """The encoder as it is, on any device; on CPUs with so many threads, PyTorch's choice if 0."""
 
     streams = 0
 
@@ -134,7 +137,7 @@ class OpenVinoRuntime:
     ) -> None:
         import openvino
 
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or usable_cpus()
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
@@ -177,6 +180,19 @@ class OpenVinoRuntime:
 
     def _result(self, states: Float, layout: Layout) -> tuple[Float, Float]:
         return states, pool(states.reshape(-1, states.shape[-1]), layout, self.pooling)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use, of those the machine has.
+
+    What it is bound to, and in a container the share of their time that it is given.
+    """
+    bound = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
+        return max(1, min(bound, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups of version 2, or "max"
+        return bound
 
 
 def inputs(layout: Layout, count: int) -> dict[int, NDArray[np.int64]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def fetch(artifact: str | Path) -> Path:
     """The artifact as a local folder; one behind a URL is copied into the cache, a version once.
 
     Raises:
-        ArtifactError: it cannot be read.
+        ArtifactError: it cannot be read, or a file is not the one that its manifest names.
     """
     if "://" not in str(artifact):
         return Path(artifact).expanduser()
@@ -53,18 +54,35 @@ def fetch(artifact: str | Path) -> Path:
         manifest = files.cat_file(f"{root}/manifest.json")
         target = cache_root() / "artifacts" / version_of(manifest)
         if not (target / "manifest.json").is_file():
-            names = (*json.loads(manifest)["files"], "manifest.json")
-            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
-            for name in names:
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                files.get_file(f"{root}/{name}", str(partial / name))
-            if not target.exists():  # else another process fetched the same version first
-                partial.rename(target)
+            _copy(files, root, manifest, target)
     except storage_errors() as error:
         raise ArtifactError(f"{artifact}: cannot be fetched: {advise(error)}") from error
     except (ValueError, KeyError, ImportError) as error:
         raise ArtifactError(f"{artifact}: cannot be fetched: {error}") from error
     return target
+
+
+def _copy(files: Any, root: str, manifest: bytes, target: Path) -> None:
+    """Everything that a manifest names as a folder of this machine, whole or not at all."""
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        for name, expected in json.loads(manifest)["files"].items():
+            path = partial / name
+            if not path.resolve().is_relative_to(partial.resolve()):
+                raise ArtifactError(f"{root}/{name}: lies outside the artifact")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.get_file(f"{root}/{name}", str(path))
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    raise ArtifactError(
+                        f"{root}/{name}: not the file that manifest.json names; if a new version "
+                        "is being put there, try again when it is whole"
+                    )
+        (partial / "manifest.json").write_bytes(manifest)
+        if not target.exists():  # else another process fetched the same version first
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def download(path: str, folder: Path) -> Path:

@@ -108,10 +108,18 @@ class Windows:
         tokenizer.no_truncation()
         return tokenizer
 
-    def tokens(self, texts: Sequence[str], special: bool = True) -> list[list[dict[str, Any]]]:
-        """Each text's sub-words, whole, with ids and characters [start, stop)."""
+    def tokens(
+        self, texts: Sequence[str], special: bool = True, most: int | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """Each text's sub-words, whole, with ids and characters [start, stop).
+
+        Raises:
+            TooMany: they are more than `most`.
+        """
         rows = []
-        for encoding in self.untruncated.encode_batch(list(texts), add_special_tokens=special):
+        encodings = self.untruncated.encode_batch(list(texts), add_special_tokens=special)
+        check_size(sum(map(len, encodings)), most)
+        for encoding in encodings:
             columns = (
                 encoding.ids,
                 encoding.tokens,
@@ -131,3 +139,12 @@ class Windows:
                 ]
             )
         return rows
+
+
+class TooMany(ValueError):
+    """Texts have more sub-words than may be taken at once."""
+
+
+def check_size(tokens: int, most: int | None) -> None:
+    if most is not None and tokens > most:
+        raise TooMany(f"the inputs have {tokens} tokens; at most {most} are taken")

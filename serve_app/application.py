@@ -10,11 +10,13 @@ from typing import Any
 
 import yaml
 
-from mtl_core.artifact import read_manifest
+from mtl_core.artifact import parse_manifest, read_manifest
 from mtl_core.config import ConfigError
+from mtl_core.runtime import usable_cpus
+from mtl_core.storage import version_of
 from serve_app import launch
 from serve_app.auth import KEYS_VARIABLE, Keys
-from serve_app.loaded import current_version, fetch
+from serve_app.loaded import fetch, manifest_of
 from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, parse_settings
 
 
@@ -88,10 +90,16 @@ def head_config(task: str, replicas: int) -> dict[str, Any]:
 def share_gpus(config: dict[str, Any], found: float, asked: float | None) -> None:
     """Give each encoder replica a GPU, or its share where there are fewer, for torch to run on.
 
+    A GPU that torch cannot use, without CUDA or with too old a driver, counts only if asked for.
+
     Raises:
-        ConfigError: more is asked for than this machine has, for which replicas would wait.
+        ConfigError: more is asked for than this machine has, for which replicas would wait, or
+            torch cannot use it.
     """
+    import torch
+
     encoder = config["applications"][0]
+    runtime = parse_settings(encoder["args"]).runtime
     (deployment,) = encoder["deployments"]
     replicas = deployment["num_replicas"]
     if asked is not None:
@@ -99,7 +107,9 @@ def share_gpus(config: dict[str, Any], found: float, asked: float | None) -> Non
             raise ConfigError(
                 f"--gpus {asked:g}: Ray finds {found:g} here, for {replicas} replicas"
             )
-    elif found and not parse_settings(encoder["args"]).runtime.startswith("openvino"):
+        if asked and not torch.cuda.is_available():
+            raise ConfigError(f"--gpus {asked:g}: PyTorch finds none that it can use here")
+    elif found and torch.cuda.is_available() and not runtime.startswith("openvino"):
         share = min(1.0, found / replicas)
         deployment["ray_actor_options"]["num_gpus"] = math.floor(share * 1e4) / 1e4
 
@@ -137,7 +147,7 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
     launch.set_environment(local=True)
     # Ray hands an encoder replica one CPU; here they may share all that the machine has.
     encoder = config["applications"][0]
-    share = max(1, (os.cpu_count() or 1) // options.encoder_replicas)
+    share = max(1, usable_cpus() // options.encoder_replicas)
     encoder["args"].setdefault("threads", share)
     url = local_url(options)
     print("starting Ray and the replicas …", flush=True)
@@ -185,7 +195,7 @@ def cpus_for(config: dict[str, Any]) -> int:
     """CPUs that Ray is told of: at least what the replicas ask for and room for a few heads."""
     deployments = [app["deployments"][0] for app in config["applications"]]
     asked: float = sum(d["num_replicas"] * d["ray_actor_options"]["num_cpus"] for d in deployments)
-    return max(os.cpu_count() or 1, math.ceil(asked + 0.5))
+    return max(usable_cpus(), math.ceil(asked + 0.5))
 
 
 class HeadWatcher:
@@ -208,10 +218,11 @@ class HeadWatcher:
         if self.in_process:
             return
         try:
-            version = current_version(self.artifact)
+            manifest = manifest_of(self.artifact)
+            version = version_of(manifest)
             if version == self.seen:
                 return
-            tasks = read_manifest(fetch(self.artifact), check_files=False).tasks
+            tasks = parse_manifest(manifest, self.artifact).tasks
             heads = [head_config(task, self.replicas) for task in tasks]
             new = [head for head in heads if head["name"] not in self.running]
             if new:

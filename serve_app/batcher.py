@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,20 @@ class Batcher:
             self.unanswered_tokens -= size
             for job in jobs:
                 job.future.cancel()
+
+    @contextmanager
+    def held(self, texts: int) -> Iterator[None]:
+        """Count texts as waiting while they are tokenised, which takes time and memory too.
+
+        Raises:
+            Overloaded: the queue is full.
+        """
+        self.check_room(texts)
+        self.unanswered += texts
+        try:
+            yield
+        finally:
+            self.unanswered -= texts
 
     def check_room(self, texts: int, tokens: int = 0) -> None:
         """Raise Overloaded unless so much more may wait; an idle replica takes any number."""

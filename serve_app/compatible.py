@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
@@ -85,11 +84,7 @@ class CompatibleRoutes:
         """The model's sub-words with their places in the text."""
         asked = await self.gate.parse(request, schemas.TokenizeRequest)
         texts = self.gate.texts(asked.inputs)
-        loop = asyncio.get_running_loop()
-        windows = self.service.model.stage.windows
-        return Reply(
-            await loop.run_in_executor(None, windows.tokens, texts, asked.add_special_tokens)
-        )
+        return Reply(await self.service.tokens(texts, asked.add_special_tokens))
 
     async def info(self, request: Request) -> Reply:
         """What is being served."""

@@ -7,7 +7,6 @@ the encoder's replicas. serve_config.yaml names `encoder_app` and `head_app`.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +15,8 @@ from ray import serve
 
 from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
+from mtl_core.errors import EncoderError
+from mtl_core.runtime import usable_cpus
 from serve_app.app import build_app
 from serve_app.auth import KEYS_VARIABLE, Keys
 from serve_app.errors import unavailable
@@ -36,6 +37,7 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's own lines for every call are left out: RequestLog says more and costs less."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 RETRY_REFUSED_S = 60.0
+READY_FOR_S = 1.0
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 10.0
 """A replica that died is replaced within seconds, before calls to it time out; one that hangs
 within half a minute."""
@@ -92,6 +94,10 @@ class EncoderReplica:
         self.watcher: asyncio.Task[None] | None = None
         self.refused = ("", 0.0)
         """The version that was refused last, and when to try it again."""
+        self.waiting: Loaded | None = None
+        """A version that is ready but for a head of its own."""
+        self.looking: asyncio.Task[None] | None = None
+        self.look_again = 0.0
 
     def __serve_build_asgi_app__(self) -> Any:
         gate = Gate(self.service, self.settings, self.keys, self.log)
@@ -121,9 +127,17 @@ class EncoderReplica:
             self._announce("loaded")
 
     async def check_ready(self) -> None:
-        """Raise ApiError unless every head answers."""
+        """Raise ApiError unless every head answers.
+
+        Anyone may ask, and it costs a pass: one look at a time, and a good one holds for a moment.
+        """
+        last = self.looking
+        if last is None or (last.done() and (last.exception() or time.time() > self.look_again)):
+            self.looking = asyncio.create_task(self.service.reach_heads(self.service.model))
+            self.look_again = time.time() + READY_FOR_S
+        assert self.looking is not None
         try:
-            await self.service.reach_heads(self.service.model)
+            await asyncio.shield(self.looking)
         except HeadUnavailable as error:
             raise unavailable(str(error)) from None
 
@@ -145,22 +159,28 @@ class EncoderReplica:
             return  # between two renames, or storage that does not answer: what is served stays
         refused, retry_at = self.refused
         if version == service.model.version or (version == refused and time.time() < retry_at):
+            self.waiting = None
             return
+        if self.waiting is None or self.waiting.version != version:
+            try:
+                self.waiting = await loop.run_in_executor(None, self._load, service.model)
+                await service.warm_up(self.waiting)
+            except Exception as error:
+                # Not for good: what failed may have been the storage.
+                self.waiting, self.refused = None, (version, time.time() + RETRY_REFUSED_S)
+                self.metrics.loads.labels("refused").inc()
+                known = isinstance(error, ArtifactError | ConfigError | EncoderError)
+                reason = str(error) if known else type(error).__name__
+                self.log.event("artifact refused", version=version, reason=reason)
+                if not known:
+                    self.log.error("artifact", error)
+                return
         try:
-            model = await loop.run_in_executor(None, self._load, service.model)
-            await service.warm_up(model)
-        except (ArtifactError, ConfigError) as error:
-            # Not for good: what failed may have been the storage.
-            self.refused = (version, time.time() + RETRY_REFUSED_S)
-            self.metrics.loads.labels("refused").inc()
-            self.log.event("artifact refused", version=version, reason=str(error))
-            return
-        try:
-            await service.reach_heads(model)
+            await service.reach_heads(self.waiting)
         except HeadUnavailable as error:
             self.log.event("artifact waits for a head", version=version, reason=str(error))
             return
-        service.model = model
+        service.model, self.waiting = self.waiting, None
         self._announce("taken up")
 
     def _announce(self, outcome: str) -> None:
@@ -183,7 +203,7 @@ def own_cpus() -> int:
 
     context = ray.get_runtime_context()
     asked = context.get_assigned_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
-    return int(asked) if asked >= 1 else (os.cpu_count() or 1)
+    return int(asked) if asked >= 1 else usable_cpus()
 
 
 def has_gpu() -> bool:

@@ -58,6 +58,9 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
     # A HAProxy that died is replaced after three checks: in seconds, not half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # Replicas log to files that Ray lets grow for ever unless it is told a size.
+    "RAY_ROTATION_MAX_BYTES": str(64 * 1024 * 1024),
+    "RAY_ROTATION_BACKUP_COUNT": "4",
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -34,13 +34,23 @@ class Loaded:
 
 def current_version(artifact: str) -> str:
     """The version that stands at a path or URL now, without fetching more than its manifest."""
+    return version_of(manifest_of(artifact))
+
+
+def manifest_of(artifact: str) -> bytes:
+    """The manifest.json that stands at a path or URL now.
+
+    Raises:
+        ArtifactError: none can be had.
+    """
     try:
         if "://" not in artifact:
-            return version_of((Path(artifact).expanduser() / "manifest.json").read_bytes())
+            return (Path(artifact).expanduser() / "manifest.json").read_bytes()
         from fsspec.core import url_to_fs
 
         files, root = url_to_fs(artifact)
-        return version_of(files.cat_file(f"{root}/manifest.json"))
+        found: bytes = files.cat_file(f"{root}/manifest.json")
+        return found
     except (OSError, ValueError, ImportError) as error:
         raise ArtifactError(f"{artifact}: no artifact: {error}") from error
 

@@ -14,7 +14,6 @@ from serve_app import schemas
 from serve_app.compatible import CompatibleRoutes
 from serve_app.errors import ApiError, unavailable
 from serve_app.gate import Gate, Reply
-from serve_app.loaded import Loaded
 from serve_app.openapi import Operation, documentation_page, openapi_document
 
 PAGE = Path(__file__).parent / "page"
@@ -42,7 +41,8 @@ class Routes:
         self.service = gate.service
         self.check_ready = check_ready
         self.operations = operations(self)
-        self.described: tuple[Loaded, dict[str, Any]] | None = None
+        self.described: tuple[str, dict[str, Any]] | None = None
+        """A version and its document."""
 
     # Our own routes
 
@@ -124,10 +124,10 @@ class Routes:
     def document(self) -> dict[str, Any]:
         """Of the tasks that are served now; they change with the artifact."""
         model = self.service.model
-        if self.described is None or self.described[0] is not model:
+        if self.described is None or self.described[0] != model.version:
             tasks = {task: head.level for task, head in model.heads.items()}
             document = openapi_document(self.operations, self.gate.keys.required, tasks)
-            self.described = model, document
+            self.described = model.version, document
         return self.described[1]
 
 

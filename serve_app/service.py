@@ -10,13 +10,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtl_core.answers import Features, Output, Prediction, SentenceOutput, TokenOutput
 from mtl_core.predictor import EncodingStage, unit
-from mtl_core.windows import Tokenized
+from mtl_core.windows import Tokenized, check_size
 from serve_app.batcher import Batch, Batcher, Job, fail
 from serve_app.heads import HeadCall, HeadUnavailable
 from serve_app.loaded import Loaded
@@ -141,17 +142,16 @@ class Service:
             Overloaded: too much waits already.
         """
         model = self.model
-        self.batcher.check_room(len(texts))
         started = time.perf_counter()
         split = model.stage.windows.split
-        if sum(map(len, texts)) > INLINE_CHARACTERS:
-            items = await asyncio.get_running_loop().run_in_executor(None, split, texts)
-        else:
-            items = split(texts)
+        with self.batcher.held(len(texts)):
+            if sum(map(len, texts)) > INLINE_CHARACTERS:
+                items = await asyncio.get_running_loop().run_in_executor(None, split, texts)
+            else:
+                items = split(texts)
         timings = Timings(tokenize=time.perf_counter() - started)
         size = sum(item.num_tokens for item in items)
-        if size > self.max_tokens:
-            raise TooMany(f"the inputs have {size} tokens; at most {self.max_tokens} are taken")
+        check_size(size, self.max_tokens)
         want_states = any(model.heads[task].level == "token" for task in tasks)
         pooled = vectors or not tasks
         cut = pooled or any(model.heads[task].level == "sentence" for task in tasks)
@@ -169,6 +169,17 @@ class Service:
         timings.heads = max(part.heads for part in parts)
         self._count(timings, len(texts))
         return Answer(model, parts, timings, beginnings)
+
+    async def tokens(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
+        """What `Windows.tokens` gives, within the limits of `answer`.
+
+        Raises:
+            TextError, TooMany, Overloaded: as `answer`.
+        """
+        windows, most = self.model.stage.windows, self.max_tokens
+        with self.batcher.held(len(texts)):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(None, windows.tokens, texts, special, most)
 
     async def warm_up(self, model: Loaded, text: str = "A sentence to warm up with.") -> None:
         """Run a model's encoder through shapes before it answers anybody; heads: `reach_heads`."""
@@ -277,10 +288,6 @@ class Service:
 
 class TooLong(ValueError):
     """A text is longer than the model reads."""
-
-
-class TooMany(ValueError):
-    """A request's texts have more sub-words than it may have."""
 
 
 def needed(features: Features, rows: Sequence[int], level: str) -> Features:

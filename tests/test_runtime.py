@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +171,19 @@ def test_an_encoder_is_converted_once(
 
 def never() -> Any:
     raise AssertionError("nothing may be loaded")
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"),
+    [("max 100000", 3), ("200000 100000", 2), ("900000 100000", 3), ("50000 100000", 1), ("", 3)],
+)
+def test_a_container_uses_the_cpus_it_is_given(
+    quota: str, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(runtimes, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    assert runtimes.usable_cpus() == cpus
 
 
 def test_torch_takes_the_threads_it_is_given(expert: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from mtl_core.artifact import ArtifactError
@@ -57,6 +60,36 @@ def test_missing_credentials_are_said_so(client: Any, monkeypatch: pytest.Monkey
     assert advice in refused("s3://bucket/runs")
     with pytest.raises(ArtifactError, match="Unable to locate credentials"):
         fetch("s3://bucket/runs/small/artifact")
+
+
+def test_a_copy_of_an_artifact_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path))
+    contents = {"encoder/model.safetensors": b"encoder", "heads/topic/head.json": b"head"}
+    store, root = fsspec.filesystem("memory"), f"/{tmp_path.name}"
+
+    def put(files: Mapping[str, bytes], hashed: Mapping[str, bytes]) -> None:
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in hashed.items()}
+        manifest = json.dumps({"files": hashes}).encode()
+        store.pipe({f"{root}/{n}": c for n, c in {**files, "manifest.json": manifest}.items()})
+
+    def fails(message: str) -> None:
+        with pytest.raises(ArtifactError, match=message):
+            fetch(f"memory:/{root}")
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    put({"encoder/model.safetensors": b"encoder"}, contents)
+    fails("heads/topic/head.json")
+    put({**contents, "heads/topic/head.json": b"that of the next version"}, contents)
+    fails("heads/topic/head.json: not the file that manifest.json names")
+    put({**contents, "../beside.json": b""}, {**contents, "../../beside.json": b""})
+    fails("beside.json: lies outside the artifact")
+    put(contents, contents)
+    folder = fetch(f"memory:/{root}")
+    assert {name: (folder / name).read_bytes() for name in contents} == contents
+    store.rm(f"{root}/encoder", recursive=True)
+    assert fetch(f"memory:/{root}") == folder
 
 
 def test_a_file_that_is_not_there_is_named(client: Any, tmp_path: Path) -> None:

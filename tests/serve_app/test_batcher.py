@@ -126,6 +126,17 @@ def test_a_text_larger_than_a_batch_goes_alone() -> None:
     ]
 
 
+def test_texts_count_as_waiting_while_they_are_tokenised() -> None:
+    async def scenario(batcher: Batcher, encoder: Encoder) -> None:
+        with batcher.held(9):
+            with pytest.raises(Overloaded):
+                await ask(batcher, "a", "b")
+            assert await ask(batcher, "a") == [["A"]]
+        assert await ask(batcher, "a", "b") == [["A", "B"]]
+
+    run(scenario, max_waiting=10)
+
+
 def test_a_request_that_is_cancelled_while_it_waits_is_not_encoded() -> None:
     async def scenario(batcher: Batcher, encoder: Encoder) -> None:
         first = await busy(batcher, encoder)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
@@ -215,8 +216,14 @@ def test_gpus_are_a_share_or_whole_ones(
     ],
 )
 def test_encoder_replicas_share_the_gpus_of_this_machine(
-    runtime: str, found: float, replicas: int, share: float, artifact: Path
+    runtime: str,
+    found: float,
+    replicas: int,
+    share: float,
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     deployment = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 1.0, "num_gpus": 0}}
     args = {"artifact": str(artifact), "runtime": runtime}
     config = {"applications": [{"args": args, "deployments": [deployment]}]}
@@ -224,6 +231,12 @@ def test_encoder_replicas_share_the_gpus_of_this_machine(
     assert deployment["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": share}
     with pytest.raises(ConfigError, match=f"--gpus 5: Ray finds {found} here"):
         share_gpus(config, found, 5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    deployment["ray_actor_options"]["num_gpus"] = 0
+    share_gpus(config, found, None)
+    assert deployment["ray_actor_options"]["num_gpus"] == 0
+    with pytest.raises(ConfigError, match=r"--gpus 0\.1: PyTorch finds none that it can use"):
+        share_gpus(config, 8, 0.1)
 
 
 def resources(application: dict[str, Any]) -> dict[str, Any]:

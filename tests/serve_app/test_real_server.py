@@ -159,25 +159,31 @@ def test_an_id_is_given_back_and_logged_and_texts_are_not(server: RealServer) ->
     assert given.headers["x-request-id"] == "mine-42"
     made = call(f"{server.url}/v1/predict", {"inputs": SECRET}).headers["x-request-id"]
     assert len(made) > 8
-    folder = session_folder(server) / "logs"
-    written = [
-        path.read_text(encoding="utf-8", errors="replace")
-        for path in folder.rglob("*")
-        if path.is_file()
-    ]
-    rows = [
-        json.loads(line)
-        for text in written
-        for line in text.splitlines()
-        if line.startswith('{"time":')
-    ]
-    by_id = {row["id"]: row for row in rows if "route" in row}
+    written = logs(server)
+    by_id = {row["id"]: row for text in written for row in rows(text) if "route" in row}
     for identifier in ("mine-42", made):
         assert by_id[identifier]["route"] == "/v1/predict"
         assert by_id[identifier]["status"] == 200
     everything = "\n".join([*written, server.log.read_text(encoding="utf-8")])
     for piece in ("Lopez", "told", "東京"):
         assert piece not in everything
+
+
+def test_a_replica_is_asked_only_when_its_artifact_is_loaded_and_warm(server: RealServer) -> None:
+    assert call(f"{server.url}/health").status == 200
+    (encoder,) = [found for found in map(rows, logs(server)) if any("route" in r for r in found)]
+    assert encoder[0]["event"] == "artifact loaded"
+
+
+def logs(server: RealServer) -> list[str]:
+    """Every log file of the server's Ray."""
+    files = [path for path in (session_folder(server) / "logs").rglob("*") if path.is_file()]
+    return [path.read_text(encoding="utf-8", errors="replace") for path in files]
+
+
+def rows(log: str) -> list[dict[str, Any]]:
+    """A replica's own lines."""
+    return [json.loads(line) for line in log.splitlines() if line.startswith('{"time":')]
 
 
 def session_folder(server: RealServer) -> Path:

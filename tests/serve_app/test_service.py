@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,17 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from mtl_core import answers
 from mtl_core.answers import Features, Output
 from mtl_core.predictor import Predictor
-from serve_app import heads
+from serve_app import deployments, heads
+from serve_app.batcher import Overloaded
+from serve_app.deployments import EncoderReplica
+from serve_app.errors import ApiError
 from serve_app.heads import HeadReplica, HeadUnavailable, LocalHead, RemoteHead, StoredHead
 from serve_app.loaded import Loaded, load_artifact
 from serve_app.metrics import Metrics
-from serve_app.service import Service
+from serve_app.service import INLINE_CHARACTERS, Service
 from serve_app.settings import Settings
 from tests.servers import call, local_server
 
@@ -132,6 +138,166 @@ def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: Loaded
     tokens = [item.num_tokens for item in model.stage.windows.split(["Maria"])]
     assert entities.lengths.tolist() == [len(entities.states)]
     assert 1 <= len(entities.states) <= tokens[0]
+
+
+class Watched:
+    """A runtime that notes which threads run it."""
+
+    def __init__(self, runtime: Any, threads: set[int]) -> None:
+        self.runtime = runtime
+        self.threads = threads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runtime, name)
+
+    def __call__(self, layouts: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        return self.runtime(layouts)
+
+
+def test_no_model_runs_on_the_event_loop(model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding: set[int] = set()
+    judging: set[int] = set()
+
+    def run_head(*arguments: Any) -> Output:
+        judging.add(threading.get_ident())
+        return answers.run_head(*arguments)
+
+    monkeypatch.setattr(heads, "run_head", run_head)
+    monkeypatch.setattr(model.stage, "runtime", Watched(model.stage.runtime, encoding))
+    service = Service(model, lambda _: LocalHead(), Metrics("test"), SETTINGS)
+
+    async def all_that_runs_them() -> int:
+        await service.warm_up(model)
+        await service.reach_heads(model)
+        await asyncio.gather(*[ask(service) for _ in range(4)])
+        return threading.get_ident()
+
+    loop = asyncio.run(all_that_runs_them())
+    assert len(encoding) == 1
+    assert len(judging) == len(TASKS)
+    assert loop not in encoding | judging
+
+
+def test_texts_that_are_being_tokenised_count_as_waiting(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, split = threading.Event(), model.stage.windows.split
+
+    def slow(texts: Any) -> Any:
+        assert gate.wait(10)
+        return split(texts)
+
+    monkeypatch.setattr(model.stage.windows, "split", slow)
+    narrow = Settings(artifact="", max_waiting=1)
+    service = Service(model, lambda _: LocalHead(), Metrics("test"), narrow)
+    long = "a long text " * INLINE_CHARACTERS
+
+    async def crowd() -> None:
+        first = asyncio.create_task(service.answer([long], ["mood"]))
+        await asyncio.sleep(0.01)
+        for another in (service.answer([long], ["mood"]), service.tokens([long], True)):
+            with pytest.raises(Overloaded):
+                await another
+        gate.set()
+        assert not (await first).failures
+        assert await service.tokens(["a"], True)
+
+    asyncio.run(crowd())
+
+
+@pytest.fixture
+def replica(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> EncoderReplica:
+    """As Serve makes it, with heads that answer."""
+    for name, found in {"replica_name": "test", "exposed_host": None, "has_gpu": False}.items():
+        monkeypatch.setattr(deployments, name, lambda found=found: found)
+    made = EncoderReplica(artifact=str(artifact), runtime="torch-fp32", threads=1)
+    made.service.head_call = lambda _: LocalHead()
+    return made
+
+
+def test_a_replica_is_warm_when_serve_finds_it_healthy(replica: EncoderReplica) -> None:
+    encoded = replica.service.model.stage
+    assert encoded.num_windows == 0
+
+    async def looked_at_twice() -> None:
+        await replica.check_health()
+        warm = encoded.num_windows
+        assert warm >= 1 + 4 + 16
+        await replica.check_health()
+        assert encoded.num_windows == warm
+        assert replica.watcher is not None
+        replica.watcher.cancel()
+
+    asyncio.run(looked_at_twice())
+
+
+def test_whoever_asks_whether_it_is_ready_a_replica_looks_once(replica: EncoderReplica) -> None:
+    encoded = replica.service.model.stage
+
+    async def asked() -> None:
+        await asyncio.gather(*[replica.check_ready() for _ in range(50)])
+        await replica.check_ready()
+        assert encoded.num_windows == 1
+        replica.service.calls.clear()
+        replica.service.head_call = head_calls(Raising())
+        replica.look_again = 0.0
+        for number in (2, 3):  # a bad look does not hold
+            with pytest.raises(ApiError):
+                await replica.check_ready()
+            assert encoded.num_windows == number
+
+    asyncio.run(asked())
+
+
+def test_a_version_that_cannot_be_loaded_is_left_alone_for_a_while(
+    replica: EncoderReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, served = [], replica.service.model
+
+    def load(previous: Loaded) -> Loaded:
+        loads.append(previous)
+        raise MemoryError("no room for a second encoder")
+
+    monkeypatch.setattr(replica, "_load", load)
+    monkeypatch.setattr(deployments, "current_version", lambda _: "next")
+
+    async def looked() -> None:
+        for _ in range(3):
+            await replica._refresh(asyncio.get_running_loop())
+
+    asyncio.run(looked())
+    assert len(loads) == 1
+    assert replica.service.model is served
+    assert value(replica.metrics, "mtl_artifact_loads_total", outcome="refused") == 1
+
+
+def test_a_version_that_waits_for_a_head_is_loaded_once(
+    replica: EncoderReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, served = [], replica.service.model
+    following = dataclasses.replace(served, version="next")
+
+    def load(previous: Loaded) -> Loaded:
+        loads.append(previous)
+        return following
+
+    monkeypatch.setattr(replica, "_load", load)
+    monkeypatch.setattr(deployments, "current_version", lambda _: "next")
+
+    async def looked() -> None:
+        replica.service.head_call = head_calls(Raising())
+        for _ in range(3):
+            await replica._refresh(asyncio.get_running_loop())
+        assert replica.service.model is served
+        replica.service.calls.clear()
+        replica.service.head_call = lambda _: LocalHead()
+        await replica._refresh(asyncio.get_running_loop())
+        assert replica.service.model is following
+
+    asyncio.run(looked())
+    assert len(loads) == 1
+    assert replica.waiting is None
 
 
 ONE_THREAD = """
