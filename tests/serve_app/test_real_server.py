@@ -171,8 +171,9 @@ def test_an_id_is_given_back_and_logged_and_texts_are_not(server: RealServer) ->
 
 def test_a_replica_is_asked_only_when_its_artifact_is_loaded_and_warm(server: RealServer) -> None:
     assert call(f"{server.url}/health").status == 200
-    (encoder,) = [found for found in map(rows, logs(server)) if any("route" in r for r in found)]
-    assert encoder[0]["event"] == "artifact loaded"
+    asked = [found for found in map(rows, logs(server)) if any("route" in row for row in found)]
+    assert asked
+    assert all(replica[0]["event"] == "artifact loaded" for replica in asked)
 
 
 def logs(server: RealServer) -> list[str]:
@@ -213,10 +214,22 @@ def test_nothing_runs_that_only_a_cluster_needs(server: RealServer) -> None:
 
 @pytest.fixture(scope="module")
 def second(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    """Another server on the same machine."""
+    """Another server on the same machine, with short logs."""
     folder = tmp_path_factory.mktemp("second")
-    with real_server(artifact, folder, "--set", "runtime=torch-fp32") as running:
+    env = {"RAY_ROTATION_MAX_BYTES": "4000", "RAY_ROTATION_BACKUP_COUNT": "2"}
+    with real_server(artifact, folder, "--set", "runtime=torch-fp32", env=env) as running:
         yield running
+
+
+def test_a_log_of_requests_does_not_grow_for_ever(second: RealServer) -> None:
+    for _ in range(150):
+        assert call(f"{second.url}/health").status == 200
+    deadline = time.monotonic() + 10
+    while sum(map(len, map(rows, logs(second)))) > 90 and time.monotonic() < deadline:
+        time.sleep(0.2)  # the oldest goes when the third file is full
+    sizes = [len(text) for text in logs(second) if rows(text)]
+    assert len(sizes) == 1 + 2
+    assert max(sizes) <= 4000
 
 
 def test_a_second_server_on_the_machine_shares_no_port_with_the_first(
