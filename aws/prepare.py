@@ -156,7 +156,7 @@ def once(call: Callable[..., Any], but: tuple[str, ...] = (), /, **arguments: An
 
 
 def make_bucket(session: Any, bucket: str) -> None:
-    """A bucket that nobody else can read, and whose torn uploads vanish."""
+    """A bucket that nobody else can read, and whose torn uploads vanish; its own rules stay."""
     s3, region = session.client("s3"), session.region_name
     place = {} if region == "us-east-1" else {"LocationConstraint": region}
     more = {"CreateBucketConfiguration": place} if place else {}
@@ -167,7 +167,10 @@ def make_bucket(session: Any, bucket: str) -> None:
     )
     torn = {"DaysAfterInitiation": 2}
     rule = {"ID": "torn-uploads", "Status": "Enabled", "Filter": {"Prefix": ""}}
-    rules = [{**rule, "AbortIncompleteMultipartUpload": torn}]
+    none = ("NoSuchLifecycleConfiguration",)
+    found = once(s3.get_bucket_lifecycle_configuration, none, Bucket=bucket) or {"Rules": []}
+    rules = [each for each in found["Rules"] if each.get("ID") != rule["ID"]]
+    rules.append({**rule, "AbortIncompleteMultipartUpload": torn})
     s3.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": rules})
 
 
@@ -186,7 +189,8 @@ def make_role(session: Any, role: str, documents: dict[str, str]) -> None:
 def make_security_group(session: Any, ssh_from: str) -> None:
     """Machines reach each other, `ssh_from` reaches port 22, and nobody anything else.
 
-    Ray would open port 22 to the world, but leaves a group alone that has rules.
+    Ray would open port 22 to the world, but leaves a group alone that has rules. What else the
+    group lets in, as the range of an earlier call, is shut.
     """
     ec2 = session.client("ec2")
     vpcs = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
@@ -209,6 +213,17 @@ def make_security_group(session: Any, ssh_from: str) -> None:
     inside = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
     for rule in (ssh, inside):
         once(ec2.authorize_security_group_ingress, GroupId=group, IpPermissions=[rule])
+    of_group = [{"Name": "group-id", "Values": [group]}]
+    stale = [
+        rule["SecurityGroupRuleId"]
+        for rule in ec2.describe_security_group_rules(Filters=of_group)["SecurityGroupRules"]
+        if not rule["IsEgress"]
+        and (rule["FromPort"], rule.get("CidrIpv4")) != (22, ssh_from)
+        and rule.get("ReferencedGroupInfo", {}).get("GroupId") != group
+    ]
+    if stale:
+        ec2.revoke_security_group_ingress(GroupId=group, SecurityGroupRuleIds=stale)
+        print(f"shut what else was let into {NAME}")
 
 
 def make_secrets(folder: Path) -> None:

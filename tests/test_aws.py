@@ -85,6 +85,10 @@ def asked() -> Iterator[list[str]]:
         yield asked
 
 
+EXPIRES = {"ID": "logs", "Filter": {"Prefix": "logs/"}, "Expiration": {"Days": 7}}
+"""A rule that the bucket had."""
+
+
 @pytest.fixture(scope="module")
 def account(asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Account:
     import boto3
@@ -94,8 +98,13 @@ def account(asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Accou
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("HOME", str(account.folder))
-        for _ in range(2):
-            prepare.prepare(read(), "my-runs", "203.0.113.7/32")
+        bucket, expires = boto3.client("s3", "us-east-1"), {**EXPIRES, "Status": "Enabled"}
+        bucket.create_bucket(Bucket="my-runs")
+        bucket.put_bucket_lifecycle_configuration(
+            Bucket="my-runs", LifecycleConfiguration={"Rules": [expires]}
+        )
+        for address in ("198.51.100.0/24", "203.0.113.7/32"):
+            prepare.prepare(read(), "my-runs", address)
             files = (account.folder / ".multitask-ray").iterdir()
             account.secrets.append({file.name: file.read_text() for file in files})
         account.said = said.getvalue()
@@ -272,7 +281,17 @@ def test_nothing_but_ssh_from_one_address_is_open(account: Account) -> None:
         if rule["IpRanges"] or rule.get("Ipv6Ranges")
     ]
     assert opened == [(22, 22, ["203.0.113.7/32"])]
+    assert "shut what else was let into" in account.said
     assert "--dashboard-host=127.0.0.1" in read()["head_start_ray_commands"][-1]
+
+
+def test_a_bucket_keeps_its_own_rules(account: Account) -> None:
+    import boto3
+
+    bucket = boto3.client("s3", "us-east-1")
+    rules = bucket.get_bucket_lifecycle_configuration(Bucket="my-runs")["Rules"]
+    assert [rule["ID"] for rule in rules] == ["logs", "torn-uploads"]
+    assert rules[0]["Expiration"] == EXPIRES["Expiration"]
 
 
 def test_secrets_are_the_owner_s_alone_and_stay(account: Account) -> None:
