@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mtl_core.data.cache import cache_root
 from mtl_core.runtime import INT8_FOLDER
+from mtl_core.storage import version_of
 
 CONFIG = "train_jobs/configs/demo.yaml"
 MAX_LENGTH = 256
@@ -28,7 +29,8 @@ def demo_artifact() -> Path:
 
 def int8_artifact(artifact: Path) -> Path:
     """A copy of the artifact with the int8 encoder that serve_app.optimize makes and checks."""
-    copy = cache_root() / "bench" / "int8" / artifact.parent.name
+    version = version_of((artifact / "manifest.json").read_bytes())
+    copy = cache_root() / "bench" / "int8" / version
     if not (copy / INT8_FOLDER).is_dir():
         shutil.copytree(artifact, copy, dirs_exist_ok=True)
         command = [sys.executable, "-m", "serve_app.optimize", "--artifact", str(copy)]

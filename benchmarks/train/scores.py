@@ -99,7 +99,8 @@ def peer(contender: Contender, data: Data, epochs: int, seed: int, folder: Path)
         return scored(data.splits[split], found["intent"], found["tags"], names)
 
     after = [Epoch(row["seconds"], *score("validation", row["epoch"])) for row in told]
-    return Run(after, *score("test", epochs))
+    best = max(zip(after, told, strict=True), key=lambda pair: pair[0].intent + pair[0].slots)
+    return Run(after, *score("test", best[1]["epoch"]))
 
 
 def scored(
