@@ -174,7 +174,7 @@ def _check_shape(manifest: Manifest, origin: str) -> None:
 
 
 def load_parts(
-    folder: str | Path, max_length: int | None = None
+    folder: str | Path, max_length: int | None = None, dropout: float | None = None
 ) -> tuple[SentenceEncoder, dict[str, Head]]:
     """Encoder and heads of an artifact, in eval mode, after checking every file.
 
@@ -183,18 +183,22 @@ def load_parts(
     """
     manifest = read_manifest(folder)
     root = Path(folder)
-    encoder = load_encoder(root, manifest, max_length)
+    encoder = load_encoder(root, manifest, max_length, dropout)
     return encoder, {task: load_head(root / "heads" / task) for task in manifest.tasks}
 
 
 def load_encoder(
-    folder: Path, manifest: Manifest, max_length: int | None = None
+    folder: Path,
+    manifest: Manifest,
+    max_length: int | None = None,
+    dropout: float | None = None,
 ) -> SentenceEncoder:
     """The encoder of an artifact whose files were checked, in eval mode."""
     config = EncoderConfig(
         model=str(folder / "encoder"),
         pooling=manifest.encoder["pooling"],
         max_length=max_length or manifest.encoder["max_length"],
+        dropout=dropout,
     )
     return SentenceEncoder.load(config).eval()
 

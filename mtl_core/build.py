@@ -74,7 +74,9 @@ def fit_to_data(model: MultiTaskModel, experiment: Experiment, train: EncodedSpl
 
 def _start_from(experiment: Experiment, artifact: str) -> tuple[SentenceEncoder, dict[str, Head]]:
     """An artifact's encoder and heads; heads that this run does not train must stay true."""
-    encoder, carried = load_parts(artifact, experiment.encoder.max_length)
+    encoder, carried = load_parts(
+        artifact, experiment.encoder.max_length, experiment.encoder.dropout
+    )
     kept = [name for name in carried if name not in experiment.tasks]
     if kept and not experiment.freeze.encoder:
         raise ArtifactError(

@@ -34,6 +34,19 @@ def test_encoder_and_heads_go_on_from_the_artifact(artifact: Path) -> None:
     assert not changed(weights(load_model(artifact)), weights(build_model(config, LABELS)))
 
 
+def test_dropout_is_the_experiment_s_if_it_names_one(artifact: Path) -> None:
+    config = start_from(artifact, set(LABELS))
+    for dropout in (0.0, 0.37):
+        encoder = config.encoder.model_copy(update={"dropout": dropout})
+        model = build_model(config.model_copy(update={"encoder": encoder}), LABELS)
+        rates = {
+            module.p
+            for module in model.encoder.transformer.modules()
+            if isinstance(module, torch.nn.Dropout)
+        }
+        assert rates == {dropout}
+
+
 def test_a_head_of_other_labels_or_another_form_starts_anew(artifact: Path) -> None:
     old = load_model(artifact)
     config = start_from(artifact, set(LABELS))
