@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import load, save_file
 
 from mtl_core.config import ConfigError, EncoderConfig, Experiment, TaskConfig, load_experiment
-from mtl_core.encoder import SentenceEncoder, declared_pooling, file_sha256
+from mtl_core.encoder import POOLING_FILE, SentenceEncoder, declared_pooling, file_sha256
 from mtl_core.errors import ArtifactError as ArtifactError
 from mtl_core.folders import atomic_folder as atomic_folder
 from mtl_core.folders import copy_tree as copy_tree
@@ -224,7 +224,7 @@ def describe_encoder(folder: Path, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "sha256": file_sha256(min(encoder.glob("*.safetensors"))),
-        "pooling": declared_pooling(encoder),
+        "pooling": declared_pooling(encoder / POOLING_FILE),
         "dimension": config.get("hidden_size") or config["dim"],
         "max_length": window["max_seq_length"],
     }

