@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 from mtl_core.artifact import load_config, read_manifest
@@ -147,8 +148,11 @@ def prepare_scored(
     tasks = {
         task: TaskConfig(kind=info["kind"], labels=labels[task]) for task, info in known.items()
     }
-    single: Split = "train" if sources is None else split
-    corpus = read_corpus(given, tasks, experiment.seed, [split], single)
+    if sources is None and experiment.training.shard_texts is not None:
+        corpus = _cut_corpus(experiment, split, limit)
+    else:
+        single: Split = "train" if sources is None else split
+        corpus = read_corpus(given, tasks, experiment.seed, [split], single)
     if limit is not None:
         corpus.splits[split] = corpus.splits[split][:limit]
     if not corpus.splits[split]:
@@ -159,6 +163,17 @@ def prepare_scored(
     check_labels(corpus, tasks, labels)
     start = experiment.model_copy(update={"tasks": tasks, "init_from": str(artifact)})
     return labels, encode(corpus, start, labels).splits[split]
+
+
+def _cut_corpus(experiment: Experiment, split: Split, limit: int | None) -> Corpus:
+    """One split of an experiment with shards, as its training cut it; of train up to `limit`."""
+    sharded = ShardedCorpus(experiment)
+    shards, corpus = sharded.cut()
+    if split == "train":
+        numbers = range(shards.count)
+        rows = chain.from_iterable(sharded.read(shards, number) for number in numbers)
+        corpus.splits["train"] = list(islice(rows, limit))
+    return replace(corpus, splits={split: corpus.splits[split]})
 
 
 def with_known_labels(experiment: Experiment, corpus: Corpus) -> Mapping[str, TaskConfig]:

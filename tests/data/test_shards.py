@@ -18,11 +18,12 @@ import torch
 from mtl_core.config import ConfigError, Experiment, parse_experiment
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.examples import DataError
-from mtl_core.data.prepare import Data, prepare, reopen
+from mtl_core.data.prepare import Data, prepare, prepare_scored, reopen
 from mtl_core.data.shards import ShardLoader
 from mtl_core.encoder import tokenizer_of
 from mtl_core.world import World
 from tests.commands import ROOT
+from tests.small_runs import begin, write_artifact
 
 ROWS = [{"text": f"line {i}", "label": "abc"[i % 3]} for i in range(1, 501)]
 COLUMNS = {"text": "text", "t": "label"}
@@ -170,6 +171,22 @@ def test_another_process_finds_the_same_shards_with_and_without_a_cache(
     monkeypatch.setenv("MTL_CACHE", str(tmp_path / "third"))
     with pytest.raises(DataError, match="differ from those that the run's driver found"):
         reopen(chosen, data.labels, data.keys)
+
+
+def test_an_artifact_is_scored_on_what_its_training_held_out(encoder: Path, tmp_path: Path) -> None:
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
+    data = prepare(chosen)
+    artifact = write_artifact(begin(chosen, data).model, chosen, tmp_path / "artifact")
+    _, validation = prepare_scored(artifact, "validation")
+    assert texts(validation, chosen) == texts(data.splits["validation"], chosen)
+    _, train = prepare_scored(artifact, "train")
+    trained = sum((texts(shard, chosen) for shard in shards(chosen, data)), Counter())
+    assert texts(train, chosen) == trained
+    _, few = prepare_scored(artifact, "train", limit=3)
+    assert len(few) == 3
+    assert not texts(few, chosen) - trained
+    with pytest.raises(DataError, match="no labelled rows in test"):
+        prepare_scored(artifact, "test")
 
 
 def test_epochs_go_through_all_shards_in_orders_of_their_own(encoder: Path, tmp_path: Path) -> None:
