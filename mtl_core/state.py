@@ -6,6 +6,7 @@ Only what learns at some time of the run is stored; the rest comes from the same
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
 class TrainState:
     """A model in training; None as optimiser when nothing learns."""
 
-    def __init__(self, model: MultiTaskModel, experiment: Experiment) -> None:
+    def __init__(
+        self, model: MultiTaskModel, experiment: Experiment, train_key: str | None = None
+    ) -> None:
         self.model = model
+        self.train_key = train_key
+        """Of the training texts, as `Data` has it; without one a checkpoint of any is taken up."""
         self.optimizer = build_optimizer(
             model, experiment.optim, experiment.freeze, experiment.training.epochs
         )
@@ -91,6 +96,8 @@ class TrainState:
             "best_epoch": self.best_epoch,
             "best_score": self.best_score if self.best else None,
             "learned_rows": learned_rows(self.model.encoder.transformer),
+            "train_key": self.train_key,
+            "labels": self._labels(),
         }
         (folder / FILES[2]).write_text(json.dumps(progress, indent=2))
 
@@ -99,15 +106,11 @@ class TrainState:
         """Take up what `save` wrote, on whatever device the model is.
 
         Raises:
-            DataError: the training texts are not those of the checkpoint.
+            DataError: the labels or the training texts are not those of the checkpoint.
         """
         assert self.optimizer is not None
         progress = json.loads((folder / FILES[2]).read_text())
-        if progress["learned_rows"] != learned_rows(self.model.encoder.transformer):
-            raise DataError(
-                "the training texts have changed since the checkpoint: other words learn now; "
-                "put them back, or start a run of another name"
-            )
+        self._check_data(progress)
         tensors = load_file(folder / FILES[0])
         moments = load_file(folder / FILES[1])
         for name, tensor in self.remembered().items():
@@ -130,6 +133,23 @@ class TrainState:
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }
+
+    def _labels(self) -> dict[str, list[str]]:
+        return {task: list(head.labels) for task, head in self.model.head_items}
+
+    def _check_data(self, progress: Mapping[str, Any]) -> None:
+        """Raise DataError unless a checkpoint fits the data; old ones tell no key and no labels."""
+        fix = "put them back, or start a run of another name"
+        labels = self._labels()
+        for task, known in progress.get("labels", labels).items():
+            if labels.get(task) != known:
+                raise DataError(
+                    f"the labels of task {task!r} have changed since the checkpoint; {fix}"
+                )
+        keys = {progress.get("train_key"), self.train_key} - {None}
+        rows = learned_rows(self.model.encoder.transformer)
+        if len(keys) > 1 or progress["learned_rows"] != rows:
+            raise DataError(f"the training texts have changed since the checkpoint; {fix}")
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -136,7 +136,7 @@ def begin(config: Experiment, encoded: Data) -> TrainState:
     """A model that has learned nothing yet."""
     model = build_model(config, encoded.labels)
     fit_to_data(model, config, encoded.splits.get("train"))
-    return TrainState(model, config)
+    return TrainState(model, config, encoded.keys["train"])
 
 
 def train(

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mtl_core.data.examples import DataError
+from mtl_core.data.examples import Corpus, DataError
+from mtl_core.data.prepare import encode
 from mtl_core.loop import fit
 from mtl_core.state import TrainState
-from tests.small_runs import begin, changed, data, experiment, weights
+from tests.small_runs import LABELS, begin, changed, data, examples, experiment, weights
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,39 @@ def test_a_checkpoint_of_other_training_texts_is_refused(bert: Path, tmp_path: P
     with pytest.raises(DataError, match="training texts have changed"):
         other.load(tmp_path)
     assert not changed(before, weights(other.model))
+
+
+def test_the_order_of_the_texts_counts_too_and_where_the_table_is_frozen(
+    bert: Path, tmp_path: Path
+) -> None:
+    half_way(bert, freeze={"encoder": True}).save(tmp_path)
+    config = experiment(bert, freeze={"encoder": True})
+    turned = encode(Corpus({"train": examples(0, 40)[::-1]}, {}, {}), config, LABELS)
+    with pytest.raises(DataError, match=r"training texts have changed.*put them back"):
+        begin(config, turned).load(tmp_path)
+    begin(config, data(config)).load(tmp_path)
+
+
+def test_a_checkpoint_of_other_labels_is_refused(bert: Path, tmp_path: Path) -> None:
+    half_way(bert).save(tmp_path)
+    config = experiment(bert)
+    renamed = LABELS | {"mood": ("good", "late", "bad")}
+    corpus = Corpus({"train": examples(0, 40)}, {}, {})
+    with pytest.raises(DataError, match=r"labels of task 'mood' have changed.*put them back"):
+        begin(config, encode(corpus, config, renamed)).load(tmp_path)
+
+
+def test_a_checkpoint_that_tells_neither_texts_nor_labels_is_taken_up(
+    bert: Path, tmp_path: Path
+) -> None:
+    half_way(bert).save(tmp_path)
+    path = tmp_path / "progress.json"
+    progress = json.loads(path.read_text())
+    old = {name: progress[name] for name in progress.keys() - {"train_key", "labels"}}
+    path.write_text(json.dumps(old))
+    state = half_way(bert, steps=0)
+    state.load(tmp_path)
+    assert state.step == 13
 
 
 def test_a_checkpoint_is_safetensors_and_json(bert: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def train_worker(config: dict[str, Any]) -> None:
         data = reopen(experiment, config["labels"], config["keys"])
         model = build_model(experiment, data.labels).to(world.device)
         fit_to_data(model, experiment, data.splits.get("train"))
-        state = TrainState(model, experiment)
+        state = TrainState(model, experiment, data.keys["train"])
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 if (Path(folder) / RESULT).exists():
