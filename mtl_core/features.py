@@ -106,7 +106,9 @@ def build_cache(
     with path.with_suffix(".lock").open("w") as lock:
         with suppress(OSError):  # a file system without locks only costs the work twice
             fcntl.lockf(lock, fcntl.LOCK_EX)
-        if not path.is_file():
+            for left in path.parent.glob(f"{path.stem}.*.partial.npy"):  # by one that was killed
+                left.unlink()
+        if not is_built(path):
             yield from _write_states(model, split, path, depth, device, dtype, autocast)
 
 
@@ -147,11 +149,18 @@ def _write_states(
         partial.unlink(missing_ok=True)
 
 
+def is_built(path: Path) -> bool:
+    """Whether the cache at `path` is there, and as long as it says."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError):
+        return False
+    return True
+
+
 def open_cache(path: Path, depth: int) -> FeatureCache | None:
     """The cache at `path` if it has been built."""
-    if not path.is_file():
-        return None
-    return FeatureCache(path, depth)
+    return FeatureCache(path, depth) if is_built(path) else None
 
 
 @torch.no_grad()

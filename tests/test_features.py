@@ -191,9 +191,13 @@ def test_a_build_that_stops_halfway_leaves_no_file(
 def test_two_builds_of_one_cache_at_once_both_succeed(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def without_locks(*_: Any) -> None:
+        raise OSError
+
     model = model_of(folders["bert"])
     split = split_for(model)
     monkeypatch.setattr(features, "evaluation_batches", lambda s: evaluation_batches(s, 32))
+    monkeypatch.setattr(features.fcntl, "lockf", without_locks)
     path = tmp_path / "states.npy"
     arguments: Any = (model, split, path, 3, CPU, np.dtype("float32"), False)
     slow, fast = features.build_cache(*arguments), features.build_cache(*arguments)
@@ -204,6 +208,32 @@ def test_two_builds_of_one_cache_at_once_both_succeed(
     list(slow)
     assert np.array_equal(np.load(path), finished)
     assert list(tmp_path.glob("*.npy")) == [path]
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_a_file_that_was_cut_off_counts_as_none_and_is_written_again(
+    share: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = model_of(folders["bert"])
+    split = split_for(model)
+    path = tmp_path / "states.npy"
+    whole = build(model, split, path, 3).tokens(0, 50)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert features.open_cache(path, 3) is None
+    np.testing.assert_array_equal(build(model, split, path, 3).tokens(0, 50), whole)
+    assert path.read_bytes() == content
+
+
+def test_what_a_killed_build_left_goes_with_the_next_build_of_the_same_states(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("states.0a1b2c3d.partial.npy", "others.0a1b2c3d.partial.npy"):
+        (tmp_path / name).write_bytes(b"half")
+    model = model_of(folders["bert"])
+    build(model, split_for(model), tmp_path / "states.npy", 3)
+    found = {path.name for path in tmp_path.glob("*.npy")}
+    assert found == {"states.npy", "others.0a1b2c3d.partial.npy"}
 
 
 def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_built(

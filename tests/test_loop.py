@@ -512,6 +512,20 @@ def test_a_frozen_encoder_keeps_its_bytes_and_reads_every_text_once(
     assert not changed(weights(state.model), weights(again.model))
 
 
+def test_states_that_were_cut_off_on_disk_are_computed_again(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path))
+    config = experiment(bert, freeze={"encoder": True}, training={"epochs": 1})
+    encoded = data(config)
+    first, _ = train(config, encoded)
+    for path in (tmp_path / "features").glob("*.npy"):
+        os.truncate(path, path.stat().st_size - 1)
+    again, _ = train(config, encoded)
+    assert again.model.encoder.num_passes == first.model.encoder.num_passes
+    assert not changed(weights(first.model), weights(again.model))
+
+
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"])
 @pytest.mark.parametrize("freeze", [{"encoder": True}, {"layers": 2}], ids=["encoder", "2 layers"])
 def test_cached_features_train_what_the_whole_encoder_trains(

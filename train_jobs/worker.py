@@ -152,7 +152,7 @@ def _exact_states(
             continue
         exact = np.dtype(np.float32)
         path = features.cache_file(model, data.keys[name], depth, exact)
-        if world.local_rank == 0 and not path.is_file():
+        if world.local_rank == 0 and not features.is_built(path):
             for _ in features.build_cache(model, split, path, depth, world.device, exact, False):
                 pass
         world.barrier()
