@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -104,7 +105,7 @@ def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> D
     """What `prepare` made, in another process: mapped if it is on this machine, else made again.
 
     Raises:
-        DataError: rows of a sharded corpus are not those that `prepare` found.
+        DataError: rows are not those that `prepare` found.
     """
     sharded = experiment.training.shard_texts is not None
     shards = Shards.load(keys["train"]) if sharded else None
@@ -115,11 +116,17 @@ def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> D
         return Data(splits, dict(keys), dict(labels), {}, shards)
     if sharded:
         data = _prepare_shards(experiment, labels)
-        if data.keys["train"] != keys["train"]:
-            raise DataError("the training texts differ from those that the run's driver found")
-        return data
-    corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed, SPLITS)
-    return encode(corpus, experiment, labels)
+    else:
+        corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed, SPLITS)
+        check_labels(corpus, experiment.tasks, labels)
+        data = encode(corpus, experiment, labels)
+    other = sorted(name for name in {*keys, *data.keys} if data.keys.get(name) != keys.get(name))
+    if other:
+        raise DataError(
+            f"the texts of {other[0]} on {platform.node()} differ from those that the run's driver "
+            "found: bring the copies into line, or give a path that all nodes share"
+        )
+    return data
 
 
 def prepare_scored(

@@ -79,6 +79,33 @@ def test_another_process_opens_the_same_data(
         assert np.array_equal(again.splits[name].targets["t"], split.targets["t"])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("line 7", "line 8"), "texts of {} on .* differ from those that the run's driver found"),
+        (('"b"', '"c"'), "{}: label 'c' of task 't' never occurs in train"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_another_machine_with_other_texts_is_refused(
+    experiment: Experiment,
+    split: str,
+    change: tuple[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = {"path": str(tmp_path), "columns": {"text": "text", "t": "label"}}
+    both = parse_experiment({**experiment.model_dump(), "data": [source]})
+    lines = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "validation.jsonl").write_text(lines)
+    data = prepare(both)
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "elsewhere"))
+    (tmp_path / f"{split}.jsonl").write_text(lines.replace(*change))
+    with pytest.raises(DataError, match=message.format(split)):
+        reopen(both, data.labels, data.keys)
+
+
 def test_the_tokenizer_is_of_the_models_revision(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
