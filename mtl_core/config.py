@@ -87,7 +87,7 @@ class SourceConfig(Config):
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
     """Share of train that becomes validation when the source has none; drawn with the seed."""
     limit: PositiveInt | None = None
-    """Keep only this many training rows, drawn with the seed."""
+    """Keep only this many training rows, drawn with the seed from all, labelled or not."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be read does; skipped rows are counted and reported."""
 

@@ -165,7 +165,7 @@ class Plan:
         return max(self.experiment(corner).training.epochs for corner in _corners(self.sweep))
 
     def alone(self, task: str) -> Experiment:
-        """The base with one task only, all else equal."""
+        """The base with one task only, all else equal: also the rows that have its labels."""
         raw = self.base.model_dump(mode="json")
         raw["tasks"] = {task: raw["tasks"][task]}
         reserved = ("text", "words", task)

@@ -24,7 +24,13 @@ from mtl_core.data.cache import cache_root, load_arrays, load_split, save_arrays
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, encode_split
 from mtl_core.data.examples import Corpus, DataError, Example, label_names
 from mtl_core.data.formats import Column, Table
-from mtl_core.data.sources import check_columns, check_content, read_tables, to_examples
+from mtl_core.data.sources import (
+    check_columns,
+    check_content,
+    labelled,
+    read_tables,
+    to_examples,
+)
 from mtl_core.encoder import tokenizer_of
 from mtl_core.world import World
 
@@ -124,7 +130,8 @@ class ShardedCorpus:
             order = np.random.default_rng([self.experiment.seed, number])
             indices = order.permutation(len(blocks.rows))
             tables, labels = read_tables(source, self.experiment.tasks, HELD_OUT, "train")
-            examples, skipped = to_examples(source, self.experiment.tasks, tables)
+            held_out, skipped = to_examples(source, self.experiment.tasks, tables)
+            examples = {split: labelled(rows) for split, rows in held_out.items()}
             if skipped:
                 corpus.skipped[source.title] = skipped
             if not examples.get("validation"):
@@ -152,7 +159,7 @@ class ShardedCorpus:
             check_content(source, table)
             self.columns[number].update(table.columns)
             examples, _ = to_examples(source, self.experiment.tasks, {"train": table})
-            yield from examples["train"]
+            yield from labelled(examples["train"])
 
     def read(self, shards: Shards, number: int) -> list[Example]:
         """The labelled rows of a shard."""

@@ -46,6 +46,12 @@ def read_corpus(
         for task, names in part.labels.items():
             labels[task] = tuple(dict.fromkeys(labels.get(task, ()) + names))
         skipped.update(part.skipped)
+    if "train" in splits and not all(examples[split] for split in splits if split != "test"):
+        where = ", ".join(source.title for source in sources)
+        raise DataError(
+            f"{where}: no row drawn for train or for validation has a label; draw more "
+            "(limit, validation_fraction), or leave out rows without labels"
+        )
     return Corpus(examples, labels, dict(skipped))
 
 
@@ -58,18 +64,20 @@ def read_source(
 ) -> Corpus:
     """Read one source; `read_corpus` says how.
 
-    Rows without any label are dropped, and a split of only such rows (GLUE's test) counts as
-    missing. A missing validation split is carved out of train. Train and validation are always
-    read together, so that neither depends on which of them was asked for.
+    A split of only rows without any label (GLUE's test) counts as missing, and a missing validation
+    split is carved out of train. Such rows of other splits are dropped once rows were drawn, so
+    that the same ones are drawn whichever tasks are learned. Train and validation are always read
+    together, so that neither depends on which of them was asked for.
     """
     needed = set(splits)
     if needed & {"train", "validation"}:
         needed |= {"train", "validation"}
     ordered = [split for split in SPLITS if split in needed]
     examples, labels, skipped = _read(source, tasks, seed, ordered, single)
+    found = {split: rows for split, rows in examples.items() if labelled(rows)}
     if "train" in needed:
-        _divide(source, examples, seed)
-    kept: dict[str, list[Example]] = {split: examples.get(split, []) for split in splits}
+        _divide(source, found, seed)
+    kept: dict[str, list[Example]] = {split: labelled(found.get(split, [])) for split in splits}
     return Corpus(kept, labels, {source.title: skipped} if skipped else {})
 
 
@@ -123,8 +131,7 @@ def _read_demo(source: SourceConfig, seed: int) -> Examples:
         for row in corpus.get(split, ()):
             named = {task: row.targets.get(str(name)) for task, name in source.task_columns.items()}
             targets = {task: target for task, target in named.items() if target is not None}
-            if targets:
-                examples[split].append(Example(row.text, targets, row.words))
+            examples[split].append(Example(row.text, targets, row.words))
     return examples
 
 
@@ -155,7 +162,7 @@ def check_content(source: SourceConfig, table: Table) -> None:
 def to_examples(
     source: SourceConfig, tasks: Mapping[str, TaskConfig], tables: Mapping[Split, Table]
 ) -> tuple[Examples, int]:
-    """The labelled rows of every table, and how many rows were skipped on request.
+    """The rows of every table, labelled or not, and how many rows were skipped on request.
 
     Raises:
         DataError: a row that cannot be read; the message names its place.
@@ -184,10 +191,14 @@ def to_examples(
                 continue
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
-            if example.targets:
-                examples[split].append(example)
+            examples[split].append(example)
     _check_schemes(source, reader.tags)
     return examples, skipped
+
+
+def labelled(rows: Iterable[Example]) -> list[Example]:
+    """Those that carry a label."""
+    return [row for row in rows if row.targets]
 
 
 def _check_schemes(source: SourceConfig, tags: Mapping[str, Iterable[Sequence[str]]]) -> None:

@@ -297,6 +297,38 @@ class TestSplits:
         assert kept == some.splits["train"]
         assert len(kept) == 7
 
+    @pytest.mark.parametrize("demo", [True, False])
+    def test_the_same_rows_are_drawn_whichever_tasks_are_learned(
+        self, demo: bool, tmp_path: Path
+    ) -> None:
+        """Some rows carry one label, some the other, some both or none."""
+        parts: list[dict[str, Any]] = [{"a": "x"}, {"b": "y"}, {"a": "y", "b": "x"}, {}]
+        rows = [{"text": f"text {n}", **parts[n % 4]} for n in range(200)]
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        origin = {"demo": True} if demo else {"path": str(path)}
+        names = {"topic": "sentiment", "ner": "entities"} if demo else {"topic": "a", "tones": "b"}
+
+        def read_tasks(*tasks: str) -> Corpus:
+            columns = {"text": "text"} | {task: names[task] for task in tasks}
+            source = SourceConfig.model_validate({**origin, "columns": columns, "limit": 60})
+            return read_corpus([source], TASKS, seed=1)
+
+        together = read_tasks(*names)
+        for task in names:
+            alone = read_tasks(task)
+            for split in alone.splits:
+                shared = [(row.text, row.targets.get(task)) for row in together.splits[split]]
+                assert [(row.text, row.targets[task]) for row in alone.splits[split]] == [
+                    row for row in shared if row[1] is not None
+                ]
+
+    def test_a_draw_without_any_label_is_refused(self, tmp_path: Path) -> None:
+        rows = [*ROWS[:1], *({"text": f"unlabelled {number}"} for number in range(50))]
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        source = SourceConfig(path=str(path), columns=TOPIC)
+        with pytest.raises(DataError, match=r"rows.jsonl: no row drawn for .* has a label"):
+            read_corpus([source], TASKS, seed=1)
+
     def test_test_alone_needs_no_train(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "test.jsonl", ROWS)
         source = SourceConfig(path=str(tmp_path), columns=TOPIC)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_core.config import ConfigError
+from mtl_core.data.sources import read_corpus
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
@@ -308,3 +309,20 @@ def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:
     assert list(alone.tasks) == ["entities"]
     assert list(alone.data[0].task_columns) == ["entities"]
     assert alone.optim == plan.base.optim
+
+
+@pytest.mark.parametrize("task", ["sentiment", "entities"])
+def test_a_task_alone_has_the_labels_that_it_has_in_the_shared_run(
+    task: str, tmp_path: Path
+) -> None:
+    """A fifth of the rows or so carries one task's labels only."""
+    plan = plan_of(tmp_path, set={"data.0.limit": 400})
+    shared, alone = (
+        read_corpus(experiment.data, experiment.tasks, experiment.seed).splits
+        for experiment in (plan.base, plan.alone(task))
+    )
+    for split, rows in alone.items():
+        found = [(row.text, row.targets) for row in rows]
+        label = [(row.text, row.targets.get(task)) for row in shared[split]]
+        assert found == [(text, {task: target}) for text, target in label if target is not None]
+    assert 200 < len(alone["train"]) < 300
