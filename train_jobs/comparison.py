@@ -52,12 +52,13 @@ def compare(scores: Scores) -> list[dict[str, Any]]:
     return found
 
 
-def statement(task: str, scores: Scores) -> str:
+def statement(task: str, scores: Scores, split: str) -> str:
     """A plain sentence on whether sharing helps a task; empty when it was not trained alone."""
     if "alone" not in scores:
         return ""
     parts = []
-    for case, words in (("shared", "sharing"), ("best", "sharing with the best setting")):
+    tuned = "the best setting shared, against the untuned base alone,"
+    for case, words in (("shared", "sharing"), ("best", tuned)):
         if case not in scores:
             continue
         gap, low, high = difference(scores["alone"], scores[case])
@@ -72,4 +73,12 @@ def statement(task: str, scores: Scores) -> str:
             f"{words} {found} ({100 * gap:+.2f} points, {100 * CONFIDENCE:.0f} % interval "
             f"{100 * low:+.2f} to {100 * high:+.2f}, {number} seeds)"
         )
-    return f"{task}: " + "; ".join(parts) if parts else ""
+    return f"{task} ({split}): " + "; ".join(parts) if parts else ""
+
+
+def caveat(compared: Mapping[str, Scores], splits: Mapping[str, str]) -> str:
+    """What to keep in mind where the best setting is compared on what it was chosen by."""
+    tasks = [t for t, cases in compared.items() if "best" in cases and splits[t] == "validation"]
+    if not tasks:
+        return ""
+    return f"{', '.join(tasks)}: the best setting was chosen on validation, which flatters it there"

@@ -43,7 +43,7 @@ def render_page(
     if statements:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in statements)
         parts.append(f"<h2>Does sharing help?</h2><ul>{items}</ul>")
-    parts.append(_compared(summary["compared"]))
+    parts.append(_compared(summary["compared"], summary["splits"], summary["caveat"]))
     if summary["best"]:
         rows = "".join(
             f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(_shown(value))}</td></tr>"
@@ -75,7 +75,9 @@ def _phases(summary: Mapping[str, Any]) -> str:
     return f"<p>Objective: {html.escape(objective)}. {html.escape(told)}.</p>"
 
 
-def _compared(compared: Mapping[str, Mapping[str, list[float]]]) -> str:
+def _compared(
+    compared: Mapping[str, Mapping[str, list[float]]], splits: Mapping[str, str], caveat: str
+) -> str:
     cases = list(dict.fromkeys(case for scores in compared.values() for case in scores))
     if not cases:
         return ""
@@ -88,8 +90,9 @@ def _compared(compared: Mapping[str, Mapping[str, list[float]]]) -> str:
             mean = f"{sum(values) / len(values):.2f}" if values else ""
             spread = f" <small>({min(values):.2f} to {max(values):.2f})</small>" if values else ""
             cells += f"<td>{mean}{spread}</td>"
-        rows += f"<tr><td>{html.escape(task)}</td>{cells}</tr>"
-    return f"<h2>Scores over seeds</h2><table><tr>{head}</tr>{rows}</table>"
+        rows += f"<tr><td>{html.escape(task)} ({splits[task]})</td>{cells}</tr>"
+    note = f"<p>{html.escape(caveat)}</p>" if caveat else ""
+    return f"<h2>Scores over seeds</h2><table><tr>{head}</tr>{rows}</table>{note}"
 
 
 def _figure(title: str, png: bytes) -> str:

@@ -125,10 +125,10 @@ def importance_bars(importance: Mapping[str, float], path: Path) -> None:
 
 
 def compared_scores(cases: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Task → case → scores of its seeds: a dot for each, a line for their mean."""
+    """Title → case → scores of its seeds: a dot for each, a line for their mean."""
     figure = new_figure(max(5.0, 3.0 * len(cases)), 3.8)
     panels = figure.subplots(1, max(len(cases), 1), squeeze=False)[0]
-    for axes, (task, scores) in zip(panels, cases.items(), strict=False):
+    for axes, (title, scores) in zip(panels, cases.items(), strict=False):
         for place, (_case, values) in enumerate(scores.items()):
             percent = [100 * value for value in values]
             axes.scatter([place] * len(percent), percent, color="#0072B2", alpha=0.75, zorder=3)
@@ -137,7 +137,7 @@ def compared_scores(cases: Mapping[str, Mapping[str, Sequence[float]]], path: Pa
             axes.text(place + 0.08, mean, f"{mean:.2f}", fontsize=8, va="bottom")
         axes.set_xticks(range(len(scores)), list(scores), fontsize=8.5)
         axes.set_xlim(-0.6, len(scores) - 0.4)
-        axes.set_title(short_label(task), fontsize=10, parse_math=False)
+        axes.set_title(title, fontsize=10, parse_math=False)
         _finish(axes)
     set_title(figure, "Alone, shared with fixed weights, and the best found (dots are seeds)")
     save_figure(figure, path)

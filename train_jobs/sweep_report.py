@@ -20,8 +20,9 @@ from mtl_core import plots
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.metrics import PRIMARY
+from mtl_core.plot_parts import short_label
 from train_jobs import sweep_plots
-from train_jobs.comparison import compare, statement
+from train_jobs.comparison import caveat, compare, statement
 from train_jobs.report import build_artifact
 from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan
@@ -51,14 +52,16 @@ def write_report(
     table = trials_table(plan, results)
     folder.write("trials.csv", table.to_csv(index=False))
     folder.write("trials.parquet", _parquet(table))
-    compared = compared_scores(plan, results)
+    compared, splits = compared_scores(plan, results)
     summary: dict[str, Any] = {
         "name": plan.sweep.name,
         "objective": list(plan.sweep.objectives),
         "phases": {phase: _counts(rows) for phase, rows in results.items()},
         "seconds": dict(seconds),
         "compared": compared,
-        "statements": {task: statement(task, scores) for task, scores in compared.items()},
+        "splits": splits,
+        "caveat": caveat(compared, splits),
+        "statements": {t: statement(t, scores, splits[t]) for t, scores in compared.items()},
         "comparisons": {task: compare(scores) for task, scores in compared.items()},
         "importance": importance(plan, results.get("search", [])),
         "best": None,
@@ -103,20 +106,29 @@ def trials_table(plan: Plan, results: Mapping[str, Rows]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compared_scores(plan: Plan, results: Mapping[str, Rows]) -> dict[str, dict[str, list[float]]]:
-    """Task → alone, shared, best → score of each seed; on test where there is one."""
-    compared: dict[str, dict[str, list[float]]] = {task: {} for task in plan.base.tasks}
-    for trial in [*results.get("baselines", []), *results.get("best", [])]:
-        if trial["status"] != "finished":
-            continue
-        case = str(trial["config"]["case"])
-        name = {BASE: "shared", BEST: "best"}.get(case, "alone")
-        split = "test" if any(k.startswith("test/") for k in trial["metrics"]) else "validation"
-        for task, score in _scores(trial, split, plan.base).items():
-            if name != "alone" or case == f"{ALONE}{task}":
-                compared[task].setdefault(name, []).append(score)
-    order = ("alone", "shared", "best")
-    return {t: {n: found[n] for n in order if n in found} for t, found in compared.items()}
+def compared_scores(
+    plan: Plan, results: Mapping[str, Rows]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """Task → alone, shared, best → score of each seed; and task → the split these are of.
+
+    That is test where every run has a score of the task there, else validation.
+    """
+    ended = [*results.get("baselines", []), *results.get("best", [])]
+    ended = [trial for trial in ended if trial["status"] == "finished"]
+    compared: dict[str, dict[str, list[float]]] = {}
+    splits: dict[str, str] = {}
+    for task in plan.base.tasks:
+        cases = {"alone": f"{ALONE}{task}", "shared": BASE, "best": BEST}
+        runs = [trial for trial in ended if trial["config"]["case"] in cases.values()]
+        tested = all(task in _scores(trial, "test", plan.base) for trial in runs)
+        splits[task] = "test" if tested else "validation"
+        scored = [(t["config"]["case"], _scores(t, splits[task], plan.base)) for t in runs]
+        of_cases = {
+            name: [scores[task] for found, scores in scored if found == case and task in scores]
+            for name, case in cases.items()
+        }
+        compared[task] = {name: scores for name, scores in of_cases.items() if scores}
+    return compared, splits
 
 
 def importance(plan: Plan, trials: Rows) -> dict[str, float]:
@@ -193,7 +205,11 @@ def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) ->
         if summary["importance"]:
             sweep_plots.importance_bars(summary["importance"], root / "importance.png")
         if any(len(cases) > 1 for cases in summary["compared"].values()):
-            sweep_plots.compared_scores(summary["compared"], root / "compared.png")
+            panels = {
+                f"{short_label(task)} ({summary['splits'][task]})": scores
+                for task, scores in summary["compared"].items()
+            }
+            sweep_plots.compared_scores(panels, root / "compared.png")
         history = _history(results.get("baselines", []), BASE)
         if any(key.startswith("cosine/") for row in history for key in row):
             plots.gradient_cosines(history, root / "cosines.png")
@@ -281,8 +297,11 @@ def show_report(folder: SweepFolder) -> None:
         for case in cases:
             table.add_column(case, justify="right")
         for task, scores in summary["compared"].items():
-            table.add_row(task, *(spread(scores.get(case, [])) for case in cases))
+            cells = (spread(scores.get(case, [])) for case in cases)
+            table.add_row(f"{task} ({summary['splits'][task]})", *cells)
         console.print(table)
+    if summary["caveat"]:
+        console.print(summary["caveat"], soft_wrap=True)
     for sentence in summary["statements"].values():
         if sentence:
             console.print(sentence, soft_wrap=True)

@@ -52,12 +52,13 @@ def test_runs_without_any_spread_are_taken_at_their_word() -> None:
 
 def test_a_statement_names_task_points_and_seeds() -> None:
     scores = {"alone": [0.7, 0.71, 0.72], "shared": [0.8, 0.81, 0.82], "best": [0.71, 0.7, 0.73]}
-    told = statement("intent", scores)
-    assert told.startswith("intent: sharing helps (+10.00 points, 95 % interval +7.73 to +12.27")
-    assert "with the best setting makes no difference that the spread can show" in told
+    told = statement("intent", scores, "test")
+    wanted = "intent (test): sharing helps (+10.00 points, 95 % interval +7.73 to +12.27"
+    assert told.startswith(wanted)
+    assert "untuned base alone, makes no difference that the spread can show" in told
     assert "3 seeds" in told
-    assert statement("intent", {"shared": [0.5]}) == ""
-    assert "one seed only" in statement("intent", {"alone": [0.5], "shared": [0.6]})
+    assert statement("intent", {"shared": [0.5]}, "test") == ""
+    assert "one seed only" in statement("intent", {"alone": [0.5], "shared": [0.6]}, "test")
     assert [(row["from"], row["to"]) for row in compare(scores)] == [
         ("alone", "shared"),
         ("alone", "best"),

@@ -18,7 +18,7 @@ from mtl_core.metrics import PRIMARY
 from train_jobs import sweep_plots
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
-from train_jobs.sweep_report import draw, importance, write_report
+from train_jobs.sweep_report import draw, importance, show_report, write_report
 
 KINDS = {"topic": "classification", "mood": "multilabel", "places": "token_classification"}
 RATE, DROPOUT, SCHEDULE = "optim.learning_rate", "encoder.dropout", "optim.schedule"
@@ -148,3 +148,41 @@ def test_the_page_shows_every_picture_and_fetches_nothing(plan: Plan) -> None:
     for content in shown:
         with Image.open(io.BytesIO(content)) as picture:
             assert np.asarray(picture).std() > 0
+
+
+def runs_of(case: str, scores: dict[str, float]) -> list[dict[str, Any]]:
+    """Two seeds of a case of the comparison that ended with these scores."""
+    metrics = {"time_total_s": 1.0, **scores}
+    run = {"phase": "", "trial": case, "status": "finished", "reason": "", "checkpoint": None}
+    return [
+        {**run, "config": {"case": case, "seed": seed}, "metrics": metrics} for seed in (43, 44)
+    ]
+
+
+def test_a_task_is_compared_on_one_split_which_is_named(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No text of test has a mood, and one run of places ended without its score there."""
+    topic, mood, places = (f"{task}/{PRIMARY[kind]}" for task, kind in KINDS.items())
+    seen = {f"validation/{name}": 0.9 for name in (topic, mood, places)}
+    baselines = [
+        *runs_of("alone/topic", {f"validation/{topic}": 0.6, f"test/{topic}": 0.5}),
+        *runs_of("alone/mood", {f"validation/{mood}": 0.6}),
+        *runs_of("alone/places", {f"validation/{places}": 0.6, f"test/{places}": 0.5}),
+        *runs_of("base", {**seen, f"test/{topic}": 0.7, f"test/{places}": 0.7}),
+    ]
+    results = {"baselines": baselines, "best": runs_of("best", {**seen, f"test/{topic}": 0.8})}
+    folder = SweepFolder(plan.sweep)
+    with folder.claim(plan):
+        write_report(plan, folder, results, None, {})
+    show_report(folder)
+    told = capsys.readouterr().out
+    assert "topic (test): sharing helps (+20.00 points" in told
+    for task in ("mood", "places"):
+        assert f"{task} (validation): sharing helps (+30.00 points" in told
+    caveat = "mood, places: the best setting was chosen on validation"
+    page = (Path(folder.path) / "report.html").read_text(encoding="utf-8")
+    for shown in (told, page):
+        assert caveat in shown
+        for label in ("topic (test)", "mood (validation)", "places (validation)"):
+            assert label in shown

@@ -145,7 +145,7 @@ def test_a_finished_sweep_is_shown_and_not_repeated(swept: Path) -> None:
     done = run("tune", "--config", str(swept / "sweep.yaml"))
     assert done.returncode == 0, done.stderr
     assert "is finished" in done.stdout
-    assert "sentiment: sharing" in done.stdout
+    assert "sentiment (test): sharing" in done.stdout
     pd.testing.assert_frame_equal(trials_of(swept), before)
 
 
