@@ -20,6 +20,7 @@ from mtl_core.data.prepare import Data, prepare, reopen
 from mtl_core.metrics import PRIMARY
 from mtl_core.state import FILES
 from mtl_core.world import World
+from train_jobs.cluster import worker_resources
 from train_jobs.driver import build_trainer
 from train_jobs.progress import progress_log
 from train_jobs.runs import RunFolder
@@ -125,9 +126,10 @@ def objective_key(number: int) -> str:
 class TrialSession(WorkerSession):
     """A worker in the trial's own process: one process less to start for each trial."""
 
-    def __init__(self, scorer: Scorer, keep_weights: bool) -> None:
+    def __init__(self, scorer: Scorer, keep_weights: bool, use_gpu: bool) -> None:
         # Ray Train's own context knows nothing of a trial.
-        self.world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        on_gpu = use_gpu and torch.cuda.is_available()
+        self.world = World(device=torch.device("cuda" if on_gpu else "cpu"))
         self.scorer, self.keep_weights = scorer, keep_weights
         self.history: list[dict[str, Any]] = []
         self.failure: str | None = None
@@ -218,7 +220,8 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
     folder = RunFolder(named)
     if experiment.scale.workers == 1:
         first = config.get("seed") == job.plan.base.seed
-        session = TrialSession(scorer, keep_weights=case == BEST and first)
+        _, use_gpu, _ = worker_resources(experiment.scale)
+        session = TrialSession(scorer, keep_weights=case == BEST and first, use_gpu=use_gpu)
         build_trainer(named, folder, data, None, session=session).fit()
         failure = session.failure
     else:

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+import torch
 import yaml
 from pyarrow.fs import FileSystem, FileType
 from ray import tune
@@ -17,9 +19,10 @@ from mtl_core import features
 from mtl_core.data.prepare import prepare
 from mtl_core.state import FILES
 from tests.s3_server import s3_server
+from train_jobs import trials
 from train_jobs.runs import RESULT
 from train_jobs.sweep import load_plan
-from train_jobs.trials import GoneCheckpoints, Job, run_trial, standing
+from train_jobs.trials import GoneCheckpoints, Job, TrialSession, run_trial, standing
 
 
 @pytest.mark.cluster
@@ -60,6 +63,35 @@ def test_a_frozen_encoder_runs_once_a_text_and_not_once_a_trial(
     ends = [row for row in scores if row.get("finished")]
     assert len(ends) == 3
     assert len({row["objective_0"] for row in ends}) > 1
+
+
+@pytest.mark.parametrize(("gpu", "device"), [(None, "cuda"), (True, "cuda"), (False, "cpu")])
+def test_a_trial_trains_on_a_gpu_only_if_its_scale_has_one(
+    gpu: bool | None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = []
+
+    def build(*_: Any, session: TrialSession) -> SimpleNamespace:
+        sessions.append(session)
+        return SimpleNamespace(fit=lambda: None)
+
+    base = {
+        "tasks": {"sentiment": {"kind": "classification"}},
+        "data": [{"demo": True, "columns": {"text": "text", "sentiment": "sentiment"}}],
+        "scale": {"workers": 1, "gpu": gpu},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    sweep = {"base": "base.yaml", "space": {"optim.learning_rate": {"loguniform": [1e-4, 1e-3]}}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    context = SimpleNamespace(get_trial_id=lambda: "trial")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr(tune, "get_context", lambda: context)
+    monkeypatch.setattr(trials, "build_trainer", build)
+    monkeypatch.setattr(Job, "data", lambda *_: SimpleNamespace(splits={}, keys={}))
+    job = Job(load_plan(tmp_path / "sweep.yaml"), str(tmp_path), {}, {})
+    run_trial({"optim.learning_rate": 5e-4}, job)
+    assert [session.world.device.type for session in sessions] == [device]
 
 
 @pytest.mark.parametrize(
