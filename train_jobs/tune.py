@@ -123,12 +123,12 @@ def run_phases(job: Job, folder: SweepFolder) -> bool:
         started = time.monotonic()
         results[phase], whole = run_phase(phase, job, space, folder, records)
         seconds[phase] = round(time.monotonic() - started, 1)
-        if phase == "baselines":
-            job = replace(job, alone=_scores_alone(results[phase], plan))
         best = best_trial(results.get("search", []), plan)
         write_report(plan, folder, results, best, seconds)
         if not whole:
             return False
+        if phase == "baselines":
+            job = replace(job, alone=_scores_alone(results[phase], plan))
     timed_out = _num_ended(results["search"]) < plan.sweep.num_trials
     folder.finish(plan.sweep.budget.minutes if timed_out else None)
     return True

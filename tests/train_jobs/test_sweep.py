@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from mtl_core.config import ConfigError
 from mtl_core.data.sources import read_corpus
+from train_jobs import tune
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.trials import BASE as BASELINE
 from train_jobs.trials import Job
-from train_jobs.tune import _space
+from train_jobs.tune import _space, run_phases
 
 BASE: dict[str, Any] = {
     "tasks": {
@@ -301,6 +302,18 @@ def test_a_search_cut_off_by_its_time_is_finished_until_it_gets_more(tmp_path: P
     folder.finish(None)
     assert folder.is_finished(60)
     assert folder.is_finished(None)
+
+
+def test_baselines_that_are_interrupted_leave_a_report_of_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "run_phase", lambda *_: ([], False))
+    place = {"output_dir": str(tmp_path / "sweeps")}
+    plan = plan_of(tmp_path, objective="gain", baselines=True, **place)
+    folder = SweepFolder(plan.sweep)
+    with folder.claim(plan):
+        assert not run_phases(Job(plan, folder.title, labels={}, keys={}), folder)
+    assert folder.holds("report.html")
 
 
 def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:
