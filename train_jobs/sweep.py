@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from mtl_core.build import inherit
 from mtl_core.config import (
     NAME_PATTERN,
     Config,
@@ -188,6 +189,7 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
 
     Raises:
         ConfigError: something in them is wrong; the message names file and line.
+        ArtifactError: `init_from` is no sound artifact.
     """
     # What follows these sections is a path of the base experiment, a key of theirs as it is.
     by_path = [override for override in overrides if override.startswith(("set.", "space."))]
@@ -221,7 +223,7 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
     found = beside if beside.is_file() else Path(sweep.base)
     if not found.is_file():
         raise SpaceError(["base"], f"there is no file {sweep.base!r} beside {path} or here")
-    experiment = _changed(found, sweep.settings)
+    experiment = inherit(_changed(found, sweep.settings))
     _check_objective(sweep, experiment)
     # Mid-epoch checkpoints would only cost: a trial is resumed at its last epoch.
     training = {**experiment.training.model_dump(), "checkpoint_every": None}

@@ -16,7 +16,6 @@ import ray
 from ray import tune
 from ray.exceptions import RayError
 
-from mtl_core.build import inherit
 from mtl_core.command import INTERRUPTED, run_command
 from mtl_core.config import ConfigError
 from mtl_core.data.prepare import prepare
@@ -59,7 +58,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     plan = load_plan(options.config, options.set)
-    plan = replace(plan, base=inherit(plan.base))
     folder = SweepFolder(plan.sweep)
     resumed = folder.check(plan)
     if folder.is_finished(plan.sweep.budget.minutes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtl_core import build
 from mtl_core.config import ConfigError
 from mtl_core.data.sources import read_corpus
 from train_jobs import tune
@@ -322,6 +324,23 @@ def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:
     assert list(alone.tasks) == ["entities"]
     assert list(alone.data[0].task_columns) == ["entities"]
     assert alone.optim == plan.base.optim
+
+
+def test_trials_read_as_much_of_a_text_as_the_artifact_that_they_start_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = SimpleNamespace(encoder={"max_length": 17})
+    monkeypatch.setattr(build, "read_manifest", lambda *_, **__: manifest)
+    plan = plan_of(tmp_path, base={**BASE, "init_from": "runs/before/artifact"})
+    drawn = plan.experiment({"optim.learning_rate": 1e-4})
+    for experiment in (plan.base, drawn, plan.alone("entities")):
+        assert experiment.encoder.max_length == 17
+    plan = plan_of(
+        tmp_path,
+        base={**BASE, "init_from": "runs/before/artifact"},
+        set={"encoder.max_length": 40},
+    )
+    assert plan.base.encoder.max_length == 40
 
 
 @pytest.mark.parametrize("task", ["sentiment", "entities"])
