@@ -146,7 +146,7 @@ class _Run:
                 continue
             path = features.cache_file(self.model, self.data.keys[name], depth, dtype)
             row = {"split": name, "texts": len(split), "layers": depth}
-            if self.world.local_rank == 0 and not features.is_built(path):
+            if not features.is_built(path):  # one rank of a machine does it, the others wait
                 shown = 0.0
                 for done in features.build_cache(
                     self.model, split, path, depth, device, dtype, self.bf16

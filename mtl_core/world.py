@@ -24,6 +24,11 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank; every rank must ask."""
+        ranks = torch.tensor([float(here)], device=self.device)
+        return bool(self.all_reduce(ranks).item() > 0)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -28,12 +28,16 @@ from mtl_core.state import TrainState
 from mtl_core.world import World
 from train_jobs.runs import RESULT
 
+REFUSALS = (TrainingError, EncoderError, ArtifactError, DataError)
+"""What no retry mends."""
+
 
 class WorkerSession:
     """How a Ray Train worker finds its checkpoint and passes on what happens.
 
     A mistake that a retry cannot mend is told as "failed" instead of being raised, so that Ray does
-    not start the workers again for it.
+    not start the workers again for it. Any rank may meet one, and any rank may be the one of its
+    machine that computes features; all else is told by rank 0.
     """
 
     def __init__(self, log: Any) -> None:
@@ -42,7 +46,7 @@ class WorkerSession:
         assert isinstance(device, torch.device)
         rank, size = context.get_world_rank(), context.get_world_size()
         self.world = World(rank, size, context.get_local_rank(), device)
-        self.log = log if rank == 0 else None
+        self.log = log
         """Handle of a ProgressLog."""
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
@@ -55,10 +59,12 @@ class WorkerSession:
         ray.train.report(metrics, checkpoint=checkpoint)
 
     def tell(self, event: str, row: dict[str, Any]) -> None:
-        if self.log is not None:
-            sent = self.log.append.remote(event, row)
-            if event == "failed":
-                ray.get(sent)
+        if event == "failed":
+            node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            message = f"{node}: {row['message']}" if self.world.rank else row["message"]
+            ray.get(self.log.append.remote(event, {**row, "message": message}))
+        elif self.world.rank == 0 or (event == "features" and row["done"] < 1):
+            self.log.append.remote(event, row)
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -73,7 +79,25 @@ def train_worker(config: dict[str, Any]) -> None:
     experiment = parse_experiment(config["experiment"])
     session = config.get("session") or WorkerSession(config["log"])
     world = session.world
-    checkpoint = session.checkpoint()
+    ready = _set_up(config, experiment, session)
+    if world.any(ready is None) or ready is None:  # the others must not wait for one that is not
+        return
+    data, state = ready
+    start = {"step": state.step, "workers": world.size, "device": str(world.device)}
+    session.tell("start", {**start, "pid": os.getpid(), "epoch": state.epoch})
+    try:
+        _train(state, data, experiment, world, session)
+    except REFUSALS as error:
+        session.tell("failed", {"message": str(error)})
+        return
+    _report_result(state, data, experiment, world, session)
+
+
+def _set_up(
+    config: dict[str, Any], experiment: Experiment, session: WorkerSession
+) -> tuple[Data, TrainState] | None:
+    """Data, and the model where the last checkpoint left it; None if there is nothing to train."""
+    world, checkpoint = session.world, session.checkpoint()
     try:
         data = reopen(experiment, config["labels"], config["keys"])
         model = build_model(experiment, data.labels).to(world.device)
@@ -82,15 +106,12 @@ def train_worker(config: dict[str, Any]) -> None:
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 if (Path(folder) / RESULT).exists():
-                    return
+                    return None
                 state.load(Path(folder))
-        start = {"step": state.step, "workers": world.size, "device": str(world.device)}
-        session.tell("start", {**start, "pid": os.getpid(), "epoch": state.epoch})
-        _train(state, data, experiment, world, session)
-    except (TrainingError, EncoderError, ArtifactError, DataError) as error:
+    except REFUSALS as error:
         session.tell("failed", {"message": str(error)})
-        return
-    _report_result(state, data, experiment, world, session)
+        return None
+    return data, state
 
 
 def _train(
@@ -152,7 +173,7 @@ def _exact_states(
             continue
         exact = np.dtype(np.float32)
         path = features.cache_file(model, data.keys[name], depth, exact)
-        if world.local_rank == 0 and not features.is_built(path):
+        if not features.is_built(path):
             for _ in features.build_cache(model, split, path, depth, world.device, exact, False):
                 pass
         world.barrier()

@@ -1,0 +1,119 @@
+"""Ranks that meet different things: all of them end, and the one that knows why says so."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mtl_core import features
+from mtl_core.data.prepare import prepare
+from mtl_core.world import World
+from serve_app.ports import free_ports
+from tests.small_runs import examples, experiment, write_rows
+from train_jobs.worker import train_worker
+
+pytestmark = pytest.mark.slow
+
+PATIENCE_S = 3
+"""Of ranks with each other; Ray Train's is half an hour."""
+
+
+class Session:
+    """Stands for Ray Train: keeps what it is told."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.told: list[tuple[str, dict[str, Any]]] = []
+
+    def checkpoint(self) -> None:
+        return None
+
+    def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
+        return
+
+    def tell(self, event: str, row: dict[str, Any]) -> None:
+        self.told.append((event, row))
+
+
+def slowly(write: Any) -> Any:
+    """Features that take longer to compute than ranks wait for each other."""
+
+    def written(*arguments: Any) -> Any:
+        time.sleep(1.5 * PATIENCE_S)
+        yield from write(*arguments)
+
+    return written
+
+
+def rank(number: int, folder: Path, port: int, cache: str, configs: list[dict[str, Any]]) -> None:
+    """One of two; writes what it told."""
+    os.environ["MTL_CACHE"] = cache
+    torch.set_num_threads(1)
+    features._write_states = slowly(features._write_states)
+    address, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=PATIENCE_S)
+    dist.init_process_group(
+        "gloo", init_method=address, rank=number, world_size=2, timeout=patience
+    )
+    session = Session(World(number, 2, number))
+    train_worker({**configs[number], "session": session})
+    dist.destroy_process_group()
+    (folder / f"{number}.json").write_text(json.dumps(session.told))
+
+
+def train(folder: Path, configs: list[dict[str, Any]]) -> list[list[tuple[str, dict[str, Any]]]]:
+    """What each of two ranks told, once both have ended."""
+    multiprocessing.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(
+        rank,
+        args=(folder, free_ports(1)[0], os.environ.get("MTL_CACHE", str(folder)), configs),
+        nprocs=2,
+        start_method="forkserver",
+    )
+    return [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]
+
+
+@pytest.fixture
+def plain(tiny_encoders: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
+    """What a driver sends its workers: a run whose encoder is frozen."""
+    columns = {"text": "text", "topic": "topic", "mood": "mood", "entities": "entities"}
+    rows = write_rows(tmp_path / "rows.jsonl", examples(0, 60))
+    config = experiment(
+        tiny_encoders["bert"],
+        data=[{"path": str(rows), "columns": columns}],
+        training={"epochs": 1},
+        freeze={"encoder": True},
+    )
+    data = prepare(config)
+    mapping = config.model_dump(mode="json")
+    return {"experiment": mapping, "labels": data.labels, "keys": data.keys, "log": None}
+
+
+def test_where_one_rank_cannot_begin_none_waits_for_it(
+    plain: dict[str, Any], tmp_path: Path
+) -> None:
+    away = json.loads(json.dumps(plain["experiment"]))
+    away["encoder"]["model"] = str(tmp_path / "not on this machine")
+    well, other = train(tmp_path, [plain, {**plain, "experiment": away}])
+    assert well == []
+    ((event, row),) = other
+    assert event == "failed"
+    assert "not on this machine" in row["message"]
+
+
+def test_no_rank_waits_in_the_group_while_another_computes_features(
+    plain: dict[str, Any], tmp_path: Path
+) -> None:
+    told = train(tmp_path, [plain, plain])
+    ends = [[row for event, row in rank if event == "features"] for rank in told]
+    assert ends[0] == ends[1] != []
+    built = [row["done"] for row in ends[0]]
+    assert built == [1.0] * len(built)
