@@ -6,7 +6,7 @@ T tags: O, then a B- tag for each of E entity types, then an I- tag for each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -72,9 +72,12 @@ class Head(nn.Module):
             # scikit-learn's rule: n / (number of classes · count), so that the mean factor is 1.
             factors = counts.sum() / (len(counts) * np.maximum(counts, 1))
         else:
-            factors = np.array([weights.get(_entity(name), 1.0) for name in self.output_names])
+            factors = np.array([self._factor(weights, name) for name in self.output_names])
         device = self.output.weight.device
         self.label_weights = torch.tensor(factors, dtype=torch.float32, device=device)
+
+    def _factor(self, weights: Mapping[str, float], output: str) -> float:
+        return weights.get(output, 1.0)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -147,6 +150,10 @@ class TokenClassificationHead(Head):
     def output_names(self) -> tuple[str, ...]:
         return tag_names(self.labels)
 
+    def _factor(self, weights: Mapping[str, float], output: str) -> float:
+        """A class weight may name an entity type; it then counts for its B- and I- tags."""
+        return weights.get(output, weights.get(output[2:], 1.0))
+
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy over tags; targets (N,) int64."""
         smoothing = self.config.label_smoothing
@@ -195,11 +202,6 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: NDArray[np.float32] = powers / powers.sum(axis=-1, keepdims=True)
     return probabilities
-
-
-def _entity(tag: str) -> str:
-    """A class weight may name an entity type; it then counts for its B- and I- tags."""
-    return tag[2:] if tag[:2] in ("B-", "I-") else tag
 
 
 def viterbi(logits: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -103,6 +103,16 @@ def test_a_class_weight_by_name_counts_for_begin_and_inside_tags() -> None:
     head = head_of("token_classification", class_weights={"b": 3.0})
     head.set_label_counts(np.ones(7, dtype=np.int64))
     assert head.label_weights.tolist() == [1, 1, 3, 1, 1, 3, 1]
+    head = head_of("token_classification", class_weights={"b": 3.0, "I-b": 2.0, "O": 0.5})
+    head.set_label_counts(np.ones(7, dtype=np.int64))
+    assert head.label_weights.tolist() == [0.5, 1, 3, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel"])
+def test_a_label_of_a_text_may_begin_as_a_tag_does(kind: Any) -> None:
+    head = head_of(kind, ("B-cell", "cell"), class_weights={"B-cell": 3.0})
+    head.set_label_counts(np.ones(2, dtype=np.int64))
+    assert head.label_weights.tolist() == [3, 1]
 
 
 def targets_for(head: Head, num_items: int) -> torch.Tensor:

@@ -15,8 +15,10 @@ from mtl_core.config import SPLITS, Experiment, SourceConfig, Split, TaskConfig
 from mtl_core.data.cache import content_key, encode_cached, load_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, resolve_labels
 from mtl_core.data.examples import Corpus, DataError
+from mtl_core.data.formats import there_is
 from mtl_core.data.shards import ShardedCorpus, Shards
 from mtl_core.data.sources import read_corpus
+from mtl_core.data.tags import tag_names
 from mtl_core.encoder import tokenizer_of
 
 
@@ -56,6 +58,7 @@ def prepare(experiment: Experiment) -> Data:
             raise DataError("no training rows: check the sources' `splits` and `columns`")
         labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
         data = encode(corpus, experiment, labels)
+    _check_class_weights(experiment.tasks, data.labels)
     _check_metric(experiment.training.metric, data.splits["validation"])
     return data
 
@@ -78,6 +81,18 @@ def _prepare_shards(experiment: Experiment, labels: Labels | None = None) -> Dat
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     shards.save(key)
     return replace(data, keys={"train": key, **data.keys}, shards=shards)
+
+
+def _check_class_weights(tasks: Mapping[str, TaskConfig], labels: Labels) -> None:
+    for task, config in tasks.items():
+        known = labels[task]
+        if config.kind == "token_classification":
+            known += tag_names(known)
+        for name in config.class_weights if isinstance(config.class_weights, dict) else ():
+            if name not in known:
+                raise DataError(
+                    f"tasks.{task}.class_weights: no label {name!r}; {there_is(known, name)}"
+                )
 
 
 def _check_metric(metric: str, validation: EncodedSplit) -> None:

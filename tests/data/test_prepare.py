@@ -60,6 +60,26 @@ def test_a_metric_of_a_task_that_validation_has_no_label_of_is_refused(
             prepare(parse_experiment({**raw, "training": {"metric": metric}}))
 
 
+def test_a_class_weight_of_no_label_is_refused(experiment: Experiment, tmp_path: Path) -> None:
+    place = {"start": 0, "end": 4, "label": "word"}
+    rows = [{"text": f"line {i}", "label": "ab"[i % 2], "places": [place]} for i in range(9)]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    raw = experiment.model_dump()
+    raw["data"][0]["columns"]["places"] = "places"
+
+    def weighted(t: dict[str, float], places: dict[str, float]) -> Experiment:
+        kinds = {"t": "classification", "places": "token_classification"}
+        weights = {"t": t, "places": places}
+        tasks = {task: {"kind": kinds[task], "class_weights": weights[task]} for task in kinds}
+        return parse_experiment({**raw, "tasks": tasks})
+
+    assert prepare(weighted({"a": 2.0}, {"word": 2.0, "O": 0.5, "I-word": 3.0})).splits
+    with pytest.raises(DataError, match=r"tasks\.t\.class_weights: no label 'c'; there is: a, b$"):
+        prepare(weighted({"a": 2.0, "c": 3.0}, {}))
+    with pytest.raises(DataError, match=r"places\.class_weights: .*'wrod'; did you mean 'word'\?"):
+        prepare(weighted({}, {"wrod": 2.0}))
+
+
 @pytest.mark.parametrize("same_machine", [True, False])
 def test_another_process_opens_the_same_data(
     experiment: Experiment,
