@@ -65,7 +65,7 @@ class TaskGradients:
 
     def reduce(self, world: World) -> None:
         """Make the rows those of the whole step; losses are scaled for a mean over ranks."""
-        if world.size > 1:
+        if world.size > 1 and self.parameters:  # a backend for GPUs takes no empty CPU tensor
             world.all_reduce(self.rows)
             self.rows.div_(world.size)
 

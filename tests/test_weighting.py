@@ -17,7 +17,7 @@ from mtl_core import loop
 from mtl_core.config import Experiment, WeightingConfig, parse_experiment
 from mtl_core.data.examples import Corpus
 from mtl_core.data.prepare import Data, encode
-from mtl_core.gradients import surgery
+from mtl_core.gradients import TaskGradients, cosines, surgery
 from mtl_core.loop import Event, fit
 from mtl_core.weighting import (
     STRATEGIES,
@@ -352,6 +352,13 @@ def test_measuring_cosines_changes_nothing(strategy: str, tiny_encoders: dict[st
         ends.append(weights(state.model))
         assert any(key.startswith("cosine/") for key in told(events)[-1]) == (every is not None)
     assert not changed(*ends)
+
+
+def test_where_nothing_learns_ranks_have_nothing_to_exchange() -> None:
+    gradients = TaskGradients()
+    gradients.begin([], ["a", "b"])
+    gradients.reduce(World(rank=0, size=2))  # and there is no second one
+    assert cosines(gradients.tasks, gradients.gram()) == {}
 
 
 def test_an_event_tells_the_mean_over_the_steps_that_were_asked_for(
