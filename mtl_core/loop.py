@@ -3,7 +3,7 @@
 `fit` is a generator of progress. Each optimiser step works on one global batch: every rank gets a
 share of its rows, each task's loss is divided by the number of its labels in the whole step, and
 gradients are summed over ranks and micro-batches. So one process and many, one batch and several
-accumulated ones, compute the same gradient.
+accumulated ones, compute the same gradient, but for the masks of dropout.
 """
 
 from __future__ import annotations
