@@ -1,4 +1,7 @@
-"""Before a sweep's trials: that the cluster can hold one, and that its nodes reach the folder."""
+"""Before a sweep's trials: that the cluster can hold one, and that all its nodes reach the folder.
+
+A node that joins the cluster later is not asked.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import os
 from collections.abc import Callable
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mtl_core.config import ConfigError, ScaleConfig
 from mtl_core.storage import storage_errors
-from train_jobs.cluster import worker_resources
 from train_jobs.nodes import wait_for_nodes
 from train_jobs.sweep import Sweep
 from train_jobs.sweep_folder import SweepFolder
@@ -19,7 +22,7 @@ PROOF = "sweep.yaml"
 
 
 def rehearse(scale: ScaleConfig, sweep: Sweep, tell: Callable[[str], None] = print) -> None:
-    """Wait for room for one trial, and read the sweep's folder where its workers would be.
+    """Wait for room for one trial, and read the sweep's folder on every node that there is then.
 
     Raises:
         ConfigError: no node that would make room can be had, or a node does not reach the folder.
@@ -27,11 +30,18 @@ def rehearse(scale: ScaleConfig, sweep: Sweep, tell: Callable[[str], None] = pri
     if not os.environ.get("RAY_ADDRESS"):
         return  # this machine alone, whose size was looked at already
     wait_for_nodes(scale, tell)
-    workers, _, each = worker_resources(scale)
-    assert isinstance(workers, int)
-    read = ray.remote(read_proof).options(num_cpus=each["CPU"], scheduling_strategy="SPREAD")
+    read = ray.remote(read_proof)
+    # Nothing is reserved, so that no node has to be idle; one that dies meanwhile is passed over.
+    asked = [
+        read.options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
+        ).remote(sweep)
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
     written = SweepFolder(sweep).read(PROOF)
-    for node, content, reason in ray.get([read.remote(sweep) for _ in range(workers)]):
+    for node, content, reason in ray.get(asked):
         if content != written:
             raise ConfigError(
                 f"output_dir: node {node} of this cluster does not reach {sweep.output_dir}"
