@@ -97,6 +97,7 @@ class TrainState:
             "best_score": self.best_score if self.best else None,
             "learned_rows": learned_rows(self.model.encoder.transformer),
             "train_key": self.train_key,
+            "pooling": self.model.encoder.pooling,
             "labels": self._labels(),
         }
         (folder / FILES[2]).write_text(json.dumps(progress, indent=2))
@@ -146,6 +147,12 @@ class TrainState:
                 raise DataError(
                     f"the labels of task {task!r} have changed since the checkpoint; {fix}"
                 )
+        pooling = self.model.encoder.pooling
+        if progress.get("pooling", pooling) != pooling:
+            raise DataError(
+                f"the checkpoint's encoder pools by {progress['pooling']}, this one by {pooling}: "
+                "set encoder.pooling"
+            )
         keys = {progress.get("train_key"), self.train_key} - {None}
         rows = learned_rows(self.model.encoder.transformer)
         if len(keys) > 1 or progress["learned_rows"] != rows:

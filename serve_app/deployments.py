@@ -162,12 +162,13 @@ class EncoderReplica:
             self.waiting = None
             return
         if self.waiting is None or self.waiting.version != version:
+            self.waiting = None  # its memory first
             try:
-                self.waiting = await loop.run_in_executor(None, self._load, service.model)
-                await service.warm_up(self.waiting)
+                loaded = await loop.run_in_executor(None, self._load, service.model)
+                await service.warm_up(loaded)
             except Exception as error:
                 # Not for good: what failed may have been the storage.
-                self.waiting, self.refused = None, (version, time.time() + RETRY_REFUSED_S)
+                self.refused = (version, time.time() + RETRY_REFUSED_S)
                 self.metrics.loads.labels("refused").inc()
                 known = isinstance(error, ArtifactError | ConfigError | EncoderError)
                 reason = str(error) if known else type(error).__name__
@@ -175,6 +176,7 @@ class EncoderReplica:
                 if not known:
                     self.log.error("artifact", error)
                 return
+            self.waiting = loaded
         try:
             await service.reach_heads(self.waiting)
         except HeadUnavailable as error:

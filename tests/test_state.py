@@ -119,6 +119,13 @@ def test_the_order_of_the_texts_counts_too_and_where_the_table_is_frozen(
     begin(config, data(config)).load(tmp_path)
 
 
+def test_a_checkpoint_of_another_pooling_is_refused(bert: Path, tmp_path: Path) -> None:
+    half_way(bert, encoder={"pooling": "cls"}).save(tmp_path)
+    config = experiment(bert, encoder={"pooling": "max"})
+    with pytest.raises(DataError, match=r"pools by cls, this one by max: set encoder\.pooling"):
+        begin(config, data(config)).load(tmp_path)
+
+
 def test_a_checkpoint_of_other_labels_is_refused(bert: Path, tmp_path: Path) -> None:
     half_way(bert).save(tmp_path)
     config = experiment(bert)

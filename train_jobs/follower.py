@@ -74,6 +74,6 @@ class Follower:
         if event == "start":
             # What came after the checkpoint that workers go on from will come again.
             self.history = history_until(self.history, row["step"])
-        if event == "failed":
+        if event == "failed" and self.failure is None:
             self.failure = row["message"]
         self.history.append({"event": event, **row})

@@ -296,11 +296,12 @@ def show_report(folder: SweepFolder) -> None:
         table.add_column("task")
         for case in cases:
             table.add_column(case, justify="right")
+        splits = summary.get("splits", {})  # reports of older software name none
         for task, scores in summary["compared"].items():
             cells = (spread(scores.get(case, [])) for case in cases)
-            table.add_row(f"{task} ({summary['splits'][task]})", *cells)
+            table.add_row(f"{task} ({splits[task]})" if task in splits else task, *cells)
         console.print(table)
-    if summary["caveat"]:
+    if summary.get("caveat"):
         console.print(summary["caveat"], soft_wrap=True)
     for sentence in summary["statements"].values():
         if sentence:

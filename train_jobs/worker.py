@@ -19,6 +19,7 @@ from mtl_core.build import build_model, fit_to_data
 from mtl_core.config import Experiment, parse_experiment
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, reopen
+from mtl_core.data.shards import ElsewhereError
 from mtl_core.errors import ArtifactError, EncoderError, TrainingError
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.freezing import apply_freezing
@@ -87,6 +88,8 @@ def train_worker(config: dict[str, Any]) -> None:
     session.tell("start", {**start, "pid": os.getpid(), "epoch": state.epoch})
     try:
         _train(state, data, experiment, world, session)
+    except ElsewhereError:
+        return
     except REFUSALS as error:
         session.tell("failed", {"message": str(error)})
         return

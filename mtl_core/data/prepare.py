@@ -135,13 +135,14 @@ def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> D
         corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed, SPLITS)
         check_labels(corpus, experiment.tasks, labels)
         data = encode(corpus, experiment, labels)
-    other = sorted(name for name in {*keys, *data.keys} if data.keys.get(name) != keys.get(name))
+    other = sorted(name for name, key in keys.items() if data.keys.get(name) != key)
     if other:
         raise DataError(
             f"the texts of {other[0]} on {platform.node()} differ from those that the run's driver "
             "found: bring the copies into line, or give a path that all nodes share"
         )
-    return data
+    asked = {name: split for name, split in data.splits.items() if name in keys}
+    return replace(data, splits=asked, keys=dict(keys))
 
 
 def prepare_scored(
@@ -170,7 +171,7 @@ def prepare_scored(
     tasks = {
         task: TaskConfig(kind=info["kind"], labels=labels[task]) for task, info in known.items()
     }
-    if sources is None and experiment.training.shard_texts is not None:
+    if sources is None and experiment.training.shard_texts is not None and split != "test":
         corpus = _cut_corpus(experiment, split, limit)
     else:
         single: Split = "train" if sources is None else split

@@ -39,6 +39,10 @@ LARGEST_BLOCK = 1000
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 
 
+class ElsewhereError(DataError):
+    """Another worker could not read its texts, and says why."""
+
+
 @dataclass(frozen=True, eq=False)
 class Shards:
     """How a training corpus is cut; kept as arrays that the processes of a machine map."""
@@ -250,7 +254,7 @@ class ShardLoader:
                 failure = error
         failed = torch.tensor(float(failure is not None), device=self.world.device)
         if self.world.all_reduce(failed).item():
-            raise failure or DataError("another worker could not read its texts")
+            raise failure or ElsewhereError("another worker could not read its texts")
         self.making.pop(number, None)
         if self.world.local_rank == 0 and following is not None:
             self._make(following)

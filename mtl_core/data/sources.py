@@ -66,8 +66,8 @@ def read_source(
 
     A split of only rows without any label (GLUE's test) counts as missing, and a missing validation
     split is carved out of train. Such rows of other splits are dropped once rows were drawn, so
-    that the same ones are drawn whichever tasks are learned. Train and validation are always read
-    together, so that neither depends on which of them was asked for.
+    that the same ones are drawn whichever of these tasks are learned. Train and validation are
+    always read together, so that neither depends on which of them was asked for.
     """
     needed = set(splits)
     if needed & {"train", "validation"}:

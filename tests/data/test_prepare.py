@@ -118,8 +118,12 @@ def test_another_machine_with_other_texts_is_refused(
     source = {"path": str(tmp_path), "columns": {"text": "text", "t": "label"}}
     both = parse_experiment({**experiment.model_dump(), "data": [source]})
     lines = (tmp_path / "train.jsonl").read_text()
-    (tmp_path / "validation.jsonl").write_text(lines)
+    for name in ("validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(lines)
     data = prepare(both)
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "alike"))
+    untested = {name: key for name, key in data.keys.items() if name != "test"}
+    assert set(reopen(both, data.labels, untested).splits) == {"train", "validation"}
     monkeypatch.setenv("MTL_CACHE", str(tmp_path / "elsewhere"))
     (tmp_path / f"{split}.jsonl").write_text(lines.replace(*change))
     with pytest.raises(DataError, match=message.format(split)):

@@ -16,9 +16,11 @@ import torch.distributed as dist
 
 from mtl_core import features
 from mtl_core.data.prepare import prepare
+from mtl_core.data.shards import ElsewhereError
 from mtl_core.world import World
 from serve_app.ports import free_ports
 from tests.small_runs import examples, experiment, write_rows
+from train_jobs import worker
 from train_jobs.worker import train_worker
 
 pytestmark = pytest.mark.slow
@@ -107,6 +109,18 @@ def test_where_one_rank_cannot_begin_none_waits_for_it(
     ((event, row),) = other
     assert event == "failed"
     assert "not on this machine" in row["message"]
+
+
+def test_a_rank_that_another_one_stopped_says_nothing(
+    plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise ElsewhereError("another worker could not read its texts")
+
+    monkeypatch.setattr(worker, "_train", stopped)
+    session = Session(World())
+    train_worker({**plain, "session": session})
+    assert [event for event, _ in session.told] == ["start"]
 
 
 def test_no_rank_waits_in_the_group_while_another_computes_features(
