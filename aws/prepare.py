@@ -218,7 +218,7 @@ def make_security_group(session: Any, ssh_from: str) -> None:
         rule["SecurityGroupRuleId"]
         for rule in ec2.describe_security_group_rules(Filters=of_group)["SecurityGroupRules"]
         if not rule["IsEgress"]
-        and (rule["FromPort"], rule.get("CidrIpv4")) != (22, ssh_from)
+        and (rule["FromPort"], rule["ToPort"], rule.get("CidrIpv4")) != (22, 22, ssh_from)
         and rule.get("ReferencedGroupInfo", {}).get("GroupId") != group
     ]
     if stale:

@@ -6,7 +6,6 @@ Shapes: B texts, L tokens (special and padding included), H hidden units.
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from mtl_core.config import EncoderConfig, Experiment
 from mtl_core.errors import EncoderError as EncoderError
+from mtl_core.folders import file_sha256
 
 Pooling = Literal["mean", "cls", "max"]
 MODULES = "sentence_transformers.models"
@@ -109,11 +109,6 @@ def _explained(model: str) -> Iterator[None]:
             "Without network, give a folder that holds the model, fill the Hugging Face cache on "
             f"a machine that has one (HF_HOME), or use the bundled {next(iter(BUNDLED_MODELS))}."
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SentenceEncoder(nn.Module):

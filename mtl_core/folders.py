@@ -1,7 +1,8 @@
-"""Folders that appear whole or not at all, and copies that take no room."""
+"""Folders that appear whole or not at all, copies that take no room, hashes of files."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -45,3 +46,8 @@ def copy_tree(source: str | Path, target: Path) -> None:
         return dst
 
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 from mtl_core.config import ConfigError
 from mtl_core.data.cache import cache_root
 from mtl_core.errors import ArtifactError
+from mtl_core.folders import file_sha256
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
@@ -62,6 +63,24 @@ def fetch(artifact: str | Path) -> Path:
     return target
 
 
+def manifest_of(artifact: str) -> bytes:
+    """The manifest.json that stands at a path or URL now.
+
+    Raises:
+        ArtifactError: none can be had.
+    """
+    try:
+        if "://" not in artifact:
+            return (Path(artifact).expanduser() / "manifest.json").read_bytes()
+        files, root = _filesystem(artifact)
+        found: bytes = files.cat_file(f"{root}/manifest.json")
+        return found
+    except storage_errors() as error:
+        raise ArtifactError(f"{artifact}: no artifact: {error}") from error
+    except ConfigError as error:
+        raise ArtifactError(str(error)) from error
+
+
 def _copy(files: Any, root: str, manifest: bytes, target: Path) -> None:
     """Everything that a manifest names as a folder of this machine, whole or not at all."""
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -72,12 +91,11 @@ def _copy(files: Any, root: str, manifest: bytes, target: Path) -> None:
                 raise ArtifactError(f"{root}/{name}: lies outside the artifact")
             path.parent.mkdir(parents=True, exist_ok=True)
             files.get_file(f"{root}/{name}", str(path))
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    raise ArtifactError(
-                        f"{root}/{name}: not the file that manifest.json names; if a new version "
-                        "is being put there, try again when it is whole"
-                    )
+            if file_sha256(path) != expected:
+                raise ArtifactError(
+                    f"{root}/{name}: not the file that manifest.json names; if a new version is "
+                    "being put there, try again when it is whole"
+                )
         (partial / "manifest.json").write_bytes(manifest)
         if not target.exists():  # else another process fetched the same version first
             partial.rename(target)

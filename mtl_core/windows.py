@@ -146,5 +146,6 @@ class TooMany(ValueError):
 
 
 def check_size(tokens: int, most: int | None) -> None:
+    """Raise TooMany if these are more than `most`."""
     if most is not None and tokens > most:
         raise TooMany(f"the inputs have {tokens} tokens; at most {most} are taken")

@@ -13,10 +13,10 @@ import yaml
 from mtl_core.artifact import parse_manifest, read_manifest
 from mtl_core.config import ConfigError
 from mtl_core.runtime import usable_cpus
-from mtl_core.storage import version_of
+from mtl_core.storage import manifest_of, version_of
 from serve_app import launch
 from serve_app.auth import KEYS_VARIABLE, Keys
-from serve_app.loaded import fetch, manifest_of
+from serve_app.loaded import fetch
 from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, parse_settings
 
 

@@ -131,10 +131,10 @@ class EncoderReplica:
 
         Anyone may ask, and it costs a pass: one look at a time, and a good one holds for a moment.
         """
-        last = self.looking
-        if last is None or (last.done() and (last.exception() or time.time() > self.look_again)):
+        last, now = self.looking, time.monotonic()
+        if last is None or (last.done() and (last.exception() or now > self.look_again)):
             self.looking = asyncio.create_task(self.service.reach_heads(self.service.model))
-            self.look_again = time.time() + READY_FOR_S
+            self.look_again = now + READY_FOR_S
         assert self.looking is not None
         try:
             await asyncio.shield(self.looking)

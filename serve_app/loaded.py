@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtl_core.artifact import ArtifactError, Manifest, read_head, read_manifest
+from mtl_core.artifact import Manifest, read_head, read_manifest
 from mtl_core.heads import HEADS
 from mtl_core.predictor import EncodingStage
 from mtl_core.runtime import RuntimeName
 from mtl_core.storage import fetch as fetch
-from mtl_core.storage import version_of
+from mtl_core.storage import manifest_of, version_of
 from serve_app.heads import StoredHead
 
 
@@ -35,24 +35,6 @@ class Loaded:
 def current_version(artifact: str) -> str:
     """The version that stands at a path or URL now, without fetching more than its manifest."""
     return version_of(manifest_of(artifact))
-
-
-def manifest_of(artifact: str) -> bytes:
-    """The manifest.json that stands at a path or URL now.
-
-    Raises:
-        ArtifactError: none can be had.
-    """
-    try:
-        if "://" not in artifact:
-            return (Path(artifact).expanduser() / "manifest.json").read_bytes()
-        from fsspec.core import url_to_fs
-
-        files, root = url_to_fs(artifact)
-        found: bytes = files.cat_file(f"{root}/manifest.json")
-        return found
-    except (OSError, ValueError, ImportError) as error:
-        raise ArtifactError(f"{artifact}: no artifact: {error}") from error
 
 
 def load_artifact(

@@ -18,11 +18,11 @@ from mtl_core.encoder import (
     EncoderError,
     SentenceEncoder,
     embeddings_name,
-    file_sha256,
     layers,
     load_tokenizer,
     resolve_model,
 )
+from mtl_core.folders import file_sha256
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "deberta-v2", "mpnet", "deberta-v2-conv")
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

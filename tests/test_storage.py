@@ -14,7 +14,7 @@ import pytest
 from mtl_core.artifact import ArtifactError
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError
-from mtl_core.storage import download, fetch
+from mtl_core.storage import download, fetch, manifest_of
 from tests.s3_server import ACCESS, s3_server
 from tests.small_runs import experiment
 from train_jobs.runs import RunFolder
@@ -58,8 +58,9 @@ def test_missing_credentials_are_said_so(client: Any, monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
     assert advice in refused("s3://bucket/runs")
-    with pytest.raises(ArtifactError, match="Unable to locate credentials"):
-        fetch("s3://bucket/runs/small/artifact")
+    for read in (fetch, manifest_of):
+        with pytest.raises(ArtifactError, match="Unable to locate credentials"):
+            read("s3://bucket/runs/small/artifact")
 
 
 def test_a_copy_of_an_artifact_is_whole_or_not_there(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mtl_core.config import Experiment, Split
@@ -252,8 +251,7 @@ class ShardLoader:
                 self._make(number).result()
             except (DataError, OSError) as error:
                 failure = error
-        failed = torch.tensor(float(failure is not None), device=self.world.device)
-        if self.world.all_reduce(failed).item():
+        if self.world.any(failure is not None):
             raise failure or ElsewhereError("another worker could not read its texts")
         self.making.pop(number, None)
         if self.world.local_rank == 0 and following is not None:

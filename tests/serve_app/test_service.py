@@ -241,7 +241,7 @@ def test_whoever_asks_whether_it_is_ready_a_replica_looks_once(replica: EncoderR
         assert encoded.num_windows == 1
         replica.service.calls.clear()
         replica.service.head_call = head_calls(Raising())
-        replica.look_again = 0.0
+        replica.look_again = -1.0
         for number in (2, 3):  # a bad look does not hold
             with pytest.raises(ApiError):
                 await replica.check_ready()
