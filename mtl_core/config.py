@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -63,6 +64,13 @@ class TaskConfig(Config):
     """Entities: the best legal tag sequence, or the best tag of each token on its own."""
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Multilabel: probability from which a label is given."""
+
+    @field_validator("labels")
+    @classmethod
+    def _each_once(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and len(set(labels)) < len(labels):
+            raise ValueError("a label is named twice")
+        return labels
 
 
 class SourceConfig(Config):
@@ -359,7 +367,21 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as a string; people who write learning rates mean a number."""
+    """YAML 1.1 reads 3e-4 as a string; people who write learning rates mean a number.
+
+    A key that stands twice in a section is an error, not the last of both.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in keys]
+        for number, key in enumerate(keys):
+            if key.value in names[:number]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} is set twice", problem_mark=key.start_mark
+                )
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -433,12 +455,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     parts = key.split(".")
     for part in parts[:-1]:
-        if isinstance(node, list):
-            node = node[_list_index(node, part, override)]
-        else:
-            node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
+        place: Any = _list_index(node, part, override) if isinstance(node, list) else part
+        inner = node[place] if isinstance(node, list) else node.get(place)
+        inner = {} if inner is None else copy.copy(inner)  # an alias's section is not its anchor's
+        if not isinstance(inner, dict | list):
             raise ConfigError(f"--set {override}: {part!r} holds a value, not a section")
+        node[place] = inner
+        node = inner
     if isinstance(node, list):
         node[_list_index(node, parts[-1], override)] = parsed
     else:

@@ -19,7 +19,7 @@ from mtl_core.data.encoding import token_offsets
 from mtl_core.errors import TextError as TextError
 
 Offsets = list[tuple[int, int]]
-_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Windows:
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise TextError(f"text {number + 1} is empty or only spaces")
-            if _LONE_SURROGATE.search(text):
+            if LONE_SURROGATE.search(text):
                 raise TextError(f"text {number + 1} is no valid Unicode: it holds half a character")
         encodings = self.backend.encode_batch(list(texts))
         return [self._tokenized(*pair) for pair in zip(texts, encodings, strict=True)]

@@ -119,6 +119,11 @@ def test_a_value_out_of_range_names_the_field_and_the_value(
     assert text.endswith(f"(got {value})")
 
 
+def test_a_label_that_is_named_twice_is_refused() -> None:
+    said = message(tasks={"intent": {"kind": "classification", "labels": ["a", "b", "a"]}})
+    assert said.startswith("experiment: tasks.intent.labels: a label is named twice")
+
+
 def test_several_mistakes_are_told_at_once() -> None:
     text = message(seed=-1, training={"epochs": 0})
     assert "\n  seed: " in text
@@ -206,6 +211,26 @@ def test_overrides_are_applied_in_order(file: Path) -> None:
     assert experiment.scale.workers == (1, 4)
     assert experiment.encoder.dropout is None
     assert experiment.name == "again"
+
+
+def test_an_override_of_one_alias_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "tasks: {a: &t {kind: classification, dropout: 0.2}, b: *t}\n"
+        "data: [{path: x.jsonl, columns: {text: text, a: a, b: b}}]\n"
+        "training:\n  # epochs: 5\n",
+        encoding="utf-8",
+    )
+    experiment = load_experiment(path, ["tasks.a.dropout=0.7", "training.epochs=3"])
+    assert (experiment.tasks["a"].dropout, experiment.tasks["b"].dropout) == (0.7, 0.2)
+    assert experiment.training.epochs == 3
+
+
+def test_a_key_that_is_set_twice_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("training:\n  epochs: 5\n\ntraining:\n  batch_size: 8\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"(?s)'training' is set twice.*line 4"):
+        load_experiment(path)
 
 
 @pytest.mark.parametrize(

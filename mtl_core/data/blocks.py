@@ -30,8 +30,7 @@ class Blocks:
     starts: NDArray[np.int64]
     """Where each begins, and where the last one ends: bytes of a JSONL file, else rows."""
     version: str
-    """Changes with the rows: a hash of a JSONL file, of a Parquet file's metadata, or what
-    `datasets` goes by."""
+    """Changes with the rows: a hash of the file, or what `datasets` goes by."""
 
 
 class BlockReader:
@@ -62,6 +61,13 @@ class BlockReader:
         except pyarrow.ArrowException as error:
             raise DataError(f"{file.title}: no readable Parquet file ({error})") from error
 
+    @cached_property
+    def _groups(self) -> NDArray[np.int64]:
+        """Where each row group of a Parquet file begins, and where the last one ends."""
+        metadata = self._parquet.metadata
+        rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        return np.append(0, np.cumsum(rows, dtype=np.int64))
+
     def find(self, size: int) -> Blocks:
         """The source's blocks of about `size` rows, without reading more than it takes to count.
 
@@ -82,10 +88,19 @@ class BlockReader:
         read_file(file, 0, 1)  # says what is wrong with it
         if kind == "jsonl":
             return _by_lines(file, size)
-        metadata = self._parquet.metadata.to_dict()  # which has sizes and extremes of every column
-        rows = np.array([group["num_rows"] for group in metadata["row_groups"]], dtype=np.int64)
-        version = hashlib.sha256(repr(metadata).encode()).hexdigest()
-        return Blocks(rows, np.append(0, np.cumsum(rows)), version)
+        return Blocks(np.diff(self._groups), self._groups, _hash(file))
+
+    def finer(self, blocks: Blocks, size: int) -> Blocks:
+        """The same rows in blocks of no more than about `size`.
+
+        Of a Parquet file's block the whole row group is read.
+        """
+        if self.source.hub is None and self._file.known_format() == "jsonl":
+            return self.find(size)
+        bounds = zip(blocks.starts[:-1], blocks.starts[1:], strict=True)
+        starts = [np.arange(first, end, size) for first, end in bounds]
+        found = np.append(np.concatenate(starts), blocks.starts[-1])
+        return Blocks(np.diff(found), found, blocks.version)
 
     def labels(self, tasks: Mapping[str, TaskConfig]) -> dict[str, tuple[str, ...]]:
         """Each task's labels where the dataset declares them."""
@@ -109,11 +124,20 @@ class BlockReader:
             return to_table(data.select(range(start, end)), title, self.wanted, start + 1)
         file = self._file
         if file.known_format() == "parquet":
+            import pyarrow
+
             columns = self._parquet.schema_arrow.names
-            group = self._parquet.read_row_group(index, [c for c in columns if c in self.wanted])
+            number = int(np.searchsorted(self._groups, start, "right")) - 1
+            try:
+                group = self._parquet.read_row_group(
+                    number, [column for column in columns if column in self.wanted]
+                )
+            except (pyarrow.ArrowException, OSError) as error:
+                raise DataError(f"{file.title}: no readable Parquet file ({error})") from error
+            part = group.slice(start - int(self._groups[number]), end - start)
             rows = [
-                (f"{file.title}, row {number}", row)
-                for number, row in enumerate(group.to_pylist(), start + 1)
+                (f"{file.title}, row {place}", row)
+                for place, row in enumerate(part.to_pylist(), start + 1)
             ]
             return Table(file.title, tuple(columns), rows)
         first = index * int(blocks.rows[0]) + 1
@@ -125,6 +149,14 @@ CANNOT = (
     "training.shard_texts reads JSONL and Parquet files, uncompressed, and Hub datasets; "
     "convert this one, or leave training.shard_texts out"
 )
+
+
+def _hash(file: File) -> str:
+    digest = hashlib.sha256()
+    with file.filesystem.open(file.location, "rb") as opened:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _by_lines(file: File, size: int) -> Blocks:

@@ -7,7 +7,7 @@ A split is a handful of flat arrays with row offsets, so that it can be mapped f
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtl_core.config import TaskConfig
-from mtl_core.data.examples import Corpus, DataError, Example, Span, label_names
+from mtl_core.data.examples import Corpus, DataError, Example, Span, names_of
 from mtl_core.data.tags import tag_names
 
 IGNORE = -100
@@ -71,17 +71,18 @@ class EncodedSplit:
 
 
 def resolve_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig]) -> dict[str, tuple[str, ...]]:
-    """The label names of each task: as configured, as the source declares, or as train has them.
+    """The label names of each task: as configured, or those sources declare and train has.
 
     Raises:
         DataError: a task without labels in train, or a label elsewhere that is not among them.
     """
     labels = {}
     for task, config in tasks.items():
-        in_train = _names(task, corpus.splits["train"])
+        in_train = names_of(task, corpus.splits["train"])
         if not in_train:
             raise DataError(f"task {task!r} has no label in train: check its column in `data`")
-        labels[task] = config.labels or corpus.labels.get(task) or tuple(sorted(in_train))
+        declared = corpus.labels.get(task, ())
+        labels[task] = config.labels or tuple(dict.fromkeys((*declared, *sorted(in_train))))
     check_labels(corpus, tasks, labels)
     return labels
 
@@ -90,9 +91,9 @@ def check_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig], labels: Labels
     """Raise DataError for the first label in a corpus that is not among its task's."""
     for split, examples in corpus.splits.items():
         for task, config in tasks.items():
-            unknown = sorted(_names(task, examples) - set(labels[task]))
+            unknown = sorted(names_of(task, examples) - set(labels[task]))
             if unknown:
-                where = next(e.text for e in examples if unknown[0] in _names(task, [e]))
+                where = next(e.text for e in examples if unknown[0] in names_of(task, [e]))
                 what, fix = "never occurs in train", f"list all labels in tasks.{task}.labels"
                 if config.labels:
                     what, fix = "is not a known one", f"known are {', '.join(labels[task][:20])}"
@@ -100,14 +101,6 @@ def check_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig], labels: Labels
                     f"{split}: label {unknown[0]!r} of task {task!r} {what} "
                     f"(in {where[:60]!r}); mend the row, or: {fix}"
                 )
-
-
-def _names(task: str, examples: Iterable[Example]) -> set[str]:
-    names: set[str] = set()
-    for example in examples:
-        if task in example.targets:
-            names |= label_names(example.targets[task])
-    return names
 
 
 def encode_split(

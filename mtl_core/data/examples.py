@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -41,12 +42,22 @@ class Example:
     words: tuple[tuple[int, int], ...] = ()
 
 
+def names_of(task: str, examples: Iterable[Example]) -> set[str]:
+    """The labels, or entity types, that a task has in examples."""
+    names: set[str] = set()
+    for example in examples:
+        if task in example.targets:
+            names |= label_names(example.targets[task])
+    return names
+
+
 @dataclass(frozen=True)
 class Corpus:
     """All examples of an experiment by split, and what was left out while reading."""
 
     splits: dict[str, list[Example]]
     labels: dict[str, tuple[str, ...]]
-    """Label order that the source itself declares (ClassLabel), per task; often empty."""
+    """Labels that stand first, per task; often empty: those that a source declares (ClassLabel), or
+    all of its train split where drawing rows took one away."""
     skipped: dict[str, int]
     """Unreadable rows that were skipped on request, per source."""

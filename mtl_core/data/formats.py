@@ -19,6 +19,8 @@ Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "conll"]
 Column: TypeAlias = str | int
 Row: TypeAlias = dict[Column, Any]
 
+LONGEST_CELL = 2**31 - 1
+"""Characters; of Python's csv it is 131,072, less than a document may have."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip")
 SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -78,7 +80,7 @@ def parse_table(
         data: its bytes, decompressed.
         title: its name in messages.
         encoding: of the text formats.
-        wanted: columns to read where the format can leave others out (Parquet, CoNLL).
+        wanted: columns that matter; Parquet and CoNLL leave others out.
         first: number of the first line, of JSONL.
 
     Raises:
@@ -89,26 +91,27 @@ def parse_table(
     elif file_format == "conll":
         table = _parse_conll(_decode(data, title, encoding), title, wanted)
     elif file_format == "jsonl":
-        table = _parse_jsonl(_decode(data, title, encoding), title, first)
+        table = _parse_jsonl(_decode(data, title, encoding, first), title, first)
     elif file_format == "json":
         table = _parse_json(_decode(data, title, encoding), title)
     else:
         delimiter = "," if file_format == "csv" else "\t"
-        table = _parse_csv(_decode(data, title, encoding), title, delimiter)
+        table = _parse_csv(_decode(data, title, encoding), title, delimiter, wanted)
     return table
 
 
-def _decode(data: bytes, title: str, encoding: str) -> str:
+def _decode(data: bytes, title: str, encoding: str, first: int = 1) -> str:
     try:
         return data.decode(encoding).removeprefix("\ufeff")
     except LookupError as error:
         raise DataError(f"{title}: {error}; give a name such as utf-8 or latin-1") from error
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = first + data.count(b"\n", 0, error.start)
+        wrong = data[error.start]
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         name = "utf-16" if utf16 else "latin-1"
         raise DataError(
-            f"{title}:{line}: byte {error.start} is not {encoding}; save the file as UTF-8 "
+            f"{title}:{line}: byte 0x{wrong:02x} is not {encoding}; save the file as UTF-8 "
             f"or name its encoding in the source, such as `encoding: {name}`"
         ) from error
 
@@ -146,14 +149,18 @@ def _parse_json(text: str, title: str) -> Table:
     return Table(title, tuple(columns), rows)
 
 
-def _parse_csv(text: str, title: str, delimiter: str) -> Table:
+def _parse_csv(text: str, title: str, delimiter: str, wanted: Sequence[Column]) -> Table:
     if not text.strip():
         return Table(title, (), [])
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[str, Row | BadRow]] = []
     line = 1
     try:
         header: list[Column] = [name.strip() for name in next(reader, [])]
+        twice = next((name for name in header if name in wanted and header.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{title}: two columns are called {twice!r}; rename one")
         line = reader.line_num + 1
         for cells in reader:
             place = f"{title}:{line}"
@@ -178,7 +185,7 @@ def _parse_parquet(data: bytes, title: str, wanted: Sequence[Column]) -> Table:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         columns = file.schema_arrow.names
         items = file.read([name for name in columns if name in wanted]).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{title}: no readable Parquet file ({error})") from error
     rows = [(f"{title}, row {number}", item) for number, item in enumerate(items, start=1)]
     return Table(title, tuple(columns), rows)

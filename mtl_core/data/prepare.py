@@ -68,8 +68,7 @@ def _prepare_shards(experiment: Experiment, labels: Labels | None = None) -> Dat
     sharded = ShardedCorpus(experiment)
     shards, corpus = sharded.cut()
     if labels is None:
-        known = {*corpus.labels, *(task for task, c in experiment.tasks.items() if c.labels)}
-        corpus.splits["train"] = sharded.one_of_each_label(shards, known)
+        corpus.splits["train"] = sharded.one_of_each_label(shards)
         labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
         del corpus.splits["train"]
     data = encode(corpus, experiment, labels)

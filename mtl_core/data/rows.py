@@ -12,6 +12,7 @@ from mtl_core.config import TaskKind
 from mtl_core.data.examples import DataError, Example, Span, Target
 from mtl_core.data.formats import BadRow, Column, Row
 from mtl_core.data.tags import tags_to_spans, to_bio2
+from mtl_core.windows import LONE_SURROGATE
 
 Word = tuple[int, int]
 
@@ -69,12 +70,14 @@ class RowReader:
         if not (_is_missing(text) or isinstance(text, str)):
             raise DataError(f"text: expected a string, got {_show(text)}")
         items = None if _is_missing(words) else _items(words, None)
-        wrong = next((item for item in items or () if not isinstance(item, str)), None)
-        if wrong is not None:
-            raise DataError(f"words: expected strings, got {_show(wrong)}")
+        wrong = [item for item in items or () if not isinstance(item, str)]
+        if wrong:
+            raise DataError(f"words: expected strings, got {_show(wrong[0])}")
         text = " ".join(items or ()) if _is_missing(text) else str(text)
         if not text.strip():
             raise BadRow("the text is empty or only spaces")
+        if LONE_SURROGATE.search(text):
+            raise BadRow("the text is no valid Unicode: it holds half a character")
         return text, None if items is None else align(text, items)
 
 
@@ -151,9 +154,9 @@ def _are_entities(items: list[Any], words: list[Word | None] | None) -> bool:
 
 
 def _tagged(tags: list[Any], words: list[Word | None] | None) -> tuple[Span, ...]:
-    wrong = next((tag for tag in tags if not isinstance(tag, str)), None)
-    if wrong is not None or None in tags:
-        raise DataError(f"expected tags by name, such as B-person, got {_show(wrong)}")
+    wrong = [tag for tag in tags if not isinstance(tag, str)]
+    if wrong:
+        raise DataError(f"expected tags by name, such as B-person, got {_show(wrong[0])}")
     if words is None:
         raise BadRow("tags without words; name their column: `words: <column>`")
     if len(tags) != len(words):

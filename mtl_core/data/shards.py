@@ -17,7 +17,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_core.config import Experiment, Split
+from mtl_core.config import ConfigError, Experiment, Split
 from mtl_core.data.blocks import BlockReader, Blocks
 from mtl_core.data.cache import cache_root, load_arrays, load_split, save_arrays, save_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, encode_split
@@ -110,6 +110,8 @@ class ShardedCorpus:
         self.sources = experiment.data
         self.readers = [BlockReader(source) for source in self.sources]
         self.columns: list[set[Column]] = [set() for _ in self.sources]
+        self.declared: list[Collection[str]] = []
+        """Tasks whose labels each source declares, once it is cut."""
 
     def cut(self) -> tuple[Shards, Corpus]:
         """Find the blocks and draw their order; also the held-out splits with their labels.
@@ -122,14 +124,18 @@ class ShardedCorpus:
         size = self.experiment.training.shard_texts
         assert size is not None
         block = max(1, min(LARGEST_BLOCK, size // BLOCKS_PER_SHARD))
-        found, drawn = [], []
+        found, drawn = [reader.find(block) for reader in self.readers], []
+        count = -(-sum(int(blocks.rows.sum()) for blocks in found) // size)
         corpus = Corpus({name: [] for name in HELD_OUT}, {}, {})
         for number, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True)):
-            blocks = reader.find(block)
-            largest = blocks.rows.max(initial=0)
+            largest = found[number].rows.max(initial=0)
             if largest > size:
                 fix = f"write it with row groups of {block}, or raise training.shard_texts"
                 raise DataError(f"{source.title}: a row group has {largest:,} rows; {fix}")
+            if len(found[number].rows) < 2 * count:  # some for every shard, validation apart
+                most = int(found[number].rows.sum()) // (2 * count)
+                found[number] = reader.finer(found[number], max(1, most))
+            blocks = found[number]
             order = np.random.default_rng([self.experiment.seed, number])
             indices = order.permutation(len(blocks.rows))
             tables, labels = read_tables(source, self.experiment.tasks, HELD_OUT, "train")
@@ -145,13 +151,14 @@ class ShardedCorpus:
                 raise DataError(f"{source.title}: too few rows to cut; leave shard_texts out")
             for name, rows in examples.items():
                 corpus.splits[name] += rows
-            for task, names in (labels or reader.labels(self.experiment.tasks)).items():
+            labels = labels or reader.labels(self.experiment.tasks)
+            self.declared.append(labels)
+            for task, names in labels.items():
                 known = corpus.labels.get(task, ())
                 corpus.labels[task] = tuple(dict.fromkeys(known + names))
-            found.append(blocks)
             drawn.append(indices)
         total = sum(int(b.rows[i].sum()) for b, i in zip(found, drawn, strict=True))
-        count = min([-(-total // size), *map(len, drawn)])
+        count = min(-(-total // size), max(map(len, drawn)))
         return Shards(tuple(found), tuple(drawn), count), corpus
 
     def _examples(self, number: int, blocks: Blocks, indices: Iterable[int]) -> Iterator[Example]:
@@ -172,13 +179,19 @@ class ShardedCorpus:
             for example in self._examples(place, shards.blocks[place], indices)
         ]
 
-    def one_of_each_label(self, shards: Shards, known: Collection[str]) -> list[Example]:
+    def one_of_each_label(self, shards: Shards) -> list[Example]:
         """Examples that show every label of train.
 
-        Where all tasks' labels are known beforehand, as many as show one of each task; else the
-        whole corpus is gone through for them, a block at a time.
+        Where all tasks' labels are configured, or declared by every source, as many as show one of
+        each task; else the whole corpus is gone through for them, a block at a time.
         """
         tasks = self.experiment.tasks
+        read = {
+            task
+            for source, declared in zip(self.sources, self.declared, strict=True)
+            for task in source.task_columns
+            if task not in declared and not tasks[task].labels
+        }
         seen: dict[str, set[str]] = {task: set() for task in tasks}
         found = []
         in_turn = zip_longest(*shards.drawn)
@@ -191,7 +204,7 @@ class ShardedCorpus:
                     found.append(example)
                 for task in names:
                     seen[task] |= names[task]
-            if all(seen[task] and task in known for task in tasks):
+            if all(seen.values()) and not read:
                 return found
         if not all(seen.values()):
             for source, columns in zip(self.sources, self.columns, strict=True):
@@ -242,14 +255,15 @@ class ShardLoader:
 
         Raises:
             DataError: rows that cannot be read, or labels that are not known.
+            ConfigError: a variable of a path is not set here.
             OSError: the disk is full.
         """
-        failure: DataError | OSError | None = None
+        failure: ConfigError | DataError | OSError | None = None
         split = None
         if self.world.local_rank == 0:
             try:
                 self._make(number).result()
-            except (DataError, OSError) as error:
+            except (ConfigError, DataError, OSError) as error:
                 failure = error
         if self.world.any(failure is not None):
             raise failure or ElsewhereError("another worker could not read its texts")

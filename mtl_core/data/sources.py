@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from mtl_core.config import SPLITS, SourceConfig, Split, TaskConfig
-from mtl_core.data.examples import Corpus, DataError, Example
+from mtl_core.data.examples import Corpus, DataError, Example, names_of
 from mtl_core.data.files import read_files
 from mtl_core.data.formats import BadRow, Column, Table, there_is
 from mtl_core.data.rows import RowReader
@@ -67,7 +67,8 @@ def read_source(
     A split of only rows without any label (GLUE's test) counts as missing, and a missing validation
     split is carved out of train. Such rows of other splits are dropped once rows were drawn, so
     that the same ones are drawn whichever of these tasks are learned. Train and validation are
-    always read together, so that neither depends on which of them was asked for.
+    always read together, so that neither depends on which of them was asked for. A label stays
+    known if the draw left no row of it to train on.
     """
     needed = set(splits)
     if needed & {"train", "validation"}:
@@ -76,7 +77,12 @@ def read_source(
     examples, labels, skipped = _read(source, tasks, seed, ordered, single)
     found = {split: rows for split, rows in examples.items() if labelled(rows)}
     if "train" in needed:
+        train = found.get("train", [])
         _divide(source, found, seed)
+        for task in source.task_columns:
+            names = names_of(task, train)
+            if names != names_of(task, found["train"]):  # the draw took a label's last row
+                labels[task] = tuple(dict.fromkeys((*labels.get(task, ()), *sorted(names))))
     kept: dict[str, list[Example]] = {split: labelled(found.get(split, [])) for split in splits}
     return Corpus(kept, labels, {source.title: skipped} if skipped else {})
 

@@ -253,6 +253,8 @@ def test_configured_labels_go_before_declared_and_declared_before_found_ones() -
     tasks = {"intent": TASKS["intent"]}
     declared = corpus(ROWS, [], intent=("tell", "ask", "shout"))
     assert resolve_labels(declared, tasks)["intent"] == ("tell", "ask", "shout")
+    beside = corpus(ROWS, [], intent=("tell",))
+    assert resolve_labels(beside, tasks)["intent"] == ("tell", "ask")
     fixed = {"intent": TaskConfig(kind="classification", labels=("tell", "ask"))}
     assert resolve_labels(declared, fixed)["intent"] == ("tell", "ask")
 

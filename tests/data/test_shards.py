@@ -156,6 +156,73 @@ def test_the_cut_goes_by_content_and_seed(encoder: Path, tmp_path: Path) -> None
     assert prepare(chosen).keys["train"] != first.keys["train"]
 
 
+def test_a_corrected_label_of_a_parquet_file_makes_new_shards(
+    encoder: Path, tmp_path: Path
+) -> None:
+    chosen = experiment(encoder, parquet(tmp_path))
+    first = prepare(chosen)
+    size = (tmp_path / "rows.parquet").stat().st_size
+    rows = [{**row, "label": {"a": "b", "b": "a", "c": "c"}[row["label"]]} for row in ROWS]
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet", row_group_size=20)
+    assert (tmp_path / "rows.parquet").stat().st_size == size
+    assert prepare(chosen).keys["train"] != first.keys["train"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_a_small_source_is_spread_over_the_shards_of_a_large_one(
+    kind: str, encoder: Path, tmp_path: Path
+) -> None:
+    large = [{"text": f"large {i}", "label": "large"} for i in range(10_000)]
+    few = [{"text": f"few {i}", "label": "few"} for i in range(30)]
+    if kind == "jsonl":
+        small = write(tmp_path / "few.jsonl", few)
+    elif kind == "parquet":
+        pd.DataFrame(few).to_parquet(tmp_path / "few.parquet")
+        small = {"path": str(tmp_path / "few.parquet")}
+    else:
+        datasets.DatasetDict(train=datasets.Dataset.from_list(few)).save_to_disk(tmp_path / "few")
+        small = {"hub": str(tmp_path / "few")}
+    chosen = experiment(encoder, write(tmp_path / "large.jsonl", large), small, size=1000)
+    data = prepare(chosen)
+    found = shards(chosen, data)
+    assert len(found) == 10
+    assert all(len(shard) <= 1010 for shard in found)
+    number = data.labels["t"].index("few")
+    drawn = [int((shard.targets["t"] == number).sum()) for shard in found]
+    assert set(drawn) == {2, 3}
+    held_out = data.splits["validation"].targets["t"]
+    assert sum(drawn) + int((held_out == number).sum()) == len(few)
+
+
+def test_a_source_of_fewer_rows_than_shards_is_in_some_of_them(
+    encoder: Path, tmp_path: Path
+) -> None:
+    large = [{"text": f"large {i}", "label": "large"} for i in range(2000)]
+    few = [{"text": f"few {i}", "label": "few"} for i in range(4)]
+    sources = write(tmp_path / "large.jsonl", large), write(tmp_path / "few.jsonl", few)
+    chosen = experiment(encoder, *sources)
+    data = prepare(chosen)
+    assert len(shards(chosen, data)) == 19
+    assert sum(texts(shard, chosen).total() for shard in shards(chosen, data)) in (1803, 1804)
+
+
+def test_labels_that_only_one_source_declares_are_looked_for_in_the_others(
+    encoder: Path, tmp_path: Path
+) -> None:
+    other = [{"text": f"other {i}", "label": "d"} for i in range(100)]
+    chosen = experiment(encoder, saved(tmp_path), write(tmp_path / "other.jsonl", other))
+    assert prepare(chosen).labels == {"t": ("c", "b", "a", "d")}
+
+
+def test_the_line_of_a_wrong_byte_is_that_of_the_file(encoder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl")
+    lines = (tmp_path / "rows.jsonl").read_bytes().split(b"\n")
+    lines[399] = b'{"text": "caf\xe9", "label": "a"}'
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError, match=r"rows\.jsonl:400: byte 0xe9 is not utf-8"):
+        prepare(experiment(encoder, source))
+
+
 def test_another_process_finds_the_same_shards_with_and_without_a_cache(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_core.config import SourceConfig, TaskConfig
+from mtl_core.data.encoding import resolve_labels
 from mtl_core.data.examples import Corpus, DataError, Example, Span, Target
 from mtl_core.data.rows import align
 from mtl_core.data.sources import read_corpus, read_source
@@ -126,6 +127,11 @@ class TestFormats:
         assert rows_of(corpus) == self.expected()
         assert len(corpus.splits["test"]) == 20
         assert rows_of(read(f"{folder}/test.jsonl", TOPIC)) == self.expected()
+
+    def test_a_cell_as_long_as_a_document(self, tmp_path: Path) -> None:
+        text = "word " * 40_000
+        (tmp_path / "a.csv").write_text(f'text,label\n"{text}",a\n"x",b\n', encoding="utf-8")
+        assert [len(row.text) for row in rows_of(read(tmp_path / "a.csv", TOPIC))] == [200_000, 1]
 
     def test_latin_1(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_bytes("text,label\ncafé,ä\nthé,ö".encode("latin-1"))
@@ -287,6 +293,14 @@ class TestSplits:
         corpus = read(write_jsonl(tmp_path / "rows.jsonl", ROWS[:2]), TOPIC)
         assert [len(corpus.splits[split]) for split in ("train", "validation")] == [1, 1]
 
+    def test_a_label_whose_rows_were_drawn_away_stays_known(self, tmp_path: Path) -> None:
+        rows = [{"text": f"text {number}", "label": str(number)} for number in range(40)]
+        corpus = read(write_jsonl(tmp_path / "a.jsonl", rows), TOPIC, limit=5)
+        assert len(corpus.splits["train"]) == 5
+        assert set(resolve_labels(corpus, {"topic": TASKS["topic"]})["topic"]) == {
+            row["label"] for row in rows
+        }
+
     def test_limit_keeps_the_first_draw_of_train_and_all_of_validation(
         self, tmp_path: Path
     ) -> None:
@@ -396,6 +410,10 @@ class TestMistakes:
         said = message('{"text": "a"}', TOPIC, "a.json")
         assert said.startswith("a.json: expected a list of objects")
 
+    def test_half_a_character(self, message: Callable[..., str]) -> None:
+        said = message('{"text": "hi \\ud83d there", "label": "a"}', TOPIC)
+        assert said.startswith("train.jsonl:1: the text is no valid Unicode")
+
     @pytest.mark.parametrize("text", ["", " \t", None])
     def test_a_blank_text(self, message: Callable[..., str], text: str | None) -> None:
         said = message(json.dumps({"text": text, "label": "a"}), TOPIC)
@@ -404,8 +422,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("content", "place", "fix"),
         [
-            ("text,label\ncafé,a\n".encode("latin-1"), "a.csv:2: byte 14", "latin-1"),
-            ("text,label\nx,a\n".encode("utf-16"), "a.csv:1: byte 0", "utf-16"),
+            ("text,label\ncafé,a\n".encode("latin-1"), "a.csv:2: byte 0xe9", "latin-1"),
+            ("text,label\nx,a\n".encode("utf-16"), "a.csv:1: byte 0xff", "utf-16"),
         ],
     )
     def test_a_file_in_another_encoding(
@@ -475,6 +493,8 @@ class TestMistakes:
             ({"text": "x", "tokens": ["x"], "tags": 7}, "ner: expected a list, got int 7"),
             ({"text": "x", "tokens": ["x"], "tags": ["PER"]}, "ner: tag 'PER' belongs to no sch"),
             ({"text": "x", "tokens": [1]}, "words: expected strings, got int 1"),
+            ({"tokens": ["a", None], "tags": ["O", "O"]}, "words: expected strings, got NoneType"),
+            ({"tokens": ["a", "b"], "tags": ["O", None]}, "ner: expected tags by name"),
             ({"text": "x", "tags": [{"start": 0}]}, "ner: expected {start, end, label}"),
             ({"text": "x", "tags": [{"start": "0", "end": 1, "label": "a"}]}, "ner: .* whole numb"),
         ],
@@ -529,6 +549,10 @@ class TestMistakes:
         rows = [{"tokens": ["a"], "tags": [tag]} for tag in ("S-x", "U-x")]
         said = message("\n".join(json.dumps(row) for row in rows), NER)
         assert said.startswith("train.jsonl: columns.ner: tags mix BIOES")
+
+    def test_a_csv_column_that_stands_there_twice(self, message: Callable[..., str]) -> None:
+        said = message("text,label,label\nx,a,b\n", TOPIC, "a.csv")
+        assert said == "a.csv: two columns are called 'label'; rename one"
 
     def test_a_csv_row_of_another_width(self, message: Callable[..., str]) -> None:
         said = message('text,label\n"a\nb",x\nc, d,x\n', TOPIC, "a.csv")
