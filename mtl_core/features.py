@@ -25,7 +25,7 @@ from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, collate, evaluation_batches
 from mtl_core.data.cache import cache_root
 from mtl_core.data.encoding import EncodedSplit
-from mtl_core.freezing import cacheable_layers
+from mtl_core.freezing import frozen_layers
 from mtl_core.model import Batch, MultiTaskModel
 
 
@@ -67,7 +67,8 @@ def cached_layers(
     """How many layers run once a text in this experiment; 0 where nothing is cached."""
     if not experiment.training.feature_cache:
         return 0
-    depth = cacheable_layers(model, experiment.freeze, experiment.training.epochs)
+    last = experiment.training.epochs - 1  # layers only ever thaw
+    depth = frozen_layers(experiment.freeze, model.encoder.num_layers, last)
     return depth if depth and splits_cleanly(model, split, depth, device) else 0
 
 

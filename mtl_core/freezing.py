@@ -58,13 +58,3 @@ def apply_freezing(model: MultiTaskModel, freeze: FreezeConfig, epoch: int) -> b
         head.requires_grad_(learns)
         head.train(learns)
     return before != [p.requires_grad for p in model.parameters()]
-
-
-def cacheable_layers(model: MultiTaskModel, freeze: FreezeConfig, epochs: int) -> int:
-    """How many of the lowest layers never learn during a run: what can be computed once."""
-    return frozen_layers(freeze, model.encoder.num_layers, epochs - 1)
-
-
-def trainable(model: MultiTaskModel) -> dict[str, bool]:
-    """Parameter name → whether it learns now."""
-    return {name: p.requires_grad for name, p in model.named_parameters()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_core.config import FreezeConfig, OptimConfig
 from mtl_core.encoder import layers
-from mtl_core.freezing import frozen_layers
+from mtl_core.freezing import apply_freezing
 from mtl_core.model import MultiTaskModel
 
 
@@ -23,12 +23,18 @@ def build_optimizer(
     layer) learns at learning_rate · layer_decay^(n-d) (Sun et al., "How to Fine-Tune BERT for Text
     Classification?", 2019). Biases and normalisation weights are not decayed.
     """
+    apply_freezing(model, freeze, epochs - 1)  # what thaws learns from then on to the end
+    stack = () if freeze.encoder else layers(model.encoder.transformer)
+    depths = {id(p): depth for depth, layer in enumerate(stack, 1) for p in layer.parameters()}
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        rate = _peak_rate(model, name, config, freeze, epochs)
-        if rate is not None:
-            decays = parameter.ndim > 1
-            groups.setdefault((rate, decays), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        rate = config.head_learning_rate or config.learning_rate
+        if name.startswith("encoder."):
+            above = model.encoder.num_layers - depths.get(id(parameter), 0)
+            rate = config.learning_rate * config.layer_decay**above
+        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
     if not groups:
         return None
     return torch.optim.AdamW(
@@ -44,38 +50,6 @@ def build_optimizer(
         betas=config.betas,
         fused=True,
     )
-
-
-def _peak_rate(
-    model: MultiTaskModel, name: str, config: OptimConfig, freeze: FreezeConfig, epochs: int
-) -> float | None:
-    """The peak rate of one parameter, None when it never learns."""
-    assert model.weighting is not None
-    part, _, rest = name.partition(".")
-    if part == "heads":
-        task = rest.rsplit(".", 2)[0]  # what follows is a layer of the head and its tensor
-        learns = task in model.weighting.loss_weights and task not in freeze.heads
-        return (config.head_learning_rate or config.learning_rate) if learns else None
-    if part == "weighting":
-        return config.head_learning_rate or config.learning_rate
-    if freeze.encoder or ".pooler." in name:
-        return None
-    depth = _depth(model, name)
-    last_epoch_frozen = frozen_layers(freeze, model.encoder.num_layers, epochs - 1)
-    if depth == 0 and (freeze.embeddings or last_epoch_frozen > 0):
-        return None
-    if 0 < depth <= last_epoch_frozen:
-        return None
-    return config.learning_rate * config.layer_decay ** (model.encoder.num_layers - depth)
-
-
-def _depth(model: MultiTaskModel, name: str) -> int:
-    """1 for the lowest layer up to n for the top one; 0 for all that is in no layer."""
-    stack = layers(model.encoder.transformer)
-    for prefix, module in model.named_modules():
-        if module is stack and name.startswith(prefix + "."):
-            return 1 + int(name.removeprefix(prefix + ".").split(".")[0])
-    return 0
 
 
 def rate_factor(config: OptimConfig, progress: float) -> float:

@@ -125,7 +125,7 @@ def test_what_is_scored_is_what_is_answered(
     counts = metrics.empty_counts("token_classification", len(LABELS["entities"]))
     for item, answer in zip(texts, answers, strict=True):
         tags = [
-            np.array([index[tag] for tag in word_tags(item, spans)])
+            np.array([index[tag] for tag in spans_to_tags(item.words, spans)])
             for spans in (
                 [span for span in item.targets["entities"] if isinstance(span, Span)],
                 [Span(e["start"], e["end"], e["entity_group"]) for e in answer["entities"]],
@@ -146,11 +146,6 @@ def odd_example(text: str) -> Example:
     person = Span(words[0][0], words[min(1, len(words) - 1)][1], "person")
     targets = {"topic": "food", "mood": ("good",), "entities": (person,)}
     return Example(text, targets, tuple(words))
-
-
-def word_tags(item: Example, spans: list[Span]) -> list[str]:
-    """Each word takes the span that its first character is in."""
-    return spans_to_tags([(start, start + 1) for start, _ in item.words], spans)
 
 
 # Entities

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mtl_core.config import TaskConfig
 from mtl_core.data.examples import Corpus, DataError, Example, Span, names_of
-from mtl_core.data.tags import tag_names
+from mtl_core.data.tags import spans_to_tags, tag_names
 
 IGNORE = -100
 TEXTS_AT_ONCE = 1024
@@ -203,11 +203,11 @@ class _Builder:
             else:
                 spans = [span for span in target if isinstance(span, Span)]
                 tags = self.tags[task]
+                pieces = zip(offsets, spans_to_tags(offsets, spans), strict=True)
                 self.targets[task].extend(
-                    IGNORE if start == end else tags[tag]
-                    for (start, end), tag in zip(offsets, _tags(offsets, spans), strict=True)
+                    IGNORE if start == end else tags[tag] for (start, end), tag in pieces
                 )
-                self.word_tags[task].extend(tags[t] for t in _tags(example.words, spans))
+                self.word_tags[task].extend(tags[t] for t in spans_to_tags(example.words, spans))
 
     def build(self) -> EncodedSplit:
         return EncodedSplit(
@@ -229,23 +229,6 @@ def _multi_hot(target: Any, index: Mapping[str, int]) -> list[int]:
     for name in target:
         row[index[name]] = 1
     return row
-
-
-def _tags(pieces: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[str]:
-    """BIO2 tags of character ranges: a piece belongs to the span that its first character is in."""
-    tags, current = [], None
-    ordered = sorted(spans)
-    for start, end in pieces:
-        if start == end:
-            tags.append("O")
-            continue
-        inside = next((span for span in ordered if span.start <= start < span.end), None)
-        if inside is None:
-            tags.append("O")
-        else:
-            tags.append(("I-" if inside == current else "B-") + inside.label)
-        current = inside
-    return tags
 
 
 def _first_tokens(

@@ -11,7 +11,7 @@ from typing import Any
 from mtl_core.config import TaskKind
 from mtl_core.data.examples import DataError, Example, Span, Target
 from mtl_core.data.formats import BadRow, Column, Row
-from mtl_core.data.tags import tags_to_spans, to_bio2
+from mtl_core.data.tags import check_scheme, tags_to_spans, to_bio2
 from mtl_core.windows import LONE_SURROGATE
 
 Word = tuple[int, int]
@@ -24,8 +24,8 @@ class RowReader:
     columns: Mapping[str, Column]
     """Where `text`, `words` and each task stand."""
     kinds: Mapping[str, TaskKind]
-    tags: dict[str, list[list[str]]] = field(default_factory=dict)
-    """The tags of every row read so far, by task: a scheme shows in a column, not in a row."""
+    prefixes: dict[str, set[str]] = field(default_factory=dict)
+    """Those of the tags read so far, by task: a scheme shows in a column, not in a row."""
 
     def read(self, row: Row) -> Example:
         """The row's text with the labels it carries.
@@ -58,7 +58,9 @@ class RowReader:
             except DataError as error:
                 raise type(error)(f"{task}: {error}") from error
         for task, items in tags.items():
-            self.tags.setdefault(task, []).append(items)
+            prefixes = self.prefixes.setdefault(task, set())
+            prefixes.update(tag[0] for tag in items)
+            check_scheme(task, prefixes)
         found = [word for word in words or () if word]
         if words is None and any(self.kinds[task] == "token_classification" for task in targets):
             found = _split(text)

@@ -11,7 +11,6 @@ from mtl_core.data.examples import Corpus, DataError, Example, names_of
 from mtl_core.data.files import read_files
 from mtl_core.data.formats import BadRow, Column, Table, there_is
 from mtl_core.data.rows import RowReader
-from mtl_core.data.tags import detect_scheme
 
 Examples = dict[Split, list[Example]]
 
@@ -198,21 +197,12 @@ def to_examples(
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
             examples[split].append(example)
-    _check_schemes(source, reader.tags)
     return examples, skipped
 
 
 def labelled(rows: Iterable[Example]) -> list[Example]:
     """Those that carry a label."""
     return [row for row in rows if row.targets]
-
-
-def _check_schemes(source: SourceConfig, tags: Mapping[str, Iterable[Sequence[str]]]) -> None:
-    for task, rows in tags.items():
-        try:
-            detect_scheme(rows)
-        except DataError as error:
-            raise DataError(f"{source.title}: columns.{task}: {error}") from error
 
 
 def _divide(source: SourceConfig, examples: Examples, seed: int) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence, Set
 
 from mtl_core.data.examples import DataError, Span
-
-Scheme = Literal["BIO2", "IOB1", "BIOES", "BILOU"]
 
 
 def tag_names(entity_types: Sequence[str]) -> tuple[str, ...]:
@@ -32,33 +29,11 @@ def split_tag(tag: str) -> tuple[str, str]:
     return prefix, label
 
 
-def detect_scheme(rows: Iterable[Sequence[str]]) -> Scheme:
-    """The scheme of a whole column of tags.
-
-    E- or S- make it BIOES, L- or U- make it BILOU. IOB1 is where an I- starts an entity and B-
-    stands only directly after an entity of the same type. Everything else is BIO2, also a mixed
-    column in which some entities start with a stray I-.
-
-    Raises:
-        DataError: a tag of no scheme, or prefixes of BIOES and BILOU in one column.
-    """
-    prefixes: set[str] = set()
-    inside_starts, begin_starts = False, False
-    for tags in rows:
-        previous = ""
-        for tag in tags:
-            prefix, label = split_tag(tag)
-            prefixes.add(prefix)
-            inside_starts |= prefix == "I" and label != previous
-            begin_starts |= prefix == "B" and label != previous
-            previous = label
+def check_scheme(task: str, prefixes: Set[str]) -> None:
+    """Raise DataError if a column's tags are of BIOES and BILOU; all else reads as one scheme."""
     if prefixes & set("ES") and prefixes & set("LU"):
-        raise DataError("tags mix BIOES (E-, S-) with BILOU (L-, U-); convert them to one scheme")
-    if prefixes & set("ES"):
-        return "BIOES"
-    if prefixes & set("LU"):
-        return "BILOU"
-    return "IOB1" if inside_starts and not begin_starts else "BIO2"
+        problem = "the column's tags mix BIOES (E-, S-) with BILOU (L-, U-)"
+        raise DataError(f"{task}: {problem}; convert them to one scheme")
 
 
 def to_bio2(tags: Sequence[str]) -> list[str]:
@@ -99,23 +74,23 @@ def tags_to_spans(words: Sequence[tuple[int, int]], tags: Sequence[str]) -> tupl
     return tuple(spans)
 
 
-def spans_to_tags(words: Sequence[tuple[int, int]], spans: Iterable[Span]) -> list[str]:
-    """BIO2 tags, one a word: a word is tagged with the first span that it overlaps.
+def spans_to_tags(pieces: Sequence[tuple[int, int]], spans: Iterable[Span]) -> list[str]:
+    """BIO2 tags of character ranges: a piece belongs to the span that its first character is in.
 
     Args:
-        words: character spans [start, end), in order, not overlapping.
+        pieces: words or sub-words [start, end), in order; an empty one is outside.
         spans: entities in any order.
     """
-    tags = []
-    waiting = sorted(spans)
-    begun = -1
-    index = 0
-    for start, end in words:
-        while index < len(waiting) and waiting[index].end <= start:
-            index += 1
-        if index < len(waiting) and waiting[index].start < end:
-            tags.append(f"{'I' if begun == index else 'B'}-{waiting[index].label}")
-            begun = index
-        else:
+    tags, current = [], None
+    ordered = sorted(spans)
+    for start, end in pieces:
+        if start == end:
             tags.append("O")
+            continue
+        inside = next((span for span in ordered if span.start <= start < span.end), None)
+        if inside is None:
+            tags.append("O")
+        else:
+            tags.append(("I-" if inside == current else "B-") + inside.label)
+        current = inside
     return tags

@@ -548,7 +548,7 @@ class TestMistakes:
     def test_two_schemes_in_a_column(self, message: Callable[..., str]) -> None:
         rows = [{"tokens": ["a"], "tags": [tag]} for tag in ("S-x", "U-x")]
         said = message("\n".join(json.dumps(row) for row in rows), NER)
-        assert said.startswith("train.jsonl: columns.ner: tags mix BIOES")
+        assert said.startswith("train.jsonl:2: ner: the column's tags mix BIOES")
 
     def test_a_csv_column_that_stands_there_twice(self, message: Callable[..., str]) -> None:
         said = message("text,label,label\nx,a,b\n", TOPIC, "a.csv")

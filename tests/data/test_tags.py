@@ -9,7 +9,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 
 from mtl_core.data.examples import DataError, Span
-from mtl_core.data.tags import detect_scheme, spans_to_tags, tags_to_spans, to_bio2
+from mtl_core.data.tags import check_scheme, spans_to_tags, tags_to_spans, to_bio2
 
 ENTITIES = st.lists(
     st.tuples(st.integers(0, 2), st.integers(1, 4), st.sampled_from(["PER", "creative-work"])),
@@ -75,45 +75,17 @@ def test_spans_and_tags_round_trip(entities: list[tuple[int, int, str]]) -> None
     assert spans_to_tags(words, tags_to_spans(words, tags)) == tags
 
 
-@pytest.mark.parametrize(
-    ("rows", "scheme"),
-    [
-        ([["O", "B-x", "I-x", "B-x"]], "BIO2"),
-        ([["O", "O"]], "BIO2"),
-        ([["I-x", "B-x", "O"], ["O", "I-y"]], "IOB1"),
-        ([["I-x", "I-y", "B-y"]], "IOB1"),
-        ([["I-x"], ["O", "B-x"]], "BIO2"),
-        ([["B-x", "I-x"], ["S-x"]], "BIOES"),
-        ([["B-x", "I-x"], ["B-x", "E-x"]], "BIOES"),
-        ([["B-x", "I-x"], ["U-x"]], "BILOU"),
-        ([["B-x", "L-x"], ["O"]], "BILOU"),
-    ],
-)
-def test_the_scheme_shows_in_the_whole_column(rows: list[list[str]], scheme: str) -> None:
-    assert detect_scheme(rows) == scheme
-
-
 @pytest.mark.parametrize("tag", ["PER", "X-PER", "B", "B-", "", "b-PER", "BI-PER"])
 def test_a_tag_of_no_scheme_is_named(tag: str) -> None:
-    for read in (to_bio2, lambda tags: detect_scheme([tags])):
-        with pytest.raises(DataError, match=f"tag '{tag}' belongs to no scheme"):
-            read(["O", tag])
+    with pytest.raises(DataError, match=f"tag '{tag}' belongs to no scheme"):
+        to_bio2(["O", tag])
 
 
 def test_a_column_of_two_schemes_is_refused() -> None:
+    check_scheme("ner", set("OBIES"))
+    check_scheme("ner", set("OBILU"))
     with pytest.raises(DataError, match=r"mix BIOES .* with BILOU"):
-        detect_scheme([["B-x", "E-x"], ["U-x"]])
-
-
-def test_a_word_that_a_span_only_touches_is_tagged() -> None:
-    words = [(0, 7), (8, 12), (13, 15)]
-    assert spans_to_tags(words, [Span(1, 10, "x")]) == ["B-x", "I-x", "O"]
-
-
-def test_a_word_under_two_spans_takes_the_first() -> None:
-    words = [(0, 5), (6, 9), (10, 12)]
-    spans = [Span(4, 9, "y"), Span(0, 3, "x")]
-    assert spans_to_tags(words, spans) == ["B-x", "B-y", "O"]
+        check_scheme("ner", set("BEU"))
 
 
 def test_words_and_tags_of_unequal_number_are_refused() -> None:
