@@ -141,7 +141,7 @@ class CompatibleRoutes:
             output = part.outputs[task]
             assert isinstance(output, TokenOutput)
             found += pipelines.token_classification(output, part.items, strategy, tokenizer)
-        ignored = set(options.ignore_labels or ())
+        ignored = {pipelines.OUTSIDE} if options.ignore_labels is None else {*options.ignore_labels}
         kept = [
             [e for e in row if e.get("entity_group", e.get("entity")) not in ignored]
             for row in found

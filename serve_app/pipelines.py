@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from mtl_core.answers import TokenOutput
@@ -20,12 +19,14 @@ from mtl_core.windows import Tokenized
 Strategy = Literal["none", "simple", "first", "average", "max"]
 Piece = tuple[int, float, int, int]
 """Tag, score, characters [start, end)."""
+OUTSIDE = "O"
+"""What is no entity."""
 
 
 def token_classification(
     output: TokenOutput, items: Sequence[Tokenized], strategy: Strategy, tokenizer: Tokenizer
 ) -> list[list[dict[str, Any]]]:
-    """Each text's tokens or entities in the shape of the token-classification pipeline."""
+    """Each text's tokens or groups of them, O included, as the token-classification pipeline's."""
     answers = []
     first = 0
     for item, length in zip(items, output.lengths.tolist(), strict=True):
@@ -57,17 +58,16 @@ def _tokens(
         places.tolist(),
         strict=True,
     ):
-        if tag:
-            found.append(
-                {
-                    "entity": names[tag],
-                    "score": round(score, 6),
-                    "index": item.numbers[window][place] + 1,
-                    "word": tokenizer.id_to_token(item.windows[window][place]),
-                    "start": start,
-                    "end": end,
-                }
-            )
+        found.append(
+            {
+                "entity": names[tag],
+                "score": round(score, 6),
+                "index": item.numbers[window][place] + 1,
+                "word": tokenizer.id_to_token(item.windows[window][place]),
+                "start": start,
+                "end": end,
+            }
+        )
     return found
 
 
@@ -83,7 +83,8 @@ def _words(
     """One tag a word: of its first piece, of the mean over pieces, or of the surest piece."""
     offsets = item.placed[0]
     starts = word_starts(item, tokenizer)
-    for begin, end in zip(starts, [*starts[1:], len(offsets)], strict=True):
+    # A text may have none: sub-words of invisible characters alone stand for nothing.
+    for begin, end in zip(starts, [*starts, len(offsets)][1:], strict=True):
         rows = scores[begin:end]
         if strategy == "first":
             row = rows[0]
@@ -115,23 +116,21 @@ def word_starts(item: Tokenized, tokenizer: Tokenizer) -> list[int]:
 
 
 def _groups(pieces: Iterable[Piece], labels: Sequence[str], text: str) -> list[dict[str, Any]]:
-    """Adjacent pieces of one type; a B- tag begins anew."""
-    num_types = len(labels)
+    """Adjacent pieces of one type, or of none; a B- tag begins anew."""
+    num_types, names = len(labels), (OUTSIDE, *labels)
     groups: list[tuple[int, list[float], int, int]] = []
-    previous = 0
     for tag, score, start, end in pieces:
         kind = (tag - 1) % num_types + 1 if tag else 0
-        if kind and kind == previous and tag > num_types:
+        if groups and kind == groups[-1][0] and not 1 <= tag <= num_types:
             _, scores, begin, _ = groups[-1]
             scores.append(score)
             groups[-1] = (kind, scores, begin, end)
-        elif kind:
+        else:
             groups.append((kind, [score], start, end))
-        previous = kind
     return [
         {
-            "entity_group": labels[kind - 1],
-            "score": round(float(np.mean(scores)), 6),
+            "entity_group": names[kind],
+            "score": round(sum(scores) / len(scores), 6),
             "word": text[start:end],
             "start": start,
             "end": end,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,22 +117,25 @@ def test_entities_are_those_of_transformers_pipeline(strategy: Any, served: Serv
     texts = comparable(served.predictor)
     assert len(texts) > 30
     total = 0
-    for text in texts:
-        expected: Any = pipeline(text)
-        found = client.token_classification(text, aggregation_strategy=strategy)
+    for text, ignored in product(texts, (None, [])):
+        expected: Any = pipeline(text, ignore_labels=ignored)
+        found = client.token_classification(
+            text, aggregation_strategy=strategy, ignore_labels=ignored
+        )
         name = "entity" if strategy == "none" else "entity_group"
         assert [(e[name], e.start, e.end) for e in found] == [
             (e[name], e["start"], e["end"]) for e in expected
         ], text
         assert [e.score for e in found] == pytest.approx([e["score"] for e in expected], abs=1e-5)
         if strategy == "none":
-            raw = call(f"{served.url}/tasks/entities", pipeline_body(text, strategy)).body
+            body = pipeline_body(text, strategy, ignore_labels=ignored)
+            raw = call(f"{served.url}/tasks/entities", body).body
             assert [(e["index"], e["word"]) for e in raw] == [
                 (e["index"], e["word"]) for e in expected
             ]
         else:
             assert [e.word for e in found] == [text[e["start"] : e["end"]] for e in expected]
-        total += len(found)
+        total += ignored is None and len(found)
     assert total > len(texts) / 2
 
 
@@ -157,11 +161,27 @@ def test_ignored_labels_are_left_out(strategy: Any, served: Served) -> None:
     text = "Maria Lopez had the food at the table in Berlin"
     kinds = LABELS["entities"]
     name = "entity" if strategy == "none" else "entity_group"
-    every = client.token_classification(text, aggregation_strategy=strategy)
+    every = client.token_classification(text, aggregation_strategy=strategy, ignore_labels=[])
     ignored = [f"{mark}-{kinds[0]}" for mark in "BI"] if strategy == "none" else [kinds[0]]
     kept = client.token_classification(text, aggregation_strategy=strategy, ignore_labels=ignored)
     assert kept == [e for e in every if e[name] not in ignored]
     assert 0 < len(kept) < len(every)
+    assert "O" in [e[name] for e in kept]  # as with transformers, the list stands for its default
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\u00ad", "\ufeff", "\u0000"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_text_of_which_no_sub_word_is_left_has_no_entities(
+    strategy: str, text: str, served: Served
+) -> None:
+    url = f"{served.url}/tasks/entities"
+    alone = call(url, pipeline_body(TEXTS[0], strategy, ignore_labels=[])).body
+    answer = call(url, pipeline_body([TEXTS[0], text], strategy, ignore_labels=[]))
+    assert answer.status == 200
+    (before, found) = answer.body
+    assert [(e["start"], e["end"]) for e in before] == [(e["start"], e["end"]) for e in alone]
+    (item,) = served.predictor.tokenize([text])
+    assert bool(found) == bool(item.placed[0])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
