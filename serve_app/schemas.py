@@ -1,7 +1,7 @@
 """Shapes of requests and replies, as OpenAPI shows them.
 
 Our own routes refuse unknown keys, so that a typo is not silently ignored; routes in the shape of
-others' APIs ignore what they have no use for, as those do.
+others' APIs ignore what they have no use for, as those do, and refuse what would change the answer.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+Right = Literal["right", "Right"] | None
+"""Where texts are cut; from the left is refused, not ignored."""
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 
 
@@ -155,6 +157,8 @@ class EmbedRequest(Lenient):
     inputs: Inputs = Field(examples=["The food was delicious."])
     normalize: bool = True
     truncate: bool | None = False
+    truncation_direction: Right = None
+    prompt_name: None = None
     dimensions: Count | None = Field(
         default=None, description="The first so many, of the dimension that /info tells."
     )
@@ -164,6 +168,7 @@ class ClassifyRequest(Lenient):
     inputs: Singles = Field(examples=["The food was delicious."])
     raw_scores: Literal[False] = False
     truncate: bool | None = False
+    truncation_direction: Right = None
 
 
 class ScoredLabel(BaseModel):
@@ -174,6 +179,7 @@ class ScoredLabel(BaseModel):
 class TokenizeRequest(Lenient):
     inputs: Blanks = Field(examples=["The food was delicious."])
     add_special_tokens: bool = True
+    prompt_name: None = None
 
 
 class TokenReply(BaseModel):

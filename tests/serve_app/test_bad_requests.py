@@ -214,8 +214,27 @@ def test_a_typo_in_a_key_is_refused_with_the_known_ones(path: str, local_url: st
 
 @pytest.mark.parametrize("path", sorted(set(BODIES) - set(OWN)))
 def test_routes_of_others_ignore_keys_of_others(path: str, local_url: str) -> None:
-    answer = call(local_url + path, {BODIES[path]: ["Zoë"], "prompt_name": "x", "user": "me"})
+    answer = call(local_url + path, {BODIES[path]: ["Zoë"], "dtype": "x", "user": "me"})
     assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "same", "other"),
+    [
+        ("/embed", "truncation_direction", ["right", "Right"], "left"),
+        ("/predict?task=topic", "truncation_direction", ["right", "Right"], "Left"),
+        ("/embed", "prompt_name", [], "query"),
+        ("/tokenize", "prompt_name", [], "query"),
+    ],
+)
+def test_a_key_of_others_that_would_change_the_answer_is_refused(
+    path: str, key: str, same: list[str], other: str, local_url: str
+) -> None:
+    for taken in (None, *same):
+        assert call(local_url + path, {"inputs": "Zoë", key: taken}).status == 200
+    answer = call(local_url + path, {"inputs": "Zoë", key: other})
+    assert answer.status == 422
+    assert message(answer).startswith(f"{key}: ")
 
 
 @pytest.mark.parametrize("path", [*BODIES, "/info", "/health", "/metrics", "/", "/docs"])

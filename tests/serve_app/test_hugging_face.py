@@ -237,6 +237,11 @@ def test_features_are_vectors(local_url: str, predictor: Predictor) -> None:
     raw = client.feature_extraction(TEXTS[0], normalize=False)
     assert not np.allclose(np.linalg.norm(raw), 1)
     np.testing.assert_allclose(raw / np.linalg.norm(raw), found, atol=1e-6)
+    for option in ({"truncation_direction": "left"}, {"prompt_name": "query"}):
+        with pytest.raises(HfHubHTTPError) as refused:
+            client.feature_extraction(TEXTS[0], **option)
+        assert refused.value.response.status_code == 422
+        assert next(iter(option)) in refused.value.response.json()["error"]
     long = " ".join(TEXTS[:12])
     with pytest.raises(HfHubHTTPError) as refused:
         client.feature_extraction(long)
