@@ -113,13 +113,15 @@ class Windows:
     ) -> list[list[dict[str, Any]]]:
         """Each text's sub-words, whole, with ids and characters [start, stop).
 
+        `text` is what they stand for, and a special token's name.
+
         Raises:
             TooMany: they are more than `most`.
         """
         rows = []
         encodings = self.untruncated.encode_batch(list(texts), add_special_tokens=special)
         check_size(sum(map(len, encodings)), most)
-        for encoding in encodings:
+        for source, encoding in zip(texts, encodings, strict=True):
             columns = (
                 encoding.ids,
                 encoding.tokens,
@@ -130,7 +132,7 @@ class Windows:
                 [
                     {
                         "id": number,
-                        "text": token,
+                        "text": token if mask else source[start:stop],
                         "special": bool(mask),
                         "start": None if mask else start,
                         "stop": None if mask else stop,
