@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve_app.errors import ApiError
-from serve_app.gate import Gate, dump
+from serve_app.gate import TIMING_HEADERS, Gate, dump
 from serve_app.routes import Routes
 
 NO_ROUTE = "none"
@@ -51,7 +51,8 @@ def build_app(routes: Routes) -> Starlette:
                 CORSMiddleware,
                 allow_origins=list(gate.settings.cors_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type"],
+                allow_headers=["*"],  # clients send their own, as x-stainless-…
+                expose_headers=["retry-after", "x-request-id", *TIMING_HEADERS],
             )
         )
     return Starlette(

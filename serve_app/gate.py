@@ -47,23 +47,23 @@ def dump(content: Any) -> bytes:
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+TIMING_HEADERS: dict[str, Callable[[Answer, float], Any]] = {
+    "x-compute-type": lambda answer, _: answer.model.stage.runtime.name,
+    "x-compute-time": lambda answer, _: answer.timings.tokenize + answer.timings.inference,
+    "x-total-time": lambda _, total: total,
+    "x-tokenization-time": lambda answer, _: answer.timings.tokenize,
+    "x-queue-time": lambda answer, _: answer.timings.queue,
+    "x-inference-time": lambda answer, _: answer.timings.inference,
+    "x-compute-characters": lambda answer, _: answer.num_characters,
+    "x-compute-tokens": lambda answer, _: answer.num_tokens,
+}
+"""Text Embeddings Inference's, of an answer and the seconds since it was asked for."""
+
+
 def timing_headers(answer: Answer, total: float) -> dict[str, str]:
-    """Text Embeddings Inference's headers, in milliseconds."""
-    timings = answer.timings
-    values: dict[str, Any] = {
-        "x-compute-type": answer.model.stage.runtime.name,
-        "x-compute-time": timings.tokenize + timings.encoder + timings.heads,
-        "x-total-time": total,
-        "x-tokenization-time": timings.tokenize,
-        "x-queue-time": timings.queue,
-        "x-inference-time": timings.encoder + timings.heads,
-    }
-    shown = {k: v if isinstance(v, str) else f"{1000 * v:.2f}" for k, v in values.items()}
-    characters = sum(len(item.text) for part in answer.parts for item in part.items)
-    return shown | {
-        "x-compute-characters": str(characters),
-        "x-compute-tokens": str(answer.num_tokens),
-    }
+    """Their values, times in milliseconds."""
+    values = {name: value(answer, total) for name, value in TIMING_HEADERS.items()}
+    return {k: f"{1000 * v:.2f}" if isinstance(v, float) else str(v) for k, v in values.items()}
 
 
 class Gate:

@@ -37,6 +37,10 @@ class Timings:
     encoder: float = 0.0
     heads: float = 0.0
 
+    @property
+    def inference(self) -> float:
+        return self.encoder + self.heads
+
 
 @dataclass(frozen=True)
 class Part:
@@ -64,6 +68,10 @@ class Answer:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for part in self.parts for item in part.items)
+
+    @property
+    def num_characters(self) -> int:
+        return sum(len(item.text) for part in self.parts for item in part.items)
 
     @property
     def failures(self) -> dict[str, HeadUnavailable]:

@@ -140,6 +140,25 @@ def test_pages_of_other_origins_may_ask_only_where_they_are_named(
             assert allowed not in call(f"{url}/v1/predict", body, method=method, **other).headers
 
 
+def test_pages_may_send_any_header_and_read_ours(artifact: Path) -> None:
+    asked = {"origin": "https://app.example", "access_control_request_method": "POST"}
+    sent = "authorization, content-type, x-stainless-lang"
+    with local_server(artifact, runtime="torch-fp32", cors_origins=(asked["origin"],)) as (url, _):
+        preflight = call(
+            f"{url}/v1/embeddings",
+            method="OPTIONS",
+            access_control_request_headers=sent,
+            **asked,
+        )
+        assert preflight.status == 200
+        assert preflight.headers["access-control-allow-headers"] == sent
+        headers = call(f"{url}/v1/embeddings", {"input": "a"}, **asked).headers
+    readable = set(headers["access-control-expose-headers"].split(", "))
+    ours = {name for name in headers if name.startswith("x-")}
+    assert len(ours) == 8
+    assert readable == {*ours, "retry-after", "x-request-id"}
+
+
 def test_a_large_body_is_refused_however_it_is_sent(narrow_url: str) -> None:
     body = json.dumps({"inputs": [SECRET] * 1_000}).encode()
     chunks = b"".join(
