@@ -55,8 +55,10 @@ def build_app(routes: Routes) -> Starlette:
                 expose_headers=["retry-after", "x-request-id", *TIMING_HEADERS],
             )
         )
-    return Starlette(
+    app = Starlette(
         routes=table,
         middleware=middleware,
         exception_handlers={HTTPException: partial(http_error, gate)},
     )
+    app.router.redirect_slashes = False  # it would send clients of a TLS proxy to http://
+    return app

@@ -278,6 +278,14 @@ def test_an_unknown_route_is_not_found(path: str, local_url: str) -> None:
     message(answer)
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_a_slash_too_many_is_not_found_and_leads_nowhere_else(path: str, local_url: str) -> None:
+    answer = call(f"{local_url}{path.partition('?')[0]}/", {BODIES[path]: "a"})
+    assert answer.status == 404
+    assert "location" not in answer.headers
+    message(answer)
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None, "x"])
 def test_the_content_type_does_not_matter(kind: str | None, local_url: str) -> None:
     assert call(f"{local_url}/embed", {"inputs": "Zoë"}, content_type=kind).status == 200
