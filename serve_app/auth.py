@@ -43,7 +43,7 @@ class Keys:
         if not self.required:
             return True
         self._refresh()
-        given = (key or "").encode("utf-8", "surrogateescape")
+        given = (key or "").encode("latin-1", "replace")  # as sent: Starlette decodes so
         matches = [hmac.compare_digest(given, known) for known in (*self.fixed, *self.from_file)]
         return any(matches)
 
@@ -68,7 +68,7 @@ def read_keys(file: Path) -> list[bytes]:
         ConfigError: it cannot be read, or holds none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"keys_file: cannot read {file}: {error}") from error
     keys = [line.strip() for line in lines]
@@ -81,4 +81,4 @@ def read_keys(file: Path) -> list[bytes]:
 def bearer(header: str | None) -> str | None:
     """The key of an Authorization header."""
     kind, _, key = (header or "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else None
+    return key.strip(" \t") if kind.lower() == "bearer" else None

@@ -13,6 +13,7 @@ from mtl_core.config import ConfigError
 from serve_app.auth import GRACE_S, KEYS_VARIABLE, Keys, bearer
 from serve_app.deployments import check_exposure
 from serve_app.settings import Settings
+from tests.servers import call, local_server
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +150,16 @@ def test_a_file_without_a_key_is_refused(tmp_path: Path) -> None:
 
 def test_a_key_of_any_bytes_is_refused_without_an_error(file: Path) -> None:
     assert not Keys(str(file)).accept("schlüssel \udcff 🔑")
+
+
+@pytest.mark.parametrize("key", ["first", "schlüssel", "voilà", "Å", "🔑"])
+def test_a_key_may_hold_any_letters(key: str, artifact: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{key}\nsecond\n", encoding="utf-8-sig")  # with a mark, as some editors do
+    sent = key.encode().decode("latin-1")  # urllib sends the bytes of UTF-8
+    with local_server(artifact, runtime="torch-fp32", keys_file=str(file)) as (url, _):
+        for given, status in ((sent, 200), ("second", 200), (sent[:-1], 401), ("?", 401)):
+            assert call(f"{url}/info", key=given).status == status
 
 
 @pytest.mark.parametrize(
