@@ -293,9 +293,11 @@ function tableCard(kind, caption, ...parts) {
 }
 
 function details(inputs, answer) {
-  const quoted = JSON.stringify({ inputs, ...(answer.truncated && { truncate: true }) }).replaceAll("'", "'\\''");
+  const body = { inputs, return_scores: true, ...(answer.truncated && { truncate: true }) };
+  const quoted = JSON.stringify(body).replaceAll("'", "'\\''");
   const url = new URL("v1/predict", document.baseURI);
-  const curl = `curl ${url} -H 'Content-Type: application/json' -d '${quoted}'`;
+  const header = key ? " -H 'Authorization: Bearer KEY'" : "";
+  const curl = `curl ${url}${header} -H 'Content-Type: application/json' -d '${quoted}'`;
   const code = el("pre", { tabindex: "0" }, `${curl}\n\n${JSON.stringify(answer, null, 2)}`);
   return el("details", { class: "card" }, el("summary", {}, "As curl and JSON"), code);
 }

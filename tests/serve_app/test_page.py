@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from mtl_core.predictor import Predictor
 from tests.browser import HOLD, Browser, Intercept, Reply, find_browser
-from tests.servers import local_server
+from tests.servers import call, local_server
 
 pytestmark = pytest.mark.slow
 
@@ -178,6 +179,29 @@ def test_a_long_text_is_answered_and_said_to_be_cut(browser: Browser, predictor:
     assert "truncate" not in browser.text("details")
 
 
+def curl_and_json(browser: Browser) -> tuple[list[str], Any]:
+    """The words of the command that the page shows, and what it says comes of it."""
+    command, _, shown = browser.js("document.querySelector('details pre').textContent").partition(
+        "\n\n"
+    )
+    return shlex.split(command), json.loads(shown)
+
+
+def answered(command: list[str]) -> Any:
+    """What the server says to such a command."""
+    curl, url, *options = command
+    assert (curl, options[:-1]) == ("curl", ["-H", "Content-Type: application/json", "-d"])
+    return call(url, options[-1].encode()).body
+
+
+@pytest.mark.parametrize("line", [f"{SENTENCE}, isn't it?", " and ".join([SENTENCE] * 20)])
+def test_the_command_shown_gives_the_json_below_it(line: str, browser: Browser) -> None:
+    ask(browser, line)
+    command, shown = curl_and_json(browser)
+    assert answered(command) == shown
+    assert "scores" in shown["results"][0]["topic"]
+
+
 def test_one_line_is_not_compared(browser: Browser) -> None:
     ask(browser, *LINES)
     ask(browser, SENTENCE)
@@ -306,6 +330,9 @@ def test_a_server_with_a_key_gets_it_asked_for(chromium: Browser, page_url: str)
     chromium.press("Enter", control=True)
     chromium.wait(DONE)
     assert seen == [None, "Bearer guess", "Bearer open-sesame", "Bearer open-sesame"]
+    command, _ = curl_and_json(chromium)
+    assert "Authorization: Bearer KEY" in command
+    assert "open-sesame" not in chromium.text("details")
     assert chromium.js("[localStorage.length, document.cookie, location.search]") == [0, "", ""]
     chromium.reload()
     chromium.wait("document.querySelector('#model').textContent")
