@@ -56,7 +56,8 @@ class Batcher:
         done: called on the event loop with each finished batch; settles the jobs' futures.
         max_waiting: texts that may be unanswered at a time.
         batch_tokens: sub-words in a batch, unless a single job has more.
-        max_waiting_tokens: sub-words that may be unanswered at a time.
+        max_waiting_tokens: unanswered sub-words with which no more is taken; the texts that reach
+            it may go beyond it.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class Batcher:
         Raises:
             Overloaded: the queue is full.
         """
+        self.check_room(len(items))
         size = sum(item.num_tokens for item in items)
-        self.check_room(len(items), size)
         loop = asyncio.get_running_loop()
         jobs = [
             Job(part, tasks, want_states, all_tags, loop.create_future(), tokens, model)
@@ -125,12 +126,18 @@ class Batcher:
         finally:
             self.unanswered -= texts
 
-    def check_room(self, texts: int, tokens: int = 0) -> None:
-        """Raise Overloaded unless so much more may wait; an idle replica takes any number."""
+    def check_room(self, texts: int) -> None:
+        """Raise Overloaded unless so many more may wait; an idle replica takes any number.
+
+        Of tokens only those that wait count: a long request is not put off until all is idle.
+        """
         if self.unanswered and self.unanswered + texts > self.max_waiting:
-            raise Overloaded(f"{self.unanswered} texts are waiting; try again later")
-        if self.unanswered and self.unanswered_tokens + tokens > self.max_waiting_tokens:
-            raise Overloaded(f"{self.unanswered_tokens} tokens are waiting; try again later")
+            waiting = f"{self.unanswered} texts are waiting, of at most {self.max_waiting}"
+        elif self.unanswered_tokens >= self.max_waiting_tokens:
+            waiting = f"{self.unanswered_tokens} tokens are waiting, of {self.max_waiting_tokens}"
+        else:
+            return
+        raise Overloaded(f"{waiting}; try again later")
 
     async def _work(self) -> None:
         """Run batches until nothing waits."""

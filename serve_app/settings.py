@@ -49,7 +49,8 @@ class Settings(BaseModel):
     max_waiting: int = Field(default=512, ge=1)
     """Texts a replica holds unanswered; a request beyond that gets 429."""
     max_waiting_tokens: int = Field(default=131_072, ge=1)
-    """Sub-words of the texts a replica holds unanswered; a request beyond that gets 429."""
+    """Sub-words of texts that a replica holds unanswered before a request gets 429; the last one
+    taken may bring up to `max_tokens` more."""
     retry_after_s: int = Field(default=1, ge=1)
     """What a 429 tells clients to wait."""
     batch_tokens: int = Field(default=2048, ge=1)

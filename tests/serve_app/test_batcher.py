@@ -169,7 +169,7 @@ def test_a_full_queue_refuses_single_texts_and_lists_alike(texts: list[str]) -> 
     async def scenario(batcher: Batcher, encoder: Encoder) -> None:
         first, rest = await busy(batcher, encoder), ask(batcher, "b", "c")
         await asyncio.sleep(0.01)
-        with pytest.raises(Overloaded, match="3 texts are waiting"):
+        with pytest.raises(Overloaded, match="3 texts are waiting, of at most 3"):
             await ask(batcher, *texts)
         encoder.gate.set()
         await asyncio.gather(first, rest)
@@ -180,15 +180,25 @@ def test_a_full_queue_refuses_single_texts_and_lists_alike(texts: list[str]) -> 
 
 def test_few_long_texts_fill_the_queue_as_many_short_ones_do() -> None:
     async def scenario(batcher: Batcher, encoder: Encoder) -> None:
-        first, rest = await busy(batcher, encoder), ask(batcher, "b", tokens=60)
+        first, rest = await busy(batcher, encoder), ask(batcher, "b", tokens=99)
         await asyncio.sleep(0.01)
-        with pytest.raises(Overloaded, match="61 tokens are waiting"):
-            await ask(batcher, "c", tokens=40)
-        short = ask(batcher, "d", tokens=39)
-        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded, match="100 tokens are waiting, of 100"):
+            await ask(batcher, "c")
         encoder.gate.set()
-        await asyncio.gather(first, rest, short)
-        assert await ask(batcher, "c", tokens=400) == [["C"]]
+        await asyncio.gather(first, rest)
+        assert await ask(batcher, "c") == [["C"]]
+
+    run(scenario, max_waiting_tokens=100)
+
+
+def test_a_long_request_is_taken_while_little_waits() -> None:
+    async def scenario(batcher: Batcher, encoder: Encoder) -> None:
+        first, long = await busy(batcher, encoder), ask(batcher, "long", tokens=400)
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded, match="401 tokens are waiting"):
+            await ask(batcher, "another", tokens=400)
+        encoder.gate.set()
+        assert await asyncio.gather(first, long) == [[["FIRST"]], [["LONG"]]]
 
     run(scenario, max_waiting_tokens=100)
 
