@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,19 @@ class Tokenized:
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.windows))
+
+    @property
+    def beginning(self) -> Tokenized:
+        """The first window alone, which is all that is read where no states are wanted."""
+        if len(self.windows) == 1:
+            return self
+        numbers = self.numbers[0]
+        return replace(
+            self,
+            windows=self.windows[:1],
+            numbers=[numbers],
+            ranges=self.ranges[: max(numbers) + 1],
+        )
 
     @cached_property
     def placed(self) -> tuple[Offsets, NDArray[np.int64], NDArray[np.int64]]:

@@ -158,8 +158,6 @@ class Service:
             else:
                 items = split(texts)
         timings = Timings(tokenize=time.perf_counter() - started)
-        size = sum(item.num_tokens for item in items)
-        check_size(size, self.max_tokens)
         want_states = any(model.heads[task].level == "token" for task in tasks)
         pooled = vectors or not tasks
         cut = pooled or any(model.heads[task].level == "sentence" for task in tasks)
@@ -169,6 +167,9 @@ class Service:
                 f"input {beginnings[0] + 1} has more than the {model.stage.windows.max_length} "
                 "tokens that the model reads at once"
             )
+        if not want_states:
+            items = [item.beginning for item in items]
+        check_size(sum(item.num_tokens for item in items), self.max_tokens)
         parts: list[Part] = await self.batcher.submit(
             items, tuple(tasks), want_states, all_tags, model
         )

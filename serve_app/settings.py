@@ -41,7 +41,8 @@ class Settings(BaseModel):
     max_characters: int = Field(default=200_000, ge=1)
     """Characters in one text."""
     max_tokens: int = Field(default=262_144, ge=1)
-    """Sub-words in one request, those of all windows of its texts."""
+    """Sub-words the encoder may read for one request: of all windows of its texts where entities
+    are asked for, else of the first of each."""
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     """Bytes in one request's body."""
     body_timeout_s: float = Field(default=10.0, gt=0)

@@ -83,6 +83,9 @@ def test_every_sub_word_is_in_a_window_and_has_one_place(
     )
     for window, place in zip(homes.tolist(), places.tolist(), strict=True):
         assert item.numbers[window][place] >= 0
+    first = item.beginning
+    assert (first.windows, first.numbers) == (item.windows[:1], item.numbers[:1])
+    assert first.ranges == [item.ranges[number] for number in first.numbers[0] if number >= 0]
 
 
 def test_windows_leave_the_tokenizer_they_are_made_of_alone(bert: Tokenizer) -> None:

@@ -48,7 +48,7 @@ def narrow_url(artifact: Path) -> Iterator[str]:
         "max_inputs": 4,
         "max_characters": 300,
         "max_body_bytes": 5_000,
-        "max_tokens": 400,
+        "max_tokens": 150,
         "body_timeout_s": 0.3,
     }
     with local_server(artifact, runtime="torch-fp32", **limits) as (url, _):
@@ -117,9 +117,9 @@ def test_too_much_is_refused_with_the_limit(path: str, narrow_url: str) -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_too_many_tokens_are_refused_with_the_limit(path: str, narrow_url: str) -> None:
-    answer = call(narrow_url + path, {BODIES[path]: ["! " * 110] * 4})
+    answer = call(narrow_url + path, {BODIES[path]: ["! " * 40] * 4})
     assert answer.status == 413
-    assert "tokens; at most 400 are taken: split them over requests" in message(answer)
+    assert "tokens; at most 150 are taken: split them over requests" in message(answer)
 
 
 def test_pages_of_other_origins_may_ask_only_where_they_are_named(

@@ -18,6 +18,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from mtl_core import answers
 from mtl_core.answers import Features, Output
 from mtl_core.predictor import Predictor
+from mtl_core.windows import TooMany
 from serve_app import deployments, heads
 from serve_app.batcher import Overloaded
 from serve_app.deployments import EncoderReplica
@@ -138,6 +139,28 @@ def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: Loaded
     tokens = [item.num_tokens for item in model.stage.windows.split(["Maria"])]
     assert entities.lengths.tolist() == [len(entities.states)]
     assert 1 <= len(entities.states) <= tokens[0]
+
+
+def test_windows_that_nobody_reads_take_no_room(model: Loaded) -> None:
+    long, window = " ".join([TEXT] * 16), model.stage.windows.max_length
+    (item,) = model.stage.windows.split([long])
+    assert item.num_tokens > 4 * window
+    metrics = Metrics("test")
+    limits = Settings(artifact="", batch_tokens=4 * window, max_tokens=4 * window)
+    service = Service(model, lambda _: LocalHead(), metrics, limits)
+
+    async def asked() -> None:
+        for tasks in ((), ("topic",)):
+            answer = await service.answer([long] * 4, tasks)
+            assert answer.num_tokens == 4 * window
+            assert answer.beginnings == [0, 1, 2, 3]
+            assert len(answer.parts) == 1
+        with pytest.raises(TooMany, match=f"have {item.num_tokens} tokens"):
+            await service.answer([long], ["topic", "entities"])
+
+    asyncio.run(asked())
+    assert value(metrics, "mtl_tokens_total") == 8 * window
+    assert value(metrics, "mtl_encoder_passes_total") == 8
 
 
 class Watched:

@@ -128,6 +128,21 @@ def test_a_long_text_is_refused_unless_truncated(
         np.testing.assert_allclose(taken.body, predictor.embed([LONG]), atol=1e-6)
 
 
+def test_a_document_counts_by_what_is_read_of_it(local_url: str, predictor: Predictor) -> None:
+    window = predictor.model.encoder.max_length
+    body = {"inputs": [LONG, LONG], "truncate": True}
+    for route in ("embed", "predict?task=topic"):
+        answer = call(f"{local_url}/{route}", body)
+        assert answer.headers["x-compute-tokens"] == str(2 * window)
+        assert answer.headers["x-compute-characters"] == str(2 * len(LONG))
+    openai = call(f"{local_url}/v1/embeddings", {"input": LONG, "truncate": True}).body
+    assert openai["usage"] == {"prompt_tokens": window, "total_tokens": window}
+    whole = sum(item.num_tokens for item in predictor.tokenize([LONG]))
+    both = call(f"{local_url}/v1/predict", {"inputs": LONG, "truncate": True}).body
+    assert both["usage"] == {"tokens": whole}
+    assert whole > 2 * window
+
+
 def test_limits_are_those_that_info_tells(artifact: Path) -> None:
     with local_server(artifact, runtime="torch-fp32", max_inputs=3) as (url, _):
         assert call(f"{url}/info").body["max_client_batch_size"] == 3
