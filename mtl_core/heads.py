@@ -56,8 +56,11 @@ class Head(nn.Module):
         return self.output(features).float()  # type: ignore[no-any-return]
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the losses of N items: () for logits (N, num_outputs)."""
-        raise NotImplementedError
+        """(N, num_outputs) logits, (N,) int64 targets → () sum of N cross entropies."""
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(
+            logits, targets, weight=self.label_weights, reduction="sum", label_smoothing=smoothing
+        )
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, num_outputs) logits → probabilities of the same shape."""
@@ -106,13 +109,6 @@ class ClassificationHead(Head):
     kind = "classification"
     level = "sentence"
 
-    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy; targets (N,) int64."""
-        smoothing = self.config.label_smoothing
-        return F.cross_entropy(
-            logits, targets, weight=self.label_weights, reduction="sum", label_smoothing=smoothing
-        )
-
 
 class MultilabelHead(Head):
     """Any number of labels a text, each on its own."""
@@ -153,13 +149,6 @@ class TokenClassificationHead(Head):
     def _factor(self, weights: Mapping[str, float], output: str) -> float:
         """A class weight may name an entity type; it then counts for its B- and I- tags."""
         return weights.get(output, weights.get(output[2:], 1.0))
-
-    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy over tags; targets (N,) int64."""
-        smoothing = self.config.label_smoothing
-        return F.cross_entropy(
-            logits, targets, weight=self.label_weights, reduction="sum", label_smoothing=smoothing
-        )
 
     def decode(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """(L, T) logits of one text's sub-words → (L,) tag ids that form a legal BIO2 sequence."""

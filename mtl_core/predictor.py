@@ -189,7 +189,7 @@ class Predictor:
         """
         heads = {task: self.model.head(task) for task in (self.tasks if tasks is None else tasks)}
         results: list[dict[str, Prediction]] = []
-        for items in chunks(self.tokenize(texts)):
+        for items, _ in chunks(self.tokenize(texts), CHUNK_TOKENS):
             results.extend(self._answer(items, heads))
         return results
 
@@ -222,16 +222,20 @@ class Predictor:
         return self.stage.windows.split(texts)
 
 
-def chunks(items: Sequence[Tokenized]) -> Iterator[Sequence[Tokenized]]:
-    """Texts in order, some tokens at a time: states of all at once would not fit in memory."""
+def chunks(items: Sequence[Tokenized], most: int) -> Iterator[tuple[Sequence[Tokenized], int]]:
+    """Texts in order, in runs of no more than `most` sub-words unless one text has more.
+
+    Yields:
+        A run, and its sub-words.
+    """
     first = tokens = 0
     for number, item in enumerate(items):
-        if tokens and tokens + item.num_tokens > CHUNK_TOKENS:
-            yield items[first:number]
+        if tokens and tokens + item.num_tokens > most:
+            yield items[first:number], tokens
             first, tokens = number, 0
         tokens += item.num_tokens
     if first < len(items):
-        yield items[first:]
+        yield items[first:], tokens
 
 
 def unit(vectors: Float) -> Float:

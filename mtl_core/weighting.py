@@ -75,7 +75,7 @@ class Weighting(nn.Module):
 
     def combine(self, losses: Mapping[str, Tensor], share: Mapping[str, float]) -> Tensor:
         """One objective from the tasks' losses; see `backward`."""
-        raise NotImplementedError
+        return torch.stack([factor * losses[t] for t, factor in self.current().items()]).sum()
 
     def backward(self, losses: Mapping[str, Tensor], share: Mapping[str, float]) -> None:
         """Differentiate one micro-batch.
@@ -127,9 +127,6 @@ class FixedWeighting(Weighting):
     """Σ w·L with the weights of the experiment file."""
 
     varies = False
-
-    def combine(self, losses: Mapping[str, Tensor], share: Mapping[str, float]) -> Tensor:
-        return torch.stack([self.loss_weights[t] * loss for t, loss in losses.items()]).sum()
 
 
 class UncertaintyWeighting(Weighting):
@@ -187,10 +184,6 @@ class DynamicWeightAveraging(Weighting):
         self.counts = self.sums.new_tensor([step.counts[task] for task in self.loss_weights])
         self.losses = torch.zeros_like(self.sums)
 
-    def combine(self, losses: Mapping[str, Tensor], share: Mapping[str, float]) -> Tensor:
-        pairs = zip(self.loss_weights.items(), self.factors.unbind(), strict=True)
-        return torch.stack([weight * factor * losses[t] for (t, weight), factor in pairs]).sum()
-
     def backward(self, losses: Mapping[str, Tensor], share: Mapping[str, float]) -> None:
         super().backward(losses, share)
         self.losses += torch.stack([losses[task].detach() for task in self.loss_weights])
@@ -231,9 +224,6 @@ class RandomLossWeighting(Weighting):
         super().begin_step(step, model)
         raised = np.exp(step.random().standard_normal(len(self.factors)))
         self.factors = (len(raised) * raised / raised.sum()).tolist()
-
-    def combine(self, losses: Mapping[str, Tensor], share: Mapping[str, float]) -> Tensor:
-        return torch.stack([f * losses[task] for task, f in self.current().items()]).sum()
 
     def current(self) -> dict[str, float]:
         return _scaled(self.loss_weights, self.factors)

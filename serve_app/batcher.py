@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtl_core.answers import Features
+from mtl_core.predictor import chunks
 from mtl_core.windows import Tokenized
 
 
@@ -96,7 +97,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         jobs = [
             Job(part, tasks, want_states, all_tags, loop.create_future(), tokens, model)
-            for part, tokens in parts(items, self.batch_tokens)
+            for part, tokens in chunks(items, self.batch_tokens)
         ]
         self.unanswered += len(items)
         self.unanswered_tokens += size
@@ -175,16 +176,3 @@ def fail(jobs: Sequence[Job], error: Exception) -> None:
     for job in jobs:
         if not job.future.done():
             job.future.set_exception(error)
-
-
-def parts(items: Sequence[Tokenized], tokens: int) -> list[tuple[Sequence[Tokenized], int]]:
-    """A request's texts in runs that fit a batch, with the tokens of each."""
-    found: list[tuple[Sequence[Tokenized], int]] = []
-    first = size = 0
-    for number, item in enumerate(items):
-        if number > first and size + item.num_tokens > tokens:
-            found.append((items[first:number], size))
-            first, size = number, 0
-        size += item.num_tokens
-    found.append((items[first:], size))
-    return found

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.batcher import Batch, Batcher, Job, Overloaded, parts
+from mtl_core.predictor import chunks
+from serve_app.batcher import Batch, Batcher, Job, Overloaded
 
 
 class Encoder:
@@ -118,7 +119,7 @@ def test_a_long_request_is_cut_into_batches_and_its_answers_come_in_order() -> N
 
 def test_a_text_larger_than_a_batch_goes_alone() -> None:
     sizes = [3, 50, 3, 3]
-    found = parts([item(str(n), size) for n, size in enumerate(sizes)], 10)
+    found = list(chunks([item(str(n), size) for n, size in enumerate(sizes)], 10))
     assert [([i.text for i in items], tokens) for items, tokens in found] == [
         (["0"], 3),
         (["1"], 50),
