@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mtl_core import metrics
-from mtl_core.answers import Features, Prediction, flatten, run_head
+from mtl_core.answers import Features, Prediction, run_head
 from mtl_core.data.encoding import encode_split
 from mtl_core.data.examples import Example, Span
 from mtl_core.data.tags import spans_to_tags
@@ -420,12 +420,3 @@ def test_no_texts_have_no_answers(expert: Predictor) -> None:
     assert expert.predict([]) == []
     assert expert.embed([]).shape == (0, 32)
     assert expert.similarity([]).shape == (0, 0)
-
-
-def test_answers_flatten_to_columns(expert: Predictor) -> None:
-    (answer,) = expert.predict([example(0, {"topic"}).text])
-    columns = flatten(answer)
-    assert list(columns) == ["topic", "topic_score", "mood", "entities"]
-    assert columns["topic"] in LABELS["topic"]
-    assert isinstance(columns["topic_score"], float)
-    assert columns["entities"] is answer["entities"]
