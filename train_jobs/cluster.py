@@ -23,6 +23,8 @@ LOCAL_SETTINGS = {
     # Workers wait at a checkpoint until Ray Train has asked for the one before; by default it asks
     # every two seconds, so that a checkpoint a second would halve the speed of a run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Relative paths are for workers what they are for the driver.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 OWN = "MTL_OWN_RAY"
 OWN_SETTINGS = {

@@ -82,8 +82,6 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     """
     data = prepare(plan.base)
     describe_data(data)
-    # Paths of the data stay what they are for the trials.
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     for name in ("execution.tune_controller", "search.search_generator", "tune"):
