@@ -16,7 +16,7 @@ import torch
 from mtl_core import features
 from mtl_core.artifact import save_weights
 from mtl_core.build import build_model, fit_to_data
-from mtl_core.config import Experiment, parse_experiment
+from mtl_core.config import ConfigError, Experiment, parse_experiment
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, reopen
 from mtl_core.data.shards import ElsewhereError
@@ -29,7 +29,7 @@ from mtl_core.state import TrainState
 from mtl_core.world import World
 from train_jobs.runs import RESULT
 
-REFUSALS = (TrainingError, EncoderError, ArtifactError, DataError)
+REFUSALS = (TrainingError, EncoderError, ArtifactError, DataError, ConfigError)
 """What no retry mends."""
 
 

@@ -111,6 +111,19 @@ def test_where_one_rank_cannot_begin_none_waits_for_it(
     assert "not on this machine" in row["message"]
 
 
+def test_a_variable_that_is_not_set_on_a_worker_s_machine_is_told_and_not_retried(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "empty"))  # as on another machine
+    away = json.loads(json.dumps(plain["experiment"]))
+    away["data"][0]["path"] = "${MTL_ELSEWHERE}/rows.jsonl"
+    session = Session(World())
+    train_worker({**plain, "experiment": away, "session": session})
+    ((event, row),) = session.told
+    assert event == "failed"
+    assert "the environment variable MTL_ELSEWHERE is not set" in row["message"]
+
+
 def test_a_rank_that_another_one_stopped_says_nothing(
     plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
