@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.train import Checkpoint, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import (
     CheckpointConfig,
@@ -45,7 +47,7 @@ def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
     with follower, stop_as_interrupt():
         try:
             result = trainer.fit()
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayActorError) as error:
             raise TrainingError(explain(error, folder)) from error
         except SystemExit as stop:  # what Ray Train turns Ctrl-C into
             raise KeyboardInterrupt from stop
@@ -61,13 +63,16 @@ def stop_as_interrupt() -> Iterator[None]:
     """Let `ray job stop` (SIGTERM) end a run as Ctrl-C does.
 
     Ray Train gives back what it reserved for its workers at Ctrl-C alone; else the autoscaler keeps
-    their nodes until the reservation is three minutes old.
+    their nodes until the reservation is three minutes old. Its own answer to Ctrl-C, which it never
+    takes back, ends with the block.
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class LeanTrainer(TorchTrainer):
@@ -123,19 +128,24 @@ def build_trainer(
     )
 
 
-def explain(error: TrainingFailedError, folder: RunFolder) -> str:
-    """Why the workers failed, in the words of the first of them."""
+def explain(error: TrainingFailedError | RayActorError, folder: RunFolder) -> str:
+    """Why training failed, in the words of the first worker that did, or of what leads them."""
     failures = getattr(error, "worker_failures", {})
     rank, cause = next(iter(failures.items()), (None, error))
     where = f"worker {rank}: " if rank is not None else ""
-    text = str(cause).strip()
-    if "No space left on device" in text or "Errno 28" in text:
-        return (
-            f"the disk is full while a checkpoint was written to {folder.title}; the one before it "
-            "is whole. Free some space and run the same command to resume."
-        )
-    last = text.splitlines()[-1] if text else type(cause).__name__
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    resume = f"run the same command to resume {folder.title} from its last checkpoint."
+    for line in reversed(lines):
+        if "No space left on device" in line or "Errno 28" in line:
+            return f"the disk is full: {where}{line}\nFree some space, then {resume}"
+        if CheckpointManagerInitializationError.__name__ in line:
+            return (
+                f"{folder.title}: the record of its checkpoints cannot be used: {lines[-1]}\n"
+                "Give this run a name of its own (--set name=…), or remove that folder."
+            )
+    if isinstance(error, RayActorError):
+        return f"training broke off: {lines[-1]}\nTo go on, {resume}"
     return (
-        f"training failed after its retries (scale.max_failures). {where}{last}\n"
-        f"Run the same command to resume {folder.title} from its last checkpoint."
+        f"training failed after its retries (scale.max_failures). {where}{lines[-1]}\n"
+        f"To go on, {resume}"
     )

@@ -27,6 +27,8 @@ from train_jobs.locks import check_file, hold_file, hold_object
 MACHINE_FIELDS = ("scale", "output_dir")
 """Parts of an experiment that a resumed run may change: they do not change what it computes."""
 LOCK = "run.lock"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's record of the checkpoints; it refuses to start where one of them is gone."""
 RESULT = "result.json"
 """What the workers add to the last checkpoint: scores and counts of the run."""
 
@@ -107,6 +109,7 @@ class RunFolder:
                 self._is_of(experiment)  # asked again: from now on nobody else changes it
                 if not self._holds_weights():
                     self.write_history([])
+                    self._remove(SNAPSHOT)
                 self.write("experiment.yaml", dump_experiment(experiment))
             except storage_errors() as error:
                 raise ConfigError(
@@ -154,6 +157,10 @@ class RunFolder:
             partial.rename(path)
         else:
             self.filesystem.pipe_file(path, text.encode())
+
+    def _remove(self, name: str) -> None:
+        if self.filesystem.exists(f"{self.path}/{name}"):
+            self.filesystem.rm_file(f"{self.path}/{name}")
 
     def _read(self, name: str) -> str | None:
         path = f"{self.path}/{name}"

@@ -21,7 +21,7 @@ from mtl_core.config import load_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.predictor import Predictor
 from mtl_core.state import TrainState
-from tests.commands import history, run, start, wait_for, weights, write_config
+from tests.commands import ROOT, history, run, start, wait_for, weights, write_config
 from tests.preloaded import Process
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -135,6 +135,28 @@ def test_a_driver_that_died_before_the_artifact_stood_builds_it_without_training
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path) == weights(finished)
     assert [row["event"] for row in history(tmp_path)].count("start") == 1
+
+
+def test_a_damaged_record_of_checkpoints_is_said_so_and_without_checkpoints_it_is_not_read(
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
+) -> None:
+    config = write_config(tmp_path, experiment)
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/small/artifact")
+    record = tmp_path / "runs/small/checkpoint_manager_snapshot.json"
+    whole = record.read_text()
+    record.write_text(whole[:100])
+    refused = run("train", "--config", str(config), address=ray_address)
+    assert refused.returncode == 1
+    assert "/runs/small: the record of its checkpoints cannot be used: " in refused.stderr
+    assert "Traceback" not in refused.stderr
+    record.write_text(whole)
+    for checkpoint in (tmp_path / "runs/small").glob("checkpoint_2*"):
+        shutil.rmtree(checkpoint)
+    less = ("--set", "training.epochs=1", "--set", "data.0.limit=40", "--set", "scale.workers=1")
+    anew = run("train", "--config", str(config), *less, address=ray_address)
+    assert anew.returncode == 0, anew.stderr
+    assert [row["step"] for row in history(tmp_path) if row["event"] == "start"] == [0]
 
 
 def test_a_folder_of_another_configuration_is_refused(finished: Path) -> None:
@@ -290,7 +312,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
         fill(disk / "ballast")
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 1, output
-        assert "error: the disk is full while a checkpoint was written to " in output
+        assert "error: the disk is full: worker 0: " in output
         assert "run the same command to resume" in output
         assert "Traceback" not in output
         (disk / "ballast").unlink()
@@ -311,7 +333,7 @@ def test_a_task_is_added_to_an_artifact_without_touching_what_it_had(
     added = {
         **experiment,
         "name": "added",
-        "init_from": str(old),
+        "init_from": os.path.relpath(old, ROOT),
         "tasks": {"kind": {"kind": "classification"}},
         "data": [{"path": str(data), "columns": {"text": "text", "kind": "kind"}}],
         "freeze": {"encoder": True},
