@@ -15,6 +15,7 @@ from mtl_core.encoder import SentenceEncoder
 from mtl_core.freezing import freezes_embeddings
 from mtl_core.heads import Head, build_head
 from mtl_core.model import MultiTaskModel
+from mtl_core.storage import fetch
 from mtl_core.weighting import build_weighting
 
 
@@ -26,7 +27,7 @@ def inherit(experiment: Experiment) -> Experiment:
     """
     if experiment.init_from is None or "max_length" in experiment.encoder.model_fields_set:
         return experiment
-    window = read_manifest(experiment.init_from, check_files=False).encoder["max_length"]
+    window = read_manifest(fetch(experiment.init_from), check_files=False).encoder["max_length"]
     encoder = experiment.encoder.model_copy(update={"max_length": window})
     return experiment.model_copy(update={"encoder": encoder})
 
@@ -75,7 +76,7 @@ def fit_to_data(model: MultiTaskModel, experiment: Experiment, train: EncodedSpl
 def _start_from(experiment: Experiment, artifact: str) -> tuple[SentenceEncoder, dict[str, Head]]:
     """An artifact's encoder and heads; heads that this run does not train must stay true."""
     encoder, carried = load_parts(
-        artifact, experiment.encoder.max_length, experiment.encoder.dropout
+        fetch(artifact), experiment.encoder.max_length, experiment.encoder.dropout
     )
     kept = [name for name in carried if name not in experiment.tasks]
     if kept and not experiment.freeze.encoder:

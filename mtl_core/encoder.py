@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mtl_core.config import EncoderConfig, Experiment
 from mtl_core.errors import EncoderError as EncoderError
 from mtl_core.folders import file_sha256
+from mtl_core.storage import fetch
 
 Pooling = Literal["mean", "cls", "max"]
 MODULES = "sentence_transformers.models"
@@ -85,9 +86,10 @@ def tokenizer_of(experiment: Experiment) -> Any:
 
     Raises:
         EncoderError: it cannot be loaded.
+        ArtifactError: `init_from` cannot be fetched.
     """
     if experiment.init_from is not None:
-        return load_tokenizer(f"{experiment.init_from}/encoder")
+        return load_tokenizer(str(fetch(experiment.init_from) / "encoder"))
     return load_tokenizer(experiment.encoder.model, experiment.encoder.revision)
 
 

@@ -97,8 +97,11 @@ def _copy(files: Any, root: str, manifest: bytes, target: Path) -> None:
                     "being put there, try again when it is whole"
                 )
         (partial / "manifest.json").write_bytes(manifest)
-        if not target.exists():  # else another process fetched the same version first
+        try:
             partial.rename(target)
+        except OSError:
+            if not target.exists():  # else another process fetched the same version first
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -131,6 +134,13 @@ def exists(path: str) -> bool:
     """Whether a file or URL is there."""
     files, target = _filesystem(path)
     return bool(files.exists(target))
+
+
+def remove(url: str) -> None:
+    """Delete the file behind a URL if there is one."""
+    files, target = _filesystem(url)
+    if files.exists(target):
+        files.rm_file(target)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
 from mtl_core.artifact import load_model
 from mtl_core.build import build_model, inherit
 from mtl_core.config import Experiment, TaskConfig
+from mtl_core.data.examples import Corpus
+from mtl_core.data.prepare import with_known_labels
+from mtl_core.encoder import tokenizer_of
 from mtl_core.errors import ArtifactError
-from tests.small_runs import LABELS, begin, changed, data, experiment, weights, write_artifact
+from tests.small_runs import (
+    LABELS,
+    begin,
+    changed,
+    data,
+    examples,
+    experiment,
+    weights,
+    write_artifact,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +86,22 @@ def test_the_window_is_the_artifacts_unless_the_file_says_otherwise(artifact: Pa
     assert inherit(silent).encoder.max_length == 48
     said = experiment("not used", init_from=str(artifact), encoder={"max_length": 32})
     assert inherit(said).encoder.max_length == 32
+
+
+def test_the_artifact_may_stand_behind_a_url(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path))
+    store = fsspec.filesystem("memory")
+    store.put(str(artifact), f"/{tmp_path.name}", recursive=True)
+    here = start_from(artifact, {"topic"}, encoder=True)
+    there = here.model_copy(update={"init_from": f"memory://{tmp_path.name}"})
+    silent = there.model_copy(update={"encoder": Experiment.model_fields["encoder"].default})
+    assert inherit(silent).encoder.max_length == 48
+    rows = Corpus({"train": examples(0, 20)}, {}, {})
+    assert with_known_labels(there, rows) == with_known_labels(here, rows)
+    assert tokenizer_of(there).get_vocab() == tokenizer_of(here).get_vocab()
+    assert not changed(weights(build_model(here, LABELS)), weights(build_model(there, LABELS)))
 
 
 def test_a_damaged_artifact_is_named_with_the_file(artifact: Path, tmp_path: Path) -> None:

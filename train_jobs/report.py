@@ -27,6 +27,7 @@ from mtl_core.artifact import (
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.prepare import Data
 from mtl_core.metrics import per_label
+from mtl_core.storage import fetch
 from train_jobs.console import label_table, score_table
 from train_jobs.runs import RESULT, RunFolder
 
@@ -84,7 +85,8 @@ def describe_tasks(
     root: Path, experiment: Experiment, splits: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Task → kind, labels and metrics; heads carried over keep the metrics they came with."""
-    carried = read_manifest(experiment.init_from).tasks if experiment.init_from else {}
+    start = experiment.init_from
+    carried = read_manifest(fetch(start)).tasks if start else {}
     tasks = {}
     for head in sorted(path.parent for path in root.glob("heads/*/head.json")):
         spec = json.loads((head / "head.json").read_text(encoding="utf-8"))

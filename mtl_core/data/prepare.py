@@ -20,6 +20,7 @@ from mtl_core.data.shards import ShardedCorpus, Shards
 from mtl_core.data.sources import read_corpus
 from mtl_core.data.tags import tag_names
 from mtl_core.encoder import tokenizer_of
+from mtl_core.storage import fetch
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def with_known_labels(experiment: Experiment, corpus: Corpus) -> Mapping[str, Ta
     """The tasks, with the label order of an `init_from` head where that head can go on learning."""
     if experiment.init_from is None:
         return experiment.tasks
-    known = read_manifest(experiment.init_from).tasks
+    known = read_manifest(fetch(experiment.init_from)).tasks
     fresh = resolve_labels(corpus, experiment.tasks)
     return {
         name: config.model_copy(update={"labels": tuple(known[name]["labels"])})

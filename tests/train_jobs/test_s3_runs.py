@@ -77,3 +77,16 @@ def test_a_run_on_s3_goes_on_after_its_driver_was_killed_and_ends_as_one_on_a_di
     shown = run("train", "--config", str(config), **environment)
     assert shown.returncode == 0, shown.stderr
     assert "s3://bucket/team/runs/small is finished" in shown.stdout
+
+    taken_up = {
+        "name": "next",
+        "init_from": "s3://bucket/team/runs/small/artifact",
+        "tasks": {"sentiment": experiment["tasks"]["sentiment"]},
+        "data": [{"demo": True, "columns": {"text": "text", "sentiment": "sentiment"}}],
+        "freeze": {"encoder": True, "heads": ["sentiment"]},
+        "weighting": {},
+    }
+    frozen = write_config(tmp_path, {**experiment, **taken_up})
+    started = run("train", "--config", str(frozen), **environment)
+    assert started.returncode == 0, started.stderr
+    assert weights(tmp_path, "next") == weights(finished)
