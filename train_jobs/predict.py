@@ -24,7 +24,7 @@ from mtl_core.command import run_command
 from mtl_core.config import ConfigError
 from mtl_core.forks import forked_workers
 from mtl_core.predictor import Predictor
-from mtl_core.storage import download, exists, fetch, upload
+from mtl_core.storage import download, exists, fetch, remove, upload
 from train_jobs.cluster import ray_cluster
 from train_jobs.tables import (
     ROWS_AT_ONCE,
@@ -39,6 +39,7 @@ from train_jobs.tables import (
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+BAD_ROWS = ".bad.jsonl"
 EPILOG = """examples:
   python -m train_jobs.predict --artifact runs/demo/artifact --text "Maria loved Lisbon."
   python -m train_jobs.predict --artifact runs/demo/artifact --input in.jsonl --output out.parquet
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         is_url = "://" in target
         if is_url and exists(target) and not options.overwrite:
             raise ConfigError(f"--output: {target} exists; remove it, or add --overwrite")
-        predict_file(
+        _, bad = predict_file(
             options.artifact,
             download(options.input, Path(scratch)),
             Path(scratch, "output", Path(target).name) if is_url else Path(target),
@@ -90,6 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         if is_url:
             upload(Path(scratch, "output"), target.rpartition("/")[0])
+            if not bad:
+                remove(f"{target}{BAD_ROWS}")  # of an earlier run
             print(f"copied to {target}")
 
 
@@ -157,7 +160,7 @@ def predict_file(
     Raises:
         ConfigError: a path or column that cannot be used; OUTPUT exists or cannot hold the rows.
     """
-    side = target.with_name(target.name + ".bad.jsonl")
+    side = target.with_name(target.name + BAD_ROWS)
     check_files(source, target, column, overwrite)
     types = column_types(source) if target.suffix == ".parquet" else {}
     known = {name: kind for name, kind in types.items() if not name.startswith("predicted_")}

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -105,6 +106,20 @@ def test_bad_rows_are_named_in_a_side_file_and_the_others_answered(
     assert "broken JSON" in bad[2]
     assert "only spaces" in bad[4]
     assert "int, not text" in bad[5]
+
+
+def test_bad_rows_of_an_earlier_run_go_with_the_output_that_is_replaced(
+    artifact: Path, tmp_path: Path, ray_address: str
+) -> None:
+    store, url = fsspec.filesystem("memory"), f"memory://{tmp_path.name}/out.jsonl"
+    source = tmp_path / "in.jsonl"
+    arguments = ["--artifact", str(artifact), "--input", str(source), "--output", url]
+    for content, left in (('{"text": "a"}\n{"text": ""}\n', True), ('{"text": "b"}\n', False)):
+        source.write_text(content)
+        predict.main([*arguments, "--overwrite"])
+        assert store.exists(url)
+        assert store.exists(f"{url}.bad.jsonl") == left
+    assert json.loads(store.cat_file(url))["text"] == "b"
 
 
 def test_a_file_of_blank_texts_gives_a_table_without_rows(
