@@ -41,14 +41,14 @@ class Manifest:
     tasks: dict[str, dict[str, Any]]
     """task → kind, labels, metrics by split."""
     encoder: dict[str, Any]
-    """id, hash, pooling, dimension, max_length, num_layers."""
+    """id, hash, pooling, dimension, max_length."""
     data: dict[str, Any]
     """split → content fingerprint and number of texts."""
     versions: dict[str, str]
     files: dict[str, str]
     """weight and configuration file → sha256."""
     training: dict[str, Any] = field(default_factory=dict)
-    """steps, epochs, seconds, best epoch."""
+    """trained (or all frozen), steps, epochs, best_epoch, encoder_passes, seconds, skipped_rows."""
 
 
 def save_weights(model: MultiTaskModel, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Frozen parts run once: token states at the freeze boundary, one encoder pass a text.
 
 The states stand in one file per (encoder, boundary, texts), shared by the processes of a
-machine and by later runs over the same data. Shapes: H hidden units.
+machine and by later runs over the same data. Shapes: B texts, L tokens, H hidden units.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class FeatureCache:
         return np.frombuffer(content, self.dtype).reshape(-1, self.hidden)
 
     def attach(self, batch: Batch, split: EncodedSplit, rows: Rows) -> Batch:
-        """The batch with its states, so that the layers below them need not run."""
+        """The batch with its states (B, L, H), so that the layers below them need not run."""
         states = np.zeros((*batch.input_ids.shape, self.hidden), dtype=np.float32)
         for place, (first, last) in zip(states, ranges(split, rows), strict=True):
             place[: last - first] = self.tokens(first, last)

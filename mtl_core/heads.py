@@ -67,7 +67,11 @@ class Head(nn.Module):
         return softmax(logits)
 
     def set_label_counts(self, counts: NDArray[np.int64]) -> None:
-        """Turn `class_weights` into factors, given how often each output occurs in train."""
+        """Turn `class_weights` into factors, given how often each output occurs in train.
+
+        Args:
+            counts: (num_outputs,).
+        """
         weights = self.config.class_weights
         if weights is None:
             return
@@ -159,7 +163,7 @@ class TokenClassificationHead(Head):
     def decode_texts(
         self, logits: NDArray[np.float32], lengths: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """(T, K) logits of the sub-words of texts of these lengths → (T,) tag ids.
+        """(L, T) logits of the sub-words of texts of these lengths → (L,) tag ids.
 
         Where every sub-word's likeliest tag makes a legal sequence, that is the answer: no legal
         sequence scores higher. Only the other texts are decoded one by one.

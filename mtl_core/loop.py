@@ -87,6 +87,8 @@ def fit(
 
     Raises:
         TrainingError: the loss or its gradient is not finite.
+        DataError: a shard's rows cannot be read.
+        OSError: the disk is full for a shard or for the feature cache.
     """
     world = world or World()
     if state.optimizer is None:

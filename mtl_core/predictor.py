@@ -184,7 +184,7 @@ class Predictor:
         lost; labels are those of its beginning.
 
         Raises:
-            TextError: a text is empty or blank.
+            TextError: a text is empty, blank or no valid Unicode.
             KeyError: an unknown task.
         """
         heads = {task: self.model.head(task) for task in (self.tasks if tasks is None else tasks)}

@@ -127,6 +127,7 @@ class OpenVinoRuntime:
 
     Args:
         model: OpenVINO IR (.xml) that `convert` made.
+        name: that of the runtime, one of RuntimeName.
         precision: "f32" or "bf16", for what is not already int8.
         pooling: how the vectors are made of the states.
         threads: CPU threads; all when 0.

@@ -107,7 +107,7 @@ class TrainState:
         """Take up what `save` wrote, on whatever device the model is.
 
         Raises:
-            DataError: the labels or the training texts are not those of the checkpoint.
+            DataError: labels, pooling or training texts are not those of the checkpoint.
         """
         assert self.optimizer is not None
         progress = json.loads((folder / FILES[2]).read_text())

@@ -1,1 +1,1 @@
-"""Ray Train and Ray Data commands: train, evaluate, predict, similarity."""
+"""Commands on Ray Train, Tune and Data: train, tune, evaluate, predict, similarity."""
