@@ -23,12 +23,11 @@ from disjoint_pair import alone
 from seed_runs import spread
 from transformers.utils.logging import disable_progress_bar
 
-from mtl_core.build import build_model, fit_to_data
+from mtl_core.build import begin
 from mtl_core.config import load_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.evaluation import evaluate
 from mtl_core.loop import fit
-from mtl_core.state import TrainState
 
 SNIPS = {"intent": "accuracy", "slots": "f1"}
 FEW_TO_VALIDATE = "data.0.validation_fraction=0.025"  # 250 texts, after every epoch
@@ -109,13 +108,11 @@ def measure(case: str, vary: str, variant: str, seed: int) -> dict[str, Any]:
         experiment = load_experiment(config, changes)
         data = prepare(experiment)
         started = time.perf_counter()
-        model = build_model(experiment, data.labels)
-        fit_to_data(model, experiment, data.splits["train"])
-        state = TrainState(model, experiment)
+        state = begin(experiment, data)
         for _ in fit(state, data, experiment):
             pass
         seconds = time.perf_counter() - started
-        scores = evaluate(model, data.splits["test"]).scores()
+        scores = evaluate(state.model, data.splits["test"]).scores()
     return {
         "scores": {task: 100 * scores[task][metric] for task, metric in metrics.items()},
         "seconds": round(seconds, 1),

@@ -35,11 +35,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train.slices import in_turn
-from mtl_core.build import build_model, fit_to_data
+from mtl_core.build import begin
 from mtl_core.config import load_experiment
 from mtl_core.data.batching import Schedule, shard
 from mtl_core.data.prepare import prepare
-from mtl_core.state import TrainState
 
 CONFIG = "train_jobs/configs/snips.yaml"
 PER_WORKER = 32
@@ -165,9 +164,7 @@ def gradient_bytes() -> int:
     """What workers exchange in a step: fp32 gradients of all that learns."""
     experiment = load_experiment(CONFIG, ["freeze.embeddings=false"])
     data = prepare(experiment)
-    model = build_model(experiment, data.labels)
-    fit_to_data(model, experiment, data.splits["train"])
-    return 4 * sum(p.numel() for p in TrainState(model, experiment).learning().values())
+    return 4 * sum(p.numel() for p in begin(experiment, data).learning().values())
 
 
 def all_reduce() -> tuple[float, float]:

@@ -10,13 +10,17 @@ import torch
 from mtl_core.artifact import ArtifactError, load_parts, read_manifest
 from mtl_core.config import Experiment
 from mtl_core.data.encoding import EncodedSplit
+from mtl_core.data.prepare import Data
 from mtl_core.embeddings import learn_rows
 from mtl_core.encoder import SentenceEncoder
 from mtl_core.freezing import freezes_embeddings
 from mtl_core.heads import Head, build_head
 from mtl_core.model import MultiTaskModel
+from mtl_core.state import TrainState
 from mtl_core.storage import fetch
 from mtl_core.weighting import build_weighting
+
+CPU = torch.device("cpu")
 
 
 def inherit(experiment: Experiment) -> Experiment:
@@ -30,6 +34,17 @@ def inherit(experiment: Experiment) -> Experiment:
     window = read_manifest(fetch(experiment.init_from), check_files=False).encoder["max_length"]
     encoder = experiment.encoder.model_copy(update={"max_length": window})
     return experiment.model_copy(update={"encoder": encoder})
+
+
+def begin(experiment: Experiment, data: Data, device: torch.device = CPU) -> TrainState:
+    """What a run starts from: a model that knows its data, and the optimiser made for it.
+
+    Raises:
+        EncoderError, ArtifactError: as `build_model`.
+    """
+    model = build_model(experiment, data.labels).to(device)
+    fit_to_data(model, experiment, data.splits.get("train"))
+    return TrainState(model, experiment, data.keys["train"])
 
 
 def build_model(experiment: Experiment, labels: Mapping[str, tuple[str, ...]]) -> MultiTaskModel:

@@ -241,7 +241,8 @@ class Experiment(Config):
     seed: Annotated[int, Field(ge=0)] = 42
     """Fixes initial heads, data order, dropout and carved splits."""
     init_from: str | None = None
-    """An artifact whose encoder and heads to start from; its other heads are kept as they are.
+    """An artifact, a folder or URL (s3://…), whose encoder and heads to start from; its other heads
+    are kept as they are.
     Its model and pooling count, not those of `encoder`."""
     encoder: EncoderConfig = EncoderConfig()
     mixing: MixingConfig = MixingConfig()

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
 from mtl_core import evaluation, loop, shared_gradients
+from mtl_core.build import begin
 from mtl_core.config import Experiment
 from mtl_core.data.batching import evaluation_batches
 from mtl_core.data.prepare import Data
@@ -27,7 +28,7 @@ from mtl_core.shared_gradients import SharedGradients
 from mtl_core.state import TrainState
 from mtl_core.world import World
 from serve_app.ports import free_ports
-from tests.small_runs import begin, first_gradients, weights
+from tests.small_runs import first_gradients, weights
 
 STEPS = 20
 GROUPS = {"2": 2, "3": 3, "2 machines": 2}

@@ -21,7 +21,7 @@ from mtl_core.artifact import (
     save_weights,
     write_manifest,
 )
-from mtl_core.build import build_model, fit_to_data
+from mtl_core.build import begin
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.examples import Corpus, Example, Span
 from mtl_core.data.prepare import Data, encode, prepare
@@ -130,13 +130,6 @@ def in_shards(folder: Path, config: Experiment, texts: int) -> tuple[Experiment,
         raw["tasks"][task]["labels"] = labels
     sharded = Experiment.model_validate(raw)
     return sharded, prepare(sharded)
-
-
-def begin(config: Experiment, encoded: Data) -> TrainState:
-    """A model that has learned nothing yet."""
-    model = build_model(config, encoded.labels)
-    fit_to_data(model, config, encoded.splits.get("train"))
-    return TrainState(model, config, encoded.keys["train"])
 
 
 def train(

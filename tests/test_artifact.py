@@ -26,10 +26,11 @@ from mtl_core.artifact import (
     model_card,
     read_manifest,
 )
+from mtl_core.build import begin
 from mtl_core.config import Experiment
 from mtl_core.model import MultiTaskModel
 from mtl_core.predictor import Predictor
-from tests.small_runs import LABELS, begin, changed, data, experiment, write_artifact
+from tests.small_runs import LABELS, changed, data, experiment, write_artifact
 
 ENCODERS = ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"]
 TEXTS = ["Maria Lopez had the food in São Paulo", "a new phone in Berlin, cold", "日本語 🙂", "?"]

@@ -15,18 +15,11 @@ from benchmarks.serve.report import compare, table
 from benchmarks.serve.scores import Scored, complaints
 from benchmarks.serve.servers import SERVERS, running
 from benchmarks.serve.wrk import LoadError, Sample, parse
+from mtl_core.build import begin
 from mtl_core.encoder import load_tokenizer
 from mtl_core.evaluation import evaluate
 from mtl_core.predictor import Predictor
-from tests.small_runs import (
-    begin,
-    data,
-    example,
-    examples,
-    experiment,
-    learned,
-    write_artifact,
-)
+from tests.small_runs import data, example, examples, experiment, learned, write_artifact
 
 WRK = """Running 6s test @ http://127.0.0.1:8000
   1 threads and 32 connections

@@ -9,22 +9,13 @@ import pytest
 import torch
 
 from mtl_core.artifact import load_model
-from mtl_core.build import build_model, inherit
+from mtl_core.build import begin, build_model, inherit
 from mtl_core.config import Experiment, TaskConfig
 from mtl_core.data.examples import Corpus
 from mtl_core.data.prepare import with_known_labels
 from mtl_core.encoder import tokenizer_of
 from mtl_core.errors import ArtifactError
-from tests.small_runs import (
-    LABELS,
-    begin,
-    changed,
-    data,
-    examples,
-    experiment,
-    weights,
-    write_artifact,
-)
+from tests.small_runs import LABELS, changed, data, examples, experiment, weights, write_artifact
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtl_core import build
+from mtl_core.build import begin
 from mtl_core.config import EncoderConfig
 from mtl_core.embeddings import RowsEmbedding
 from mtl_core.encoder import SentenceEncoder
 from mtl_core.loop import fit
 from mtl_core.state import TrainState
-from tests.small_runs import begin, data, experiment, weights
+from tests.small_runs import data, experiment, weights
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "deberta-v2", "mpnet")
 USED = np.array([9, 4, 9, 11, 7, 4], dtype=np.int32)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mtl_core import evaluation, metrics
+from mtl_core.build import begin
 from mtl_core.config import Experiment
 from mtl_core.data.batching import evaluation_batches
 from mtl_core.data.encoding import EncodedSplit, resolve_labels
@@ -20,7 +21,7 @@ from mtl_core.data.sources import read_corpus
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.heads import tag_names
 from mtl_core.model import MultiTaskModel
-from tests.small_runs import begin, data, experiment, learned, train
+from tests.small_runs import data, experiment, learned, train
 
 Tags = list[list[str]]
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_core.build import begin
 from mtl_core.config import Experiment
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data
@@ -22,7 +23,6 @@ from mtl_core.loop import Event, TrainingError, fit, use_bf16
 from mtl_core.state import TrainState
 from mtl_core.weighting import STRATEGIES
 from tests.small_runs import (
-    begin,
     changed,
     data,
     experiment,

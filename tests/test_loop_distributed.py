@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mtl_core.build import begin
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Schedule, shard
 from mtl_core.data.prepare import Data
@@ -24,7 +25,7 @@ from tests.ranks import (
     runs_of,
     steps,
 )
-from tests.small_runs import begin, data, experiment, first_gradients, in_shards, weights
+from tests.small_runs import data, experiment, first_gradients, in_shards, weights
 
 pytestmark = pytest.mark.slow
 

@@ -12,6 +12,7 @@ import torch
 
 from mtl_core import metrics
 from mtl_core.answers import Features, Prediction, run_head
+from mtl_core.build import begin
 from mtl_core.data.encoding import encode_split
 from mtl_core.data.examples import Example, Span
 from mtl_core.data.tags import spans_to_tags
@@ -20,15 +21,7 @@ from mtl_core.heads import tag_names
 from mtl_core.model import MultiTaskModel
 from mtl_core.predictor import Predictor
 from mtl_core.windows import TextError, Tokenized
-from tests.small_runs import (
-    LABELS,
-    begin,
-    data,
-    example,
-    experiment,
-    learned,
-    write_artifact,
-)
+from tests.small_runs import LABELS, data, example, experiment, learned, write_artifact
 
 NUM_LAYERS = 3
 ENCODERS = ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"]

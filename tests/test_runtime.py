@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from mtl_core import runtime as runtimes
 from mtl_core.artifact import load_encoder, read_manifest
+from mtl_core.build import begin
 from mtl_core.config import ConfigError
 from mtl_core.packing import pack
 from mtl_core.predictor import EncodingStage, Predictor
@@ -27,7 +28,7 @@ from mtl_core.runtime import (
     passes,
 )
 from tests.conftest import SENTENCES
-from tests.small_runs import begin, data, example, experiment, learned, write_artifact
+from tests.small_runs import data, example, experiment, learned, write_artifact
 
 ENCODERS = ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"]
 POOLED = [*((name, "mean") for name in ENCODERS), ("bert", "cls"), ("roberta", "max")]

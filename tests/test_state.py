@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mtl_core.build import begin
 from mtl_core.data.examples import Corpus, DataError
 from mtl_core.data.prepare import encode
 from mtl_core.loop import fit
 from mtl_core.state import TrainState
-from tests.small_runs import LABELS, begin, changed, data, examples, experiment, weights
+from tests.small_runs import LABELS, changed, data, examples, experiment, weights
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtl_core import loop
+from mtl_core.build import begin
 from mtl_core.config import Experiment, WeightingConfig, parse_experiment
 from mtl_core.data.examples import Corpus
 from mtl_core.data.prepare import Data, encode
@@ -32,7 +33,6 @@ from mtl_core.weighting import (
 from mtl_core.world import World
 from tests.small_runs import (
     LABELS,
-    begin,
     changed,
     data,
     example,

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from mtl_core.artifact import load_encoder, read_manifest
+from mtl_core.build import begin
 from mtl_core.predictor import EncodingStage
 from mtl_core.windows import TextError, Windows
 from tests.conftest import SENTENCES
-from tests.small_runs import begin, data, experiment, write_artifact
+from tests.small_runs import data, experiment, write_artifact
 
 ENCODERS = ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"]
 ODD = ["  spaces \t\n", "cafe\u0301 👩‍👩‍👧", "a\u0000b", "[SEP] </s> [PAD]", "\u200b", "x" * 300]

@@ -15,7 +15,7 @@ import torch
 
 from mtl_core import features
 from mtl_core.artifact import save_weights
-from mtl_core.build import build_model, fit_to_data
+from mtl_core.build import begin
 from mtl_core.config import ConfigError, Experiment, parse_experiment
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, reopen
@@ -103,9 +103,7 @@ def _set_up(
     world, checkpoint = session.world, session.checkpoint()
     try:
         data = reopen(experiment, config["labels"], config["keys"])
-        model = build_model(experiment, data.labels).to(world.device)
-        fit_to_data(model, experiment, data.splits.get("train"))
-        state = TrainState(model, experiment, data.keys["train"])
+        state = begin(experiment, data, world.device)
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 if (Path(folder) / RESULT).exists():

@@ -16,12 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.train.pace import Pace
 from mtl_core import loop
-from mtl_core.build import build_model, fit_to_data
+from mtl_core.build import begin
 from mtl_core.config import load_experiment
 from mtl_core.data.batching import Schedule
 from mtl_core.data.prepare import prepare
 from mtl_core.loop import fit
-from mtl_core.state import TrainState
 from mtl_core.world import World
 
 
@@ -99,10 +98,8 @@ def worker(
     experiment = load_experiment(config, ["training.epochs=1000", *changes])
     data = prepare(experiment)
     train = data.splits["train"]
-    model = build_model(experiment, data.labels)
-    fit_to_data(model, experiment, train)
     loop.LOG_EVERY = steps
-    run = fit(TrainState(model, experiment), data, experiment, World(rank, size, rank))
+    run = fit(begin(experiment, data), data, experiment, World(rank, size, rank))
     limits = (experiment.training.batch_size, experiment.training.batch_tokens)
     schedule = Schedule(train, experiment.mixing, *limits, experiment.seed)
 

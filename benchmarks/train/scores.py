@@ -25,14 +25,13 @@ from seqeval.metrics import f1_score
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.train.__main__ import ALL_LEARN, CONFIGS, Contender, command, write_rows
-from mtl_core.build import build_model, fit_to_data
+from mtl_core.build import begin
 from mtl_core.config import load_experiment
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import Data, prepare
 from mtl_core.evaluation import evaluate
 from mtl_core.heads import tag_names
 from mtl_core.loop import fit
-from mtl_core.state import TrainState
 
 CONFIG = CONFIGS["snips"]
 PEERS = {
@@ -66,10 +65,9 @@ def ours(changes: Sequence[str]) -> Run:
     disable_progress_bar()
     experiment = load_experiment(CONFIG, changes)
     data = prepare(experiment)
-    model = build_model(experiment, data.labels)
-    fit_to_data(model, experiment, data.splits["train"])
+    state = begin(experiment, data)
     epochs, seconds, since = [], 0.0, time.perf_counter()
-    for event in fit(TrainState(model, experiment), data, experiment):
+    for event in fit(state, data, experiment):
         now = time.perf_counter()
         if event.kind == "step":
             seconds += now - since
@@ -78,7 +76,7 @@ def ours(changes: Sequence[str]) -> Run:
             scores = row["validation/intent/accuracy"], row["validation/slots/f1"]
             epochs.append(Epoch(seconds, *(100 * score for score in scores)))
         since = time.perf_counter()
-    scores = evaluate(model, data.splits["test"]).scores()
+    scores = evaluate(state.model, data.splits["test"]).scores()
     return Run(epochs, 100 * scores["intent"]["accuracy"], 100 * scores["slots"]["f1"])
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mtl_core.build import begin
 from mtl_core.config import ConfigError, Experiment, parse_experiment
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.examples import DataError
@@ -23,7 +24,7 @@ from mtl_core.data.shards import ShardLoader
 from mtl_core.encoder import tokenizer_of
 from mtl_core.world import World
 from tests.commands import ROOT
-from tests.small_runs import begin, write_artifact
+from tests.small_runs import write_artifact
 
 ROWS = [{"text": f"line {i}", "label": "abc"[i % 3]} for i in range(1, 501)]
 COLUMNS = {"text": "text", "t": "label"}

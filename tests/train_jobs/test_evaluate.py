@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from mtl_core.artifact import load_config, load_model
+from mtl_core.build import begin
 from mtl_core.config import ConfigError, SourceConfig
 from mtl_core.data.examples import DataError
 from mtl_core.predictor import Predictor
-from tests.small_runs import begin, data, examples, experiment, write_artifact, write_rows
+from tests.small_runs import data, examples, experiment, write_artifact, write_rows
 from train_jobs import evaluate
 
 ROWS = examples(500, 24, everything=True)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mtl_core.build import build_model
+from mtl_core.build import begin
 from mtl_core.config import load_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.loop import fit
-from mtl_core.state import TrainState
 
 CONFIGS = Path(__file__).parents[2] / "train_jobs" / "configs"
 NER_TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
@@ -80,6 +79,6 @@ def test_sst2_with_conll2003_trains_on_datasets_of_their_columns(
         "sentiment": 0,
         "ner": 20,
     }
-    state = TrainState(build_model(experiment, data.labels), experiment)
+    state = begin(experiment, data)
     kinds = [event.kind for event in fit(state, data, experiment)]
     assert kinds[-2:] == ["validation", "checkpoint"]

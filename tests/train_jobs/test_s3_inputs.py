@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mtl_core.build import begin
 from mtl_core.config import ConfigError
 from mtl_core.data.examples import DataError
 from tests.s3_server import s3_server
-from tests.small_runs import begin, data, examples, experiment, write_artifact, write_rows
+from tests.small_runs import data, examples, experiment, write_artifact, write_rows
 from train_jobs import evaluate, similarity
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -16,11 +16,10 @@ import psutil
 import pytest
 
 from mtl_core.artifact import load_model, read_manifest
-from mtl_core.build import build_model, fit_to_data
+from mtl_core.build import begin
 from mtl_core.config import load_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.predictor import Predictor
-from mtl_core.state import TrainState
 from tests.commands import ROOT, history, run, start, wait_for, weights, write_config
 from tests.preloaded import Process
 
@@ -269,12 +268,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_which_keeps_the_checkpoint_befo
     (checkpoint,) = (tmp_path / "runs/small").glob("checkpoint_2*")
     wanted = load_experiment(config)
     data = prepare(wanted)
-    model = build_model(wanted, data.labels)
-    fit_to_data(model, wanted, data.splits["train"])
-    state = TrainState(model, wanted)
+    state = begin(wanted, data)
     state.load(checkpoint)
     assert state.step == 1
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert all(parameter.isfinite().all() for parameter in state.model.parameters())
 
     assert "Lower optim.learning_rate" in done.stderr
     assert "give the run a new name" in done.stderr
