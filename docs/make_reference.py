@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -95,14 +98,29 @@ def reference(title: str, introduction: str, sections: Mapping[str, type[BaseMod
             default = "required" if field.is_required() else _show(field.get_default())
             if field.default is PydanticUndefined and not field.is_required():
                 default = "none"
-            meaning = " ".join(field.description.split()).replace("|", "\\|")
+            meaning = " ".join(field.description.split())
+            values = list(_choices(field.annotation))
+            if not all(re.search(rf"\b{value}\b", meaning) for value in values):
+                meaning += f" One of {', '.join(f'`{value}`' for value in values)}."
+            meaning = meaning.replace("|", "\\|")
             lines.append(f"| `{field.alias or name}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    """The values that a field allows, where it names them; not those within its keys or items."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Annotated, Union, UnionType):
+        for part in get_args(annotation):
+            yield from _choices(part)
 
 
 def _show(value: object) -> str:
     if value is None or value == () or value == {}:
         return "none"
+    if isinstance(value, tuple):
+        value = list(value)
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

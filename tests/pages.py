@@ -12,6 +12,8 @@ PROGRAMS = (
     "python|make|ray|serve|curl|pip|aws|docker|echo|export|openssl|journalctl"
     "|cp|mv|rm|mkdir|tar|df|du"
 )
+VARIABLES = r"(?:\w+=(?:\$\(.*?\)|\S+) )*"
+"""What a command's line may begin with."""
 
 
 class Tried(Enum):
@@ -49,9 +51,7 @@ def commands(page: str = "") -> list[str]:
     for path in PAGES:
         if page in ("", path.name):
             text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-            lines = re.findall(
-                rf"^(?:    |\$ )((?:\w+=\S+ )*(?:{PROGRAMS}) .*)$", text, re.MULTILINE
-            )
+            lines = re.findall(rf"^(?:    |\$ )({VARIABLES}(?:{PROGRAMS}) .*)$", text, re.MULTILINE)
             found += [" ".join(re.sub(r"\s# .*", "", line).split()) for line in lines]
     return found
 

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel, TypeAdapter
 from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
 import serve_app.__main__
 from aws import prepare
-from docs.make_reference import pages
+from docs.make_reference import EXPERIMENT, SERVER, SWEEP, pages, reference
 from mtl_core.config import load_experiment, parse_experiment
 from serve_app import environment, optimize
 from serve_app.metrics import Metrics
-from tests.pages import PAGES, Tried, tried
+from tests.pages import PAGES, VARIABLES, Tried, tried
 from tests.pages import commands as every_command
 from train_jobs import evaluate, predict, similarity, train, tune
 from train_jobs.sweep import Sweep
@@ -61,6 +62,24 @@ def commands() -> list[str]:
 def test_the_references_are_current() -> None:
     for name, page in pages().items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page, "make docs"
+
+
+@pytest.mark.parametrize("model", [*EXPERIMENT.values(), *SERVER.values(), *SWEEP.values()])
+def test_the_references_name_every_value_that_a_field_allows(model: type[BaseModel]) -> None:
+    page = reference("", "", {"": model})
+    for name, field in model.model_json_schema()["properties"].items():
+        for part in (field, *field.get("anyOf", ())):
+            for value in part.get("enum", ()):
+                assert re.search(rf"\| `{name}` \|.*\b{value}\b", page), (name, value)
+
+
+@pytest.mark.parametrize("model", [*EXPERIMENT.values(), *SERVER.values(), *SWEEP.values()])
+def test_the_references_show_defaults_as_yaml_has_them(model: type[BaseModel]) -> None:
+    shown = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", reference("", "", {"": model}), re.M))
+    for name, field in model.model_fields.items():
+        if name in shown:
+            default = TypeAdapter(Any).dump_python(field.get_default(), mode="json")
+            assert yaml.safe_load(shown[name]) == default, name
 
 
 def test_whole_experiments_in_the_pages_are_valid() -> None:
@@ -145,13 +164,16 @@ def test_alerts_ask_for_metrics_that_exist_and_the_page_explains_each() -> None:
 def test_sizing_figures_are_measured_ones() -> None:
     measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     sizing = operations().partition("## Sizing")[2].partition("\n## ")[0]
-    figures = re.findall(r"\b(\d+)(?:/s| sentences/s| in OpenVINO| in int8| %)", sizing)
-    assert len(figures) >= 5
-    assert all(re.search(rf"\b{figure}\b", measured) for figure in figures)
+    rates = re.findall(r"\b\d+(?:/s| %)", sizing)
+    encoders = re.findall(r"\b(\d+)(?: sentences/s| in OpenVINO| in int8)", sizing)
+    assert len(rates) >= 5
+    assert len(encoders) == 3
+    for figure in (*rates, *(f"| {each} |" for each in encoders)):
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}", measured), figure
 
 
 def test_operations_run_what_exists() -> None:
-    lines = re.findall(r"^    ((?:\w+=\S+ )*[a-z][\w.-]* .*)$", operations(), re.MULTILINE)
+    lines = re.findall(rf"^    ({VARIABLES}[a-z][\w.-]* .*)$", operations(), re.MULTILINE)
     services = yaml.safe_load((ROOT / "docker/docker-compose.yml").read_text())["services"]
     stages = re.findall(r" AS (\w+)", (ROOT / "docker/Dockerfile").read_text())
     for line in lines:
@@ -163,6 +185,14 @@ def test_operations_run_what_exists() -> None:
             assert name in services, line
         for program, verb in re.findall(r"\b(ray|serve) (start|status|deploy)\b", line):
             assert verb in {"ray": ray_cli, "serve": serve_cli}[program].commands, line
+
+
+def test_containers_run_under_the_number_of_who_builds_them() -> None:
+    """The Dockerfile and the Compose file know it from nowhere else, and take 1000."""
+    found = re.findall(r"^.*docker (?:build|compose\b.* up)\b.*$", operations(), re.MULTILINE)
+    assert len(found) >= 8
+    for line in found:
+        assert ("MTL_UID=$(id -u) " if "compose" in line else "--build-arg UID=$(id -u) ") in line
 
 
 def test_links_between_pages_lead_somewhere() -> None:
