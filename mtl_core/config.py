@@ -217,7 +217,8 @@ class ScaleConfig(Config):
     gpu: bool | None = None
     """One GPU a worker; when absent, as the cluster has them."""
     cpus_per_worker: PositiveInt | None = None
-    """CPU cores a worker asks for; when absent, an even share of this machine's."""
+    """CPU cores a worker asks for; when absent, as many as let all workers find room on the nodes
+    that are up, and 1 for an elastic number."""
     max_failures: Annotated[int, Field(ge=-1)] = 2
     """How often Ray restarts the workers from the last checkpoint; -1 without end."""
 

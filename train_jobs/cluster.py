@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -70,20 +70,46 @@ def is_own() -> bool:
     return OWN in os.environ
 
 
+def living_nodes() -> list[dict[str, float]]:
+    """What each node of now has, whoever uses it."""
+    found = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in found if node["Alive"]]
+
+
+def room_for(each: Mapping[str, float], nodes: Sequence[Mapping[str, float]] = ()) -> int:
+    """How many processes that ask for this fit on nodes, or on those of now."""
+    return sum(
+        min(int(node.get(name, 0) // amount) for name, amount in each.items())
+        for node in nodes or living_nodes()
+    )
+
+
+def cpu_share(processes: int, use_gpu: bool) -> int:
+    """The most CPUs that each of so many processes can have where all find room.
+
+    An even share of the sum may be more than any node has. 1 where they find no room yet: any node
+    that comes has that.
+    """
+    nodes, gpu = living_nodes(), {"GPU": 1.0} if use_gpu else {}
+    largest = max(int(node.get("CPU", 0)) for node in nodes)
+    shares = range(largest, 1, -1)
+    return next((n for n in shares if room_for({"CPU": n, **gpu}, nodes) >= processes), 1)
+
+
 def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, dict[str, float]]:
     """Number of workers, whether each has a GPU, and what each asks for.
 
     Raises:
         ConfigError: no node could ever hold what is asked for, and nothing can add one.
     """
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    nodes = living_nodes()
+    cpus, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
     least, most = (
         (scale.workers, scale.workers) if isinstance(scale.workers, int) else scale.workers
     )
     use_gpu = gpus > 0 if scale.gpu is None else scale.gpu
-    share = 1 if least != most else max(1, cpus // most)
-    each = {"CPU": float(scale.cpus_per_worker or share)}
+    share = scale.cpus_per_worker or (1 if least != most else cpu_share(most, use_gpu))
+    each = {"CPU": float(share)}
     if use_gpu:
         each["GPU"] = 1.0
     autoscales = bool(os.environ.get("RAY_ADDRESS"))

@@ -7,12 +7,11 @@ import signal
 import time
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from train_jobs.cluster import worker_resources
+from train_jobs.cluster import room_for, worker_resources
 from train_jobs.sweep import Plan
 from train_jobs.trials import objective_key
 
@@ -84,8 +83,7 @@ def trials_at_once(plan: Plan) -> int | None:
     workers, _, each = worker_resources(plan.base.scale)
     if plan.sweep.budget.concurrency or workers == 1 or not isinstance(workers, int):
         return plan.sweep.budget.concurrency
-    cpus: float = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
-    return max(1, int(cpus / (workers * each["CPU"])))
+    return max(1, room_for(each) // workers)
 
 
 class Variants(BasicVariantGenerator):

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
 from ray import tune
 from ray.exceptions import RayError
 
@@ -21,7 +20,7 @@ from mtl_core.config import ConfigError
 from mtl_core.data.prepare import prepare
 from mtl_core.errors import TrainingError
 from mtl_core.forks import forked_workers
-from train_jobs.cluster import ray_cluster, worker_resources
+from train_jobs.cluster import cpu_share, ray_cluster, room_for, worker_resources
 from train_jobs.console import describe_data
 from train_jobs.rehearsal import rehearse
 from train_jobs.search import TimeBudget, comparison_options, search_options
@@ -171,13 +170,12 @@ def _with_resources(plan: Plan) -> Plan:
     scale = plan.base.scale
     if not isinstance(scale.workers, int):
         raise ConfigError("scale.workers: trials need one number of workers, not [min, max]")
-    worker_resources(scale)
+    _, use_gpu, each = worker_resources(scale)
     if scale.cpus_per_worker is None:
-        cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
         at_once = plan.sweep.budget.concurrency or min(
-            plan.sweep.num_trials, max(1, cpus // scale.workers)
+            plan.sweep.num_trials, max(1, room_for({**each, "CPU": 1}) // scale.workers)
         )
-        share = max(1, cpus // (scale.workers * at_once))
+        share = cpu_share(scale.workers * at_once, use_gpu)
         scale = scale.model_copy(update={"cpus_per_worker": share})
     return replace(plan, base=plan.base.model_copy(update={"scale": scale}))
 

@@ -85,7 +85,8 @@ def test_a_trial_trains_on_a_gpu_only_if_its_scale_has_one(
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
     context = SimpleNamespace(get_trial_id=lambda: "trial")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    node = {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
     monkeypatch.setattr(tune, "get_context", lambda: context)
     monkeypatch.setattr(trials, "build_trainer", build)
     monkeypatch.setattr(Job, "data", lambda *_: SimpleNamespace(splits={}, keys={}))

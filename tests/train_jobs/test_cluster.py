@@ -1,0 +1,109 @@
+"""What a run and the trials of a sweep ask of the nodes that there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from mtl_core.config import ConfigError, ScaleConfig
+from train_jobs.cluster import worker_resources
+from train_jobs.search import trials_at_once
+from train_jobs.sweep import Plan, load_plan
+from train_jobs.tune import _with_resources
+
+SMALL, LARGE, GPU, GPUS = (8, 0), (16, 0), (4, 1), (48, 4)
+"""CPUs and GPUs of a node."""
+
+
+def cluster_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[int, int]) -> None:
+    """Have Ray tell of these nodes, and of one that is gone."""
+    told = [
+        {"Alive": True, "Resources": {"CPU": float(cpus), "memory": 1.0} | {"GPU": float(gpus)}}
+        for cpus, gpus in nodes
+    ]
+    gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*told, gone])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scale", "cpus"),
+    [
+        ([SMALL], {"workers": 3}, 2),
+        ([SMALL, GPU], {"workers": 1}, 4),
+        ([SMALL, GPU], {"workers": 1, "gpu": False}, 8),
+        ([SMALL, GPU, GPU], {"workers": 2}, 4),
+        ([SMALL, GPU], {"workers": 2}, 1),  # the second GPU's node is to come
+        ([SMALL], {"workers": 1, "gpu": True}, 1),
+        ([GPUS], {"workers": 4}, 12),
+        ([SMALL, SMALL], {"workers": 1}, 8),
+        ([SMALL, SMALL], {"workers": 3}, 4),
+        ([LARGE, SMALL], {"workers": 2}, 8),
+        ([SMALL, SMALL], {"workers": 40}, 1),
+        ([(0, 0)], {"workers": 2}, 1),
+        ([SMALL, SMALL], {"workers": [1, 2]}, 1),
+        ([SMALL, SMALL], {"workers": 1, "cpus_per_worker": 12}, 12),
+    ],
+)
+def test_a_worker_asks_for_no_more_than_a_node_has_for_it(
+    nodes: list[tuple[int, int]],
+    scale: dict[str, Any],
+    cpus: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster_of(monkeypatch, *nodes)
+    _, use_gpu, each = worker_resources(ScaleConfig.model_validate(scale))
+    assert each == {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+
+
+def test_this_machine_alone_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster_of(monkeypatch, SMALL)
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConfigError, match=r"9 worker\(s\) of 1 CPU\(s\) do not fit on 8 CPU"):
+        worker_resources(ScaleConfig(workers=9))
+    with pytest.raises(ConfigError, match=r"1 GPU\(s\) asked for and this machine has 0"):
+        worker_resources(ScaleConfig(workers=1, gpu=True))
+
+
+def plan_of(folder: Path, scale: dict[str, Any], budget: dict[str, Any]) -> Plan:
+    base = {"tasks": {"sentiment": {"kind": "classification"}}, "scale": scale}
+    columns = {"text": "text", "sentiment": "sentiment"}
+    base["data"] = [{"demo": True, "columns": columns}]
+    (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    space = {"optim.learning_rate": {"loguniform": [1e-4, 1e-3]}}
+    sweep = {"base": "base.yaml", "space": space, "budget": budget}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    return load_plan(folder / "sweep.yaml")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scale", "budget", "cpus", "at_once"),
+    [
+        ([SMALL], {"workers": 1}, {"trials": 4}, 2, None),
+        ([SMALL, SMALL], {"workers": 1}, {"trials": 3}, 4, None),
+        ([GPUS], {"workers": 1}, {"trials": 16}, 12, None),
+        ([SMALL, GPU], {"workers": 1}, {"trials": 16}, 4, None),
+        ([SMALL, SMALL], {"workers": 2}, {"trials": 2}, 4, 2),
+        ([GPUS], {"workers": 2}, {"trials": 16}, 12, 2),
+        ([GPUS], {"workers": 2, "cpus_per_worker": 1}, {"trials": 16}, 1, 2),
+        ([SMALL, GPU, GPU], {"workers": 2}, {"trials": 16}, 4, 1),
+        ([SMALL], {"workers": 2}, {"trials": 16, "concurrency": 1}, 4, 1),
+    ],
+)
+def test_trials_share_what_the_nodes_have_gpus_too(
+    nodes: list[tuple[int, int]],
+    scale: dict[str, Any],
+    budget: dict[str, Any],
+    cpus: int,
+    at_once: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster_of(monkeypatch, *nodes)
+    plan = _with_resources(plan_of(tmp_path, scale, budget))
+    assert plan.base.scale.cpus_per_worker == cpus
+    assert trials_at_once(plan) == at_once
