@@ -17,7 +17,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from mtl_core.config import Experiment, WeightingConfig
 from mtl_core.data.prepare import Data, prepare, reopen
-from mtl_core.metrics import PRIMARY
+from mtl_core.metrics import PRIMARY, mean_score
 from mtl_core.state import FILES
 from mtl_core.world import World
 from train_jobs.cluster import worker_resources
@@ -106,15 +106,14 @@ class Scorer:
         return {**metrics, **values}
 
     def value(self, objective: str) -> float:
-        scores = {
-            task: float(self.best.get(f"validation/{task}/{metric}", float("nan")))
-            for task, metric in self.primary.items()
-        }
+        keys = {task: f"validation/{task}/{metric}" for task, metric in self.primary.items()}
+        # As in training a task without a label there does not count.
+        scores = {task: float(self.best[key]) for task, key in keys.items() if key in self.best}
         if objective == "mean":
-            return sum(scores.values()) / len(scores)
+            return mean_score(scores)
         if objective == "gain":
-            gains = [(scores[t] - self.alone[t]) / max(self.alone[t], 1e-9) for t in scores]
-            return sum(gains) / len(gains)
+            before = self.alone
+            return mean_score({t: (scores[t] - before[t]) / max(before[t], 1e-9) for t in scores})
         return float(self.best.get(f"validation/{objective}", float("nan")))
 
 

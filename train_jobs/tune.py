@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from mtl_core.command import INTERRUPTED, run_command
 from mtl_core.config import ConfigError
-from mtl_core.data.prepare import prepare
+from mtl_core.data.prepare import check_metric, prepare
 from mtl_core.errors import TrainingError
 from mtl_core.forks import forked_workers
 from train_jobs.cluster import cpu_share, ray_cluster, room_for, worker_resources
@@ -78,8 +78,12 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     Raises:
         ConfigError: the cluster cannot hold a trial, not all of its nodes reach the folder, or
             another process works on this sweep.
+        DataError: the data cannot be used, or has no score that the search is to go by.
     """
     data = prepare(plan.base)
+    for objective in plan.sweep.objectives:
+        if "/" in objective:
+            check_metric("objective", objective, data)
     describe_data(data)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")

@@ -60,7 +60,7 @@ def prepare(experiment: Experiment) -> Data:
         labels = resolve_labels(corpus, with_known_labels(experiment, corpus))
         data = encode(corpus, experiment, labels)
     _check_class_weights(experiment.tasks, data.labels)
-    _check_metric(experiment.training.metric, data.splits["validation"])
+    check_metric("training.metric", experiment.training.metric, data)
     return data
 
 
@@ -95,12 +95,17 @@ def _check_class_weights(tasks: Mapping[str, TaskConfig], labels: Labels) -> Non
                 )
 
 
-def _check_metric(metric: str, validation: EncodedSplit) -> None:
+def check_metric(field: str, metric: str, data: Data) -> None:
+    """Refuse to choose by the score of a task that has none in validation.
+
+    Raises:
+        DataError: it names the field that asks for this metric.
+    """
     task = metric.partition("/")[0]
-    if metric != "mean" and not validation.present[task].any():
+    if metric != "mean" and not data.splits["validation"].present[task].any():
         raise DataError(
-            f"training.metric: {metric} cannot pick the best epoch, since no text in validation "
-            f"has a label of task {task!r}; label some, or take `mean` or another task"
+            f"{field}: {metric} cannot tell what is best, since no text in validation has a label "
+            f"of task {task!r}; label some, or take `mean` or another task"
         )
 
 

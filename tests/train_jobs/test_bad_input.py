@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from mtl_core.build import build_model
 from mtl_core.command import run_command
@@ -16,7 +17,7 @@ from mtl_core.config import parse_experiment
 from mtl_core.data.prepare import prepare
 from tests import small_runs
 from tests.commands import write_config
-from train_jobs import evaluate, predict, similarity, train
+from train_jobs import evaluate, predict, similarity, train, tune
 from train_jobs.console import describe_data
 
 
@@ -94,6 +95,39 @@ def test_mistakes_in_data_stop_the_run_before_ray_starts(
     (tmp_path / "rows.jsonl").write_text('{"text": "fine", "mood": "good"}\n{"text": \n')
     message = attempt(capsys, train.main, "--config", str(write_config(tmp_path, bad)))
     assert "rows.jsonl:2" in message
+
+
+@pytest.mark.parametrize(
+    ("objective", "field"),
+    [("mood/accuracy", "training.metric"), (["topic/accuracy", "mood/macro_f1"], "objective")],
+)
+def test_a_task_without_a_label_in_validation_is_nothing_to_choose_by(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    experiment: dict[str, Any],
+    objective: str | list[str],
+    field: str,
+) -> None:
+    rows = [{"text": f"row {i}", "topic": "ab"[i % 2], "mood": "cd"[i % 2]} for i in range(20)]
+    for split, mood in (("train", {}), ("validation", {"mood": None})):
+        lines = "".join(json.dumps(row | mood) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    columns = {name: name for name in ("text", "topic", "mood")}
+    tasks = {task: {"kind": "classification"} for task in ("topic", "mood")}
+    base = {**experiment, "tasks": tasks, "data": [{"path": str(tmp_path), "columns": columns}]}
+    sweep = {
+        "name": "small",
+        "base": str(write_config(tmp_path, base)),
+        "output_dir": str(tmp_path / "sweeps"),
+        "objective": objective,
+        "searcher": {"algorithm": "optuna"},
+        "space": {"optim.learning_rate": {"loguniform": [1e-4, 1e-3]}},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    message = attempt(capsys, tune.main, "--config", str(tmp_path / "sweep.yaml"))
+    assert f"error: {field}: mood/" in message
+    assert "no text in validation has a label of task 'mood'" in message
+    assert not (tmp_path / "sweeps").exists()
 
 
 def test_skipped_rows_are_counted(

@@ -16,13 +16,14 @@ from ray import tune
 
 from aws.prepare import policies
 from mtl_core import features
+from mtl_core.config import parse_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.state import FILES
 from tests.s3_server import s3_server
 from train_jobs import trials
 from train_jobs.runs import RESULT
 from train_jobs.sweep import load_plan
-from train_jobs.trials import GoneCheckpoints, Job, TrialSession, run_trial, standing
+from train_jobs.trials import GoneCheckpoints, Job, Scorer, TrialSession, run_trial, standing
 
 
 @pytest.mark.cluster
@@ -93,6 +94,17 @@ def test_a_trial_trains_on_a_gpu_only_if_its_scale_has_one(
     job = Job(load_plan(tmp_path / "sweep.yaml"), str(tmp_path), {}, {})
     run_trial({"optim.learning_rate": 5e-4}, job)
     assert [session.world.device.type for session in sessions] == [device]
+
+
+def test_a_task_that_validation_has_no_label_of_counts_for_no_objective() -> None:
+    tasks = {"topic": {"kind": "classification"}, "mood": {"kind": "classification"}}
+    columns = {"text": "text", "topic": "topic", "mood": "mood"}
+    data = [{"path": "none.jsonl", "columns": columns}]
+    experiment = parse_experiment({"name": "small", "tasks": tasks, "data": data})
+    scorer = Scorer(experiment, ("mean", "gain"), {"topic": 0.5, "mood": 0.9})
+    row = scorer({"validation/topic/accuracy": 0.75, "best": True})
+    assert row["objective_0"] == 0.75
+    assert row["objective_1"] == 0.5
 
 
 @pytest.mark.parametrize(
