@@ -292,6 +292,32 @@ def test_a_sweep_goes_on_with_more_time_or_another_scale_and_is_else_another_one
             SweepFolder(changed.sweep).check(changed)
 
 
+def test_a_sweep_that_came_in_between_is_not_mixed_with_another(tmp_path: Path) -> None:
+    ours = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
+    theirs = load_plan(tmp_path / "sweep.yaml", ["seeds=7"])
+    assert not SweepFolder(ours.sweep).check(ours)
+    with SweepFolder(theirs.sweep).claim(theirs):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"sweep\.seeds was 7, now 3"),
+        SweepFolder(ours.sweep).claim(ours),
+    ):
+        pass
+    assert SweepFolder(theirs.sweep).check(theirs)
+
+
+def test_a_search_that_goes_on_is_not_finished_before_its_end(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
+    folder = SweepFolder(plan.sweep)
+    with folder.claim(plan):
+        folder.finish(5)
+    assert folder.check(plan)
+    assert folder.is_finished(5)
+    with folder.claim(plan):  # with more minutes, and interrupted
+        pass
+    assert not folder.is_finished(5)
+
+
 def test_a_search_cut_off_by_its_time_is_finished_until_it_gets_more(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
     folder = SweepFolder(plan.sweep)
