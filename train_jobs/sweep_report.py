@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def write_report(
         }
         if "best" in results:
             _publish(plan, folder, experiment, results["best"])
-    folder.write(SUMMARY, json.dumps(summary, indent=1, default=str))
+    folder.write(SUMMARY, json.dumps(_finite(summary), indent=1, default=str))
     pictures = draw(plan, results, summary)
     for name, content in pictures.items():
         folder.write(name, content)
@@ -264,6 +265,15 @@ def _objectives(plan: Plan, trial: Mapping[str, Any]) -> dict[str, float]:
 def _counts(rows: Rows) -> dict[str, int]:
     states = [row["status"] for row in rows]
     return {state: states.count(state) for state in dict.fromkeys(states)}
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has not: the ends of an interval over one seed."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> Any:

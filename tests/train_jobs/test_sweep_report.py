@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -157,6 +158,26 @@ def runs_of(case: str, scores: dict[str, float]) -> list[dict[str, Any]]:
     return [
         {**run, "config": {"case": case, "seed": seed}, "metrics": metrics} for seed in (43, 44)
     ]
+
+
+def test_the_summary_is_json_for_strict_parsers_too(plan: Plan) -> None:
+    """One seed gives no interval, and a trial may have no objective."""
+    one = runs_of("alone/topic", {"validation/topic/accuracy": 0.6})[:1]
+    one += runs_of("base", {"validation/topic/accuracy": 0.7})[:1]
+    searched = search_of(2, RATE)
+    searched[0]["metrics"]["objective_0"] = float("nan")
+    folder = SweepFolder(plan.sweep)
+    with folder.claim(plan):
+        write_report(plan, folder, {"baselines": one, "search": searched}, searched[0], {})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    summary = json.loads(folder.read("summary.json") or "", parse_constant=refuse)
+    (found,) = summary["comparisons"]["topic"]
+    assert found["difference"] == pytest.approx(0.1)
+    assert found["low"] is found["high"] is None
+    assert summary["best"]["objective"] == {"objective mean": None}
 
 
 def test_a_task_is_compared_on_one_split_which_is_named(
