@@ -3,6 +3,7 @@
 sweep.yaml        the sweep as it was started, with the experiment it varies
 baselines/ search/         Ray Tune's records of each phase's trials
 best-TRIAL/                the same for the best setting, by the trial that found it
+workers/                   what each trial told; checkpoints of those with several workers
 trials.csv .parquet        every trial: status, settings, scores, seconds
 best.yaml artifact/        the best setting, and what it trains
 report.html *.png          everything to look at

@@ -23,6 +23,7 @@ from mtl_core.world import World
 from train_jobs.cluster import worker_resources
 from train_jobs.driver import build_trainer
 from train_jobs.progress import progress_log
+from train_jobs.report import history_until
 from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan
 from train_jobs.worker import WorkerSession
@@ -122,33 +123,65 @@ def objective_key(number: int) -> str:
     return f"objective_{number}"
 
 
+class TrialHistory:
+    """What a trial tells, kept in a folder of its own for whoever goes on with the trial."""
+
+    def __init__(self, folder: RunFolder, scorer: Scorer) -> None:
+        self.folder, self.scorer = folder, scorer
+        self.rows = folder.history()
+
+    @property
+    def failure(self) -> str | None:
+        """Why training cannot go on."""
+        return next((row["message"] for row in self.rows if row["event"] == "failed"), None)
+
+    def take(self, event: str, row: Mapping[str, Any]) -> None:
+        if event == "start":
+            # What came after the checkpoint that workers go on from will come again.
+            self.rows = history_until(self.rows, row["step"])
+            for earlier in self.rows:
+                if earlier["event"] == "validation":
+                    self.scorer(earlier)  # which of them was the best
+        self.rows.append({"event": event, **row})
+
+    def take_from(self, log: Any) -> None:
+        """Take and keep what several workers have told a ProgressLog."""
+        for event, row in ray.get(log.drain.remote()):
+            self.take(event, row)
+        self.store()
+
+    def store(self) -> None:
+        if self.folder.is_local:
+            self.folder.filesystem.makedirs(self.folder.path, exist_ok=True)
+        self.folder.write_history(self.rows)
+
+
 class TrialSession(WorkerSession):
     """A worker in the trial's own process: one process less to start for each trial."""
 
-    def __init__(self, scorer: Scorer, keep_weights: bool, use_gpu: bool) -> None:
+    def __init__(self, history: TrialHistory, keep_weights: bool, use_gpu: bool) -> None:
         # Ray Train's own context knows nothing of a trial.
         on_gpu = use_gpu and torch.cuda.is_available()
         self.world = World(device=torch.device("cuda" if on_gpu else "cpu"))
-        self.scorer, self.keep_weights = scorer, keep_weights
-        self.history: list[dict[str, Any]] = []
-        self.failure: str | None = None
+        self.history, self.keep_weights = history, keep_weights
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
         found: ray.train.Checkpoint | None = tune.get_checkpoint()
         return None if found is None else standing(found)
 
     def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
-        row = self.scorer(metrics)
+        row = self.history.scorer(metrics)
+        self.history.store()
         if metrics.get("finished"):
-            row["history"] = self.history
+            row["history"] = self.history.rows
             folder = folder if self.keep_weights else None
         checkpoint = None if folder is None else tune.Checkpoint.from_directory(str(folder))
         tune.report(row, checkpoint=checkpoint)
 
     def tell(self, event: str, row: dict[str, Any]) -> None:
+        self.history.take(event, row)
         if event == "failed":
-            self.failure = row["message"]
-        self.history.append({"event": event, **row})
+            self.history.store()
 
 
 def standing(checkpoint: ray.train.Checkpoint) -> ray.train.Checkpoint | None:
@@ -190,49 +223,58 @@ class GoneCheckpoints(tune.Callback):
 
 
 class ReportToTune(TuneReportCallback):
-    """Passes on what several workers report, with the objectives."""
+    """Passes on what several workers report, with the objectives; keeps what they told until then.
 
-    def __init__(self, scorer: Scorer) -> None:
+    Ray Train's controller has a copy of it, in a process of its own.
+    """
+
+    def __init__(self, history: TrialHistory, log: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.scorer = scorer
+        self.history, self.log = history, log
 
     def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
-        super().after_report(run_context, [self.scorer(metrics[0])], checkpoint)
+        self.history.take_from(self.log)
+        super().after_report(run_context, [self.history.scorer(metrics[0])], checkpoint)
 
 
 def run_trial(config: dict[str, Any], job: Job) -> None:
     """Train what a config asks for, with the one builder of training runs.
 
     Raises:
-        TrialFailed: training cannot go on; the reason.
+        TrialFailed: training cannot go on; the reason. Tune tries again, and hears it at once.
     """
     experiment = job.experiment(config)
     case = config.get("case")
     objectives = job.plan.sweep.objectives if case is None else ("mean",)
-    scorer = Scorer(experiment, objectives, job.alone)
-    data = job.data(experiment)
-    if case is None:  # a search chooses by validation, and has no business with test
-        data.splits.pop("test", None)
-        data.keys.pop("test", None)
     trial = tune.get_context().get_trial_id()
     named = experiment.model_copy(update={"name": trial, "output_dir": f"{job.folder}/workers"})
-    folder = RunFolder(named)
-    if experiment.scale.workers == 1:
-        first = config.get("seed") == job.plan.base.seed
-        _, use_gpu, _ = worker_resources(experiment.scale)
-        session = TrialSession(scorer, keep_weights=case == BEST and first, use_gpu=use_gpu)
-        build_trainer(named, folder, data, None, session=session).fit()
-        failure = session.failure
-    else:
-        log = progress_log()
-        trainer = build_trainer(named, folder, data, log, callbacks=[ReportToTune(scorer)])
-        result = trainer.fit()
-        told = ray.get(log.drain.remote())
-        if result.metrics and result.metrics.get("finished"):
-            history = [{"event": event, **row} for event, row in told]
-            assert result.checkpoint is not None
-            where = {"checkpoint_path": result.checkpoint.path}
-            tune.report({**scorer(result.metrics), **where, "history": history})
-        failure = next((row["message"] for event, row in told if event == "failed"), None)
-    if failure is not None:
-        raise TrialFailed(failure)
+    scorer = Scorer(experiment, objectives, job.alone)
+    history = TrialHistory(RunFolder(named), scorer)
+    if history.failure is None:
+        data = job.data(experiment)
+        if case is None:  # a search chooses by validation, and has no business with test
+            data.splits.pop("test", None)
+            data.keys.pop("test", None)
+        if experiment.scale.workers == 1:
+            first = config.get("seed") == job.plan.base.seed
+            _, use_gpu, _ = worker_resources(experiment.scale)
+            session = TrialSession(history, keep_weights=case == BEST and first, use_gpu=use_gpu)
+            build_trainer(named, history.folder, data, None, session=session).fit()
+        else:
+            history = _train_with_workers(named, data, history)
+    if history.failure is not None:
+        raise TrialFailed(history.failure)
+
+
+def _train_with_workers(experiment: Experiment, data: Data, history: TrialHistory) -> TrialHistory:
+    """Train with workers of their own; returns what they told."""
+    folder, scorer, log = history.folder, history.scorer, progress_log()
+    callbacks = [ReportToTune(history, log)]
+    result = build_trainer(experiment, folder, data, log, callbacks=callbacks).fit()
+    history = TrialHistory(folder, scorer)  # which the callback's copy kept
+    history.take_from(log)
+    if result.metrics and result.metrics.get("finished"):
+        assert result.checkpoint is not None
+        where = {"checkpoint_path": result.checkpoint.path}
+        tune.report({**scorer(result.metrics), **where, "history": history.rows})
+    return history

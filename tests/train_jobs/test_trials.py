@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import yaml
 from pyarrow.fs import FileSystem, FileType
 from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
 
 from aws.prepare import policies
 from mtl_core import features
@@ -21,9 +22,22 @@ from mtl_core.data.prepare import prepare
 from mtl_core.state import FILES
 from tests.s3_server import s3_server
 from train_jobs import trials
-from train_jobs.runs import RESULT
+from train_jobs.runs import RESULT, RunFolder
 from train_jobs.sweep import load_plan
-from train_jobs.trials import GoneCheckpoints, Job, Scorer, TrialSession, run_trial, standing
+from train_jobs.trials import (
+    GoneCheckpoints,
+    Job,
+    ReportToTune,
+    Scorer,
+    TrialFailed,
+    TrialHistory,
+    TrialSession,
+    run_trial,
+    standing,
+)
+
+Tell = Callable[[str, dict[str, Any]], dict[str, Any] | None]
+"""Takes what a worker tells, and returns the last row that Tune got."""
 
 
 @pytest.mark.cluster
@@ -66,6 +80,26 @@ def test_a_frozen_encoder_runs_once_a_text_and_not_once_a_trial(
     assert len({row["objective_0"] for row in ends}) > 1
 
 
+def one_trial(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool | None = None
+) -> tuple[dict[str, float], Job]:
+    """What Tune calls a trial with, on a node with a GPU; its data are not read."""
+    base = {
+        "tasks": {"sentiment": {"kind": "classification"}},
+        "data": [{"demo": True, "columns": {"text": "text", "sentiment": "sentiment"}}],
+        "scale": {"workers": 1, "gpu": gpu},
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    sweep = {"base": "base.yaml", "space": {"optim.learning_rate": {"loguniform": [1e-4, 1e-3]}}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    context = SimpleNamespace(get_trial_id=lambda: "trial")
+    node = {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    monkeypatch.setattr(tune, "get_context", lambda: context)
+    monkeypatch.setattr(Job, "data", lambda *_: SimpleNamespace(splits={}, keys={}))
+    return {"optim.learning_rate": 5e-4}, Job(load_plan(folder / "sweep.yaml"), str(folder), {}, {})
+
+
 @pytest.mark.parametrize(("gpu", "device"), [(None, "cuda"), (True, "cuda"), (False, "cpu")])
 def test_a_trial_trains_on_a_gpu_only_if_its_scale_has_one(
     gpu: bool | None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -76,23 +110,10 @@ def test_a_trial_trains_on_a_gpu_only_if_its_scale_has_one(
         sessions.append(session)
         return SimpleNamespace(fit=lambda: None)
 
-    base = {
-        "tasks": {"sentiment": {"kind": "classification"}},
-        "data": [{"demo": True, "columns": {"text": "text", "sentiment": "sentiment"}}],
-        "scale": {"workers": 1, "gpu": gpu},
-    }
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
-    sweep = {"base": "base.yaml", "space": {"optim.learning_rate": {"loguniform": [1e-4, 1e-3]}}}
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
-    context = SimpleNamespace(get_trial_id=lambda: "trial")
+    config, job = one_trial(tmp_path, monkeypatch, gpu=gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    node = {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}
-    monkeypatch.setattr(ray, "nodes", lambda: [node])
-    monkeypatch.setattr(tune, "get_context", lambda: context)
     monkeypatch.setattr(trials, "build_trainer", build)
-    monkeypatch.setattr(Job, "data", lambda *_: SimpleNamespace(splits={}, keys={}))
-    job = Job(load_plan(tmp_path / "sweep.yaml"), str(tmp_path), {}, {})
-    run_trial({"optim.learning_rate": 5e-4}, job)
+    run_trial(config, job)
     assert [session.world.device.type for session in sessions] == [device]
 
 
@@ -105,6 +126,110 @@ def test_a_task_that_validation_has_no_label_of_counts_for_no_objective() -> Non
     row = scorer({"validation/topic/accuracy": 0.75, "best": True})
     assert row["objective_0"] == 0.75
     assert row["objective_1"] == 0.5
+
+
+def history_in(folder: Path) -> TrialHistory:
+    """What a trial of one task knows when its process begins."""
+    raw = {
+        "name": "trial",
+        "output_dir": str(folder),
+        "tasks": {"topic": {"kind": "classification"}},
+        "data": [{"path": "none.jsonl", "columns": {"text": "text", "topic": "topic"}}],
+    }
+    experiment = parse_experiment(raw)
+    return TrialHistory(RunFolder(experiment), Scorer(experiment, ("mean",), {}))
+
+
+def epoch(number: int, score: float, best: bool) -> dict[str, Any]:
+    """What is told of an epoch of ten steps."""
+    step = {"step": 10 * number, "epoch": float(number)}
+    return {**step, "validation/topic/accuracy": score, "best": best}
+
+
+def in_its_own_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tell:
+    """A trial with one worker, begun or begun again."""
+    session = TrialSession(history_in(folder), keep_weights=False, use_gpu=False)
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", lambda row, checkpoint: reported.append(row))
+
+    def tell(event: str, row: dict[str, Any]) -> dict[str, Any] | None:
+        session.tell(event, row)
+        if event == "validation":
+            session.report({**row}, None)
+        if event == "end":
+            session.report({**row, "finished": True}, None)
+        return reported[-1] if reported else None
+
+    return tell
+
+
+def with_workers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tell:
+    """The same with workers of its own, seen from Ray Train's controller."""
+    told: list[tuple[str, dict[str, Any]]] = []
+    reported: list[dict[str, Any]] = []
+
+    def drain() -> list[tuple[str, dict[str, Any]]]:
+        new = list(told)
+        told.clear()
+        return new
+
+    def after_report(_: Any, __: Any, metrics: list[dict[str, Any]], ___: Any) -> None:
+        reported.extend(metrics)
+
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    monkeypatch.setattr(TuneReportCallback, "__init__", lambda _: None)
+    monkeypatch.setattr(TuneReportCallback, "after_report", after_report)
+    log = SimpleNamespace(drain=SimpleNamespace(remote=drain))
+    callback = ReportToTune(history_in(folder), log)
+
+    def tell(event: str, row: dict[str, Any]) -> dict[str, Any] | None:
+        told.append((event, row))
+        if event in ("validation", "end"):
+            callback.after_report(None, [row], None)
+        return {**reported[-1], "history": history_in(folder).rows} if reported else None
+
+    return tell
+
+
+@pytest.mark.parametrize("begin", [in_its_own_process, with_workers])
+def test_a_trial_that_goes_on_knows_its_best_epoch_and_all_that_it_told(
+    begin: Callable[[Path, pytest.MonkeyPatch], Tell],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tell = begin(tmp_path, monkeypatch)
+    tell("start", {"step": 0})
+    for row in (epoch(1, 0.5, True), epoch(2, 0.9, True), epoch(3, 0.7, False)):
+        tell("validation", row)
+    tell = begin(tmp_path, monkeypatch)
+    tell("start", {"step": 20})  # from the checkpoint of the second epoch
+    row = tell("validation", epoch(3, 0.7, False))
+    assert row
+    assert row["objective_0"] == 0.9
+    row = tell("end", {"step": 30})
+    assert row
+    steps = [(told["event"], told["step"]) for told in row["history"]]
+    ends = [("validation", 10), ("validation", 20), ("start", 20), ("validation", 30), ("end", 30)]
+    assert steps == [("start", 0), *ends]
+
+
+def test_what_no_retry_mends_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune calls a trial that failed once more."""
+    trained = []
+
+    def build(*_: Any, session: TrialSession) -> SimpleNamespace:
+        trained.append(session)
+        failure = {"message": "the loss is not finite"}
+        return SimpleNamespace(fit=lambda: session.tell("failed", failure))
+
+    config, job = one_trial(tmp_path, monkeypatch)
+    monkeypatch.setattr(trials, "build_trainer", build)
+    for _ in range(2):
+        with pytest.raises(TrialFailed, match="the loss is not finite"):
+            run_trial(config, job)
+    assert len(trained) == 1
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,9 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
     assert (failed["optim.learning_rate"] == 1e38).all()
     assert len(failed)
     assert failed["reason"].str.contains("is not finite at step").all()
+    for trial in failed["trial"]:
+        told = (tmp_path / f"sweeps/sweep/workers/{trial}/metrics.jsonl").read_text("utf-8")
+        assert told.count('"event": "start"') == 1, "it is not trained again"
     assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
 
 
@@ -256,6 +259,10 @@ def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
     (state,) = (tmp_path / "sweeps/sweep/search").glob("experiment_state-*.json")
     reports = re.findall(r"training_iteration\W+(\d+)", state.read_text(encoding="utf-8"))
     assert max(map(int, reports)) >= 3 + 1  # every epoch, and the scores
+    for told in (tmp_path / "sweeps/sweep/workers").glob("*/metrics.jsonl"):
+        assert told.read_text("utf-8").count('"event": "validation"') == 3
+    history = (tmp_path / "sweeps/sweep/metrics.jsonl").read_text("utf-8")
+    assert history.count('"event": "validation"') == 3
     assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
 
 
