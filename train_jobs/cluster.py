@@ -91,7 +91,7 @@ def cpu_share(processes: int, use_gpu: bool) -> int:
     that comes has that.
     """
     nodes, gpu = living_nodes(), {"GPU": 1.0} if use_gpu else {}
-    largest = max(int(node.get("CPU", 0)) for node in nodes)
+    largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
     shares = range(largest, 1, -1)
     return next((n for n in shares if room_for({"CPU": n, **gpu}, nodes) >= processes), 1)
 
