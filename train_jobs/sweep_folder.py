@@ -65,8 +65,7 @@ class SweepFolder(NamedFolder):
                 block.enter_context(self.held())
                 self._is_of(plan)  # asked again: from now on nobody else changes it
                 self.write("sweep.yaml", yaml.safe_dump(_plain(plan), sort_keys=False))
-                if self.holds(FINISHED):  # until all of it is done again
-                    self.filesystem.rm_file(f"{self.path}/{FINISHED}")
+                self.remove(FINISHED)  # until all of it is done again
             yield
 
     def _is_of(self, plan: Plan) -> bool:
