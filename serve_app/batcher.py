@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,8 @@ class Batcher:
         self.unanswered_tokens += size
         self.queue.extend(jobs)
         if self.task is None:
-            self.task = loop.create_task(self._work())
+            # Of no request: Serve cancels all calls of the one in whose context they were made.
+            self.task = loop.create_task(self._work(), context=Context())
         try:
             return [await job.future for job in jobs]
         finally:

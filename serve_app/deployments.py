@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from typing import Any
 
 from ray import serve
@@ -132,8 +133,10 @@ class EncoderReplica:
         Anyone may ask, and it costs a pass: one look at a time, and a good one holds for a moment.
         """
         last, now = self.looking, time.monotonic()
-        if last is None or (last.done() and (last.exception() or now > self.look_again)):
-            self.looking = asyncio.create_task(self.service.reach_heads(self.service.model))
+        if last is None or (last.done() and (failed(last) or now > self.look_again)):
+            # Of no request: it goes on when whoever asked first has left.
+            look = self.service.reach_heads(self.service.model)
+            self.looking = asyncio.get_running_loop().create_task(look, context=Context())
             self.look_again = now + READY_FOR_S
         assert self.looking is not None
         try:
@@ -193,6 +196,11 @@ class EncoderReplica:
             1
         )
         self.log.event(f"artifact {outcome}", version=model.version, tasks=list(model.heads))
+
+
+def failed(task: asyncio.Task[None]) -> bool:
+    """Whether a task that has ended was cancelled or raised an error."""
+    return task.cancelled() or task.exception() is not None
 
 
 def replica_name() -> str:

@@ -243,6 +243,9 @@ class Service:
             await self._ask_heads(batch)
         except Exception as error:
             fail(batch.jobs, error)
+        except asyncio.CancelledError:
+            fail(batch.jobs, RuntimeError("what asks the heads was cancelled"))
+            raise
 
     async def _ask_heads(self, batch: Batch) -> None:
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import shutil
@@ -246,6 +247,30 @@ def test_clients_that_disconnect_leave_no_work_behind(pair: RealServer) -> None:
         wait_for(lambda: unanswered(pair) == {0}, 5)
         assert time.monotonic() - started < 9
     assert call(f"{pair.url}/v1/predict", {"inputs": TEXTS[0]}).status == 200
+
+
+def told(connection: socket.socket) -> Any:
+    """What the server answers to `post`."""
+    with connection, http.client.HTTPResponse(connection) as reply:
+        connection.settimeout(20)
+        reply.begin()
+        assert reply.status == 200
+        return json.loads(reply.read())
+
+
+def test_clients_that_disconnect_leave_the_others_their_answers(
+    pair: RealServer, predictor: Predictor
+) -> None:
+    oracle = expected(predictor)
+    with suspended(pair, "topic"):
+        asked = [(text, post(pair, {"inputs": text})) for text in TEXTS[:64]]
+        wait_for(lambda: max(unanswered(pair)) >= 24, 5)
+        for _, client in asked[:32]:
+            client.close()
+        wait_for(lambda: max(unanswered(pair)) <= 20, 5)
+    for text, client in asked[32:]:
+        assert outline(told(client)["results"][0]) == oracle[text]
+    wait_for(lambda: unanswered(pair) == {0}, 5)
 
 
 def install(artifact: Path, served: Path) -> None:

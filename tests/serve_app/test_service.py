@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,11 @@ class Raising:
 class Broken:
     """A head with an error that nobody foresaw."""
 
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
     async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
-        raise ZeroDivisionError
+        raise self.error
 
 
 def head_calls(faulty: Any, task: str = "mood") -> Any:
@@ -273,6 +278,27 @@ def test_whoever_asks_whether_it_is_ready_a_replica_looks_once(replica: EncoderR
     asyncio.run(asked())
 
 
+def test_a_probe_that_leaves_ends_no_look_and_a_look_that_was_ended_is_taken_again(
+    replica: EncoderReplica,
+) -> None:
+    async def asked() -> None:
+        line = OfServe()
+        replica.service.head_call = lambda task: RemoteHead(line, task, 5.0, replica.metrics)
+        impatient = of("probe", replica.check_ready())
+        await asyncio.sleep(0.1)
+        impatient.cancel()
+        line.client_left("probe")
+        replica.service.head_call = lambda _: LocalHead()
+        assert replica.looking is not None
+        assert not replica.looking.done()
+        replica.looking.cancel()
+        await asyncio.wait([replica.looking])
+        replica.service.calls.clear()
+        await replica.check_ready()
+
+    asyncio.run(asked())
+
+
 def test_a_version_that_cannot_be_loaded_is_left_alone_for_a_while(
     replica: EncoderReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,8 +406,11 @@ def test_over_http_it_is_a_503_for_that_task_alone(artifact: Path) -> None:
     assert "'mood'" in only.body["error"]
 
 
-def test_an_unforeseen_error_of_a_head_is_an_answer_too(artifact: Path) -> None:
-    with local_server(artifact, head_calls(Broken()), runtime="torch-fp32") as (url, _):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), asyncio.CancelledError()], ids=repr)
+def test_an_unforeseen_error_of_a_head_is_an_answer_too(
+    error: BaseException, artifact: Path
+) -> None:
+    with local_server(artifact, head_calls(Broken(error)), runtime="torch-fp32") as (url, _):
         assert call(f"{url}/tasks/mood", {"inputs": TEXT}, timeout=5).status == 500
         assert call(f"{url}/tasks/topic", {"inputs": TEXT}, timeout=5).status == 200
 
@@ -436,6 +465,7 @@ def test_after_a_timeout_the_head_is_left_alone_and_then_tried_by_one_request(
         ActorDiedError(),
         ActorUnavailableError("the replica is gone", None),
         ConnectionResetError(),
+        asyncio.CancelledError(),  # as Serve ends a call that it cancels
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -445,6 +475,59 @@ def test_a_call_whose_replica_dies_is_sent_again(model: Loaded, death: BaseExcep
         answer = await ask(service)
         assert not answer.failures
         assert value(metrics, "mtl_head_retries_total", task="mood") == 2
+
+    asyncio.run(scenario())
+
+
+CLIENT = contextvars.ContextVar("client", default="none")
+
+
+class OfServe(Replica):
+    """A handle that knows calls by the request in whose context they are made, as Serve does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.sent: dict[str, list[asyncio.Task[Any]]] = defaultdict(list)
+
+    def __call__(self, *arguments: Any) -> Any:
+        call = asyncio.create_task(self.answered(*arguments))
+        self.sent[CLIENT.get()].append(call)
+        return call
+
+    async def answered(self, *arguments: Any) -> Any:
+        await self.gate.wait()
+        return self.replica.answer(*arguments)
+
+    def client_left(self, name: str) -> None:
+        for call in self.sent[name]:
+            call.cancel()
+
+
+def of(client: str, asked: Any) -> asyncio.Task[Any]:
+    context = contextvars.copy_context()
+    context.run(CLIENT.set, client)
+    return asyncio.get_running_loop().create_task(asked, context=context)
+
+
+@pytest.mark.parametrize("batch_tokens", [2048, 1], ids=["in its batch", "in later batches"])
+def test_a_client_that_leaves_takes_nobody_s_answer_with_it(
+    batch_tokens: int, model: Loaded
+) -> None:
+    async def scenario() -> None:
+        replica, metrics = OfServe(), Metrics("test")
+        calls = head_calls(RemoteHead(replica, "mood", 5.0, metrics))
+        settings = Settings(artifact="", batch_tokens=batch_tokens)
+        service = Service(model, calls, metrics, settings)
+        leaves, *stay = [of(name, ask(service, "mood")) for name in "abc"]
+        await asyncio.sleep(0.1)
+        leaves.cancel()
+        replica.client_left("a")
+        replica.gate.set()
+        for answer in await asyncio.gather(*stay):
+            assert list(answer.predictions("mood"))
+        assert service.batcher.unanswered == 0
+        assert value(metrics, "mtl_head_retries_total", task="mood") == 0
 
     asyncio.run(scenario())
 
