@@ -203,6 +203,10 @@ def failed(task: asyncio.Task[None]) -> bool:
     return task.cancelled() or task.exception() is not None
 
 
+class DeployedHead(HeadReplica):
+    """A head's replica, defined here so that whatever process unpickles it imports this module."""
+
+
 def replica_name() -> str:
     return serve.get_replica_context().replica_tag
 
@@ -274,4 +278,4 @@ def head_deployment(task: str) -> serve.Deployment:
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
-    return deployment(HeadReplica)
+    return deployment(DeployedHead)

@@ -2,10 +2,11 @@
 
 HAProxy's statistics, and a port of each replica that takes pickled calls from other replicas, are
 bound to every address, and Serve has no option against it: where RAY_AUTH_MODE is disabled, anybody
-who reaches a replica's could run code. The statistics' numbers are the same in every server, and
-HAProxy shares a port with another one without a word. One that has just started answers 404 for any
-route until it is told of an application: at first, on a new node, and after another one died.
-And what it says itself when no replica answers is no JSON.
+who reaches a replica's could run code. The statistics' numbers are the same in every server, and so
+is that of the proxy that HAProxy asks while no replica is up; both share a port with another server
+without a word, whose clients then get this one's answers. A HAProxy that has just started answers
+404 for any route until it is told of an application: at first, on a new node, and after another one
+died. And what it says itself when no replica answers is no JSON.
 """
 
 from __future__ import annotations
@@ -92,8 +93,12 @@ def free_ports(count: int) -> list[int]:
 
 
 def own_haproxy_ports() -> dict[str, str]:
-    """Variables that give HAProxy's statistics ports which no other server on the machine has."""
-    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+    """Variables that give HAProxy's statistics and the proxy behind it ports of their own."""
+    names = (
+        "RAY_SERVE_HAPROXY_METRICS_PORT",
+        "RAY_SERVE_HAPROXY_STATS_PORT",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    )
     return dict(zip(names, map(str, free_ports(len(names))), strict=True))
 
 

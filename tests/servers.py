@@ -187,6 +187,19 @@ def processes(server: RealServer, title: str) -> list[psutil.Process]:
     return found
 
 
+def listening(server: RealServer) -> list[Any]:
+    """Addresses, each with `ip` and `port`, that the server's processes listen on."""
+    family = [psutil.Process(server.process.pid)]
+    family += family[0].children(recursive=True)
+    found = [
+        connection.laddr
+        for process in family
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    return [type(at)(at.ip.removeprefix("::ffff:"), at.port) for at in found]
+
+
 def heads(server: RealServer, task: str) -> list[psutil.Process]:
     return processes(server, f"ray::ServeReplica:head-{task}:")
 

@@ -29,6 +29,7 @@ from tests.servers import (
     RealServer,
     call,
     heads,
+    listening,
     metric,
     processes,
     real_server,
@@ -440,17 +441,9 @@ def test_ten_thousand_requests_meet_a_queue_of_a_hundred(
 
 
 def test_only_this_machine_reaches_what_a_default_start_opens(pair: RealServer) -> None:
-    family = [psutil.Process(pair.process.pid)]
-    family += family[0].children(recursive=True)
-    listening = [
-        connection.laddr
-        for process in family
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
-    assert len(listening) > 5
-    addresses = {address.ip.removeprefix("::ffff:") for address in listening}
-    assert addresses <= {"127.0.0.1", "::1"}
+    addresses = listening(pair)
+    assert len(addresses) > 5
+    assert {address.ip for address in addresses} <= {"127.0.0.1", "::1"}
 
 
 def test_ctrl_c_answers_what_is_under_way_and_leaves_nothing_behind(

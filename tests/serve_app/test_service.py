@@ -491,17 +491,17 @@ class OfServe(Replica):
         self.sent: dict[str, list[asyncio.Task[Any]]] = defaultdict(list)
 
     def __call__(self, *arguments: Any) -> Any:
-        call = asyncio.create_task(self.answered(*arguments))
-        self.sent[CLIENT.get()].append(call)
-        return call
+        sent = asyncio.create_task(self.answered(*arguments))
+        self.sent[CLIENT.get()].append(sent)
+        return sent
 
     async def answered(self, *arguments: Any) -> Any:
         await self.gate.wait()
         return self.replica.answer(*arguments)
 
     def client_left(self, name: str) -> None:
-        for call in self.sent[name]:
-            call.cancel()
+        for sent in self.sent[name]:
+            sent.cancel()
 
 
 def of(client: str, asked: Any) -> asyncio.Task[Any]:
