@@ -28,9 +28,11 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--artifact", required=True, help="artifact folder or s3:// URL")
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (%(default)s)")
     parser.add_argument(
-        "--port", type=int, default=8000, help="port; 0 for any free one (%(default)s)"
+        "--host", default="127.0.0.1", help="address to bind to, this or 0.0.0.0 (%(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=port, default=8000, help="port; 0 for any free one (%(default)s)"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the server"
@@ -67,6 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
         from serve_app.application import serve_until_stopped
 
         serve_until_stopped(options, scripts)
+
+
+def port(text: str) -> int:
+    """A port's number, or 0."""
+    number = int(text)
+    if number not in range(65_536):
+        raise ValueError
+    return number
 
 
 def count(text: str) -> int:

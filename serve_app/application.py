@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -17,7 +18,9 @@ from mtl_core.storage import manifest_of, version_of
 from serve_app import launch
 from serve_app.auth import KEYS_VARIABLE, Keys
 from serve_app.loaded import fetch
-from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, parse_settings
+from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, LOOPBACK, parse_settings
+
+EVERYWHERE = "0.0.0.0"
 
 
 def serve_config(options: argparse.Namespace) -> dict[str, Any]:
@@ -27,6 +30,7 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
         ArtifactError: the artifact is not sound.
         ConfigError: a setting is wrong, or the port would be open to others without a key.
     """
+    check_host(options.host)
     args: dict[str, Any] = {"artifact": launch.artifact_path(options.artifact)}
     for change in options.set:
         key, equals, value = change.partition("=")
@@ -42,8 +46,7 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
         args["insecure"] = True
     settings = parse_settings(args)
     keys = Keys(settings.keys_file)
-    exposed = options.host not in ("127.0.0.1", "::1", "localhost")
-    if exposed and not keys.required and not settings.insecure:
+    if options.host not in LOOPBACK and not keys.required and not settings.insecure:
         raise ConfigError(
             f"--host {options.host}: others could ask without a key; set {KEYS_VARIABLE} or "
             "--keys-file, or say --insecure"
@@ -68,6 +71,19 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
         apps += [head_config(task, options.head_replicas) for task in manifest.tasks]
     http = {"host": options.host, "port": options.port}
     return {"http_options": http, "applications": apps}
+
+
+def check_host(host: str) -> None:
+    """Refuse what HAProxy, which asks the replicas of its node at 127.0.0.1, cannot do with.
+
+    Raises:
+        ConfigError: it is the address of one interface, or of IPv6.
+    """
+    if host not in (*LOOPBACK, EVERYWHERE):
+        raise ConfigError(
+            f"--host {host}: replicas take requests there, and HAProxy reaches them at 127.0.0.1; "
+            f"give 127.0.0.1, or {EVERYWHERE} and let a firewall say who reaches which address"
+        )
 
 
 def head_config(task: str, replicas: int) -> dict[str, Any]:
@@ -103,15 +119,20 @@ def share_gpus(config: dict[str, Any], found: float, asked: float | None) -> Non
     (deployment,) = encoder["deployments"]
     replicas = deployment["num_replicas"]
     if asked is not None:
-        if asked * replicas > found:
+        if asked and replicas > room(found, asked):
             raise ConfigError(
                 f"--gpus {asked:g}: Ray finds {found:g} here, for {replicas} replicas"
             )
         if asked and not torch.cuda.is_available():
             raise ConfigError(f"--gpus {asked:g}: PyTorch finds none that it can use here")
     elif found and torch.cuda.is_available() and not runtime.startswith("openvino"):
-        share = min(1.0, found / replicas)
+        share = 1 / math.ceil(replicas / found)
         deployment["ray_actor_options"]["num_gpus"] = math.floor(share * 1e4) / 1e4
+
+
+def room(gpus: float, share: float) -> float:
+    """Replicas that GPUs hold if each takes so much; Ray gives a share of one GPU, never of two."""
+    return gpus * math.floor(1 / share) if share < 1 else gpus // share
 
 
 def autoscale(config: dict[str, Any]) -> None:
@@ -144,35 +165,37 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
     config = serve_config(options)
     options.port = launch.check_port(options.host, options.port)
     config["http_options"]["port"] = options.port
-    launch.set_environment(local=True)
     # Ray hands an encoder replica one CPU; here they may share all that the machine has.
     encoder = config["applications"][0]
     share = max(1, usable_cpus() // options.encoder_replicas)
     encoder["args"].setdefault("threads", share)
     url = local_url(options)
-    print("starting Ray and the replicas …", flush=True)
-    try:
-        launch.start_ray(options.host, options.port, cpus_for(config), scripts)
-        share_gpus(config, launch.gpus(), options.gpus)
-        launch.deploy(config)
-        launch.wait_until_ready(url)
-        if options.ask:
-            launch.ask(url, options.ask)
-            return
-        settings = parse_settings(config["applications"][0]["args"])
-        heads = HeadWatcher(config, options.head_replicas)
-        ready = f"ready: {url}  (page, /docs, /v1/predict; Ctrl-C stops)"
-        launch.wait_for_signal(heads.look, settings.poll_seconds, ready)
-        print("stopping …", flush=True)
-    finally:
-        launch.stop()
+    # HAProxy's files, sockets with short paths among them.
+    with TemporaryDirectory(prefix="mtl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        launch.set_environment(folder)
+        print("starting Ray and the replicas …", flush=True)
+        try:
+            launch.start_ray(options.host, options.port, cpus_for(config), scripts)
+            share_gpus(config, launch.gpus(), options.gpus)
+            launch.deploy(config)
+            launch.wait_until_ready(url)
+            if options.ask:
+                launch.ask(url, options.ask)
+                return
+            settings = parse_settings(config["applications"][0]["args"])
+            heads = HeadWatcher(config, options.head_replicas)
+            ready = f"ready: {url}  (page, /docs, /v1/predict; Ctrl-C stops)"
+            launch.wait_for_signal(heads.look, settings.poll_seconds, ready)
+            print("stopping …", flush=True)
+        finally:
+            launch.stop()
 
 
 def serve_on_cluster(options: argparse.Namespace) -> None:
     """Bring a cluster to what `serve_config` gives, as `serve deploy` does; leave it running."""
     config = serve_config(options)
     autoscale(config)
-    launch.set_environment(local=False)
+    launch.set_environment()
     launch.start_ray(options.host, options.port)
     launch.deploy_on_cluster(config)
     url = local_url(options)
@@ -187,8 +210,8 @@ def serve_on_cluster(options: argparse.Namespace) -> None:
 
 def local_url(options: argparse.Namespace) -> str:
     """Where this machine reaches the server."""
-    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
-    return f"http://[{host}]:{options.port}" if ":" in host else f"http://{host}:{options.port}"
+    host = "127.0.0.1" if options.host == EVERYWHERE else options.host
+    return f"http://{host}:{options.port}"
 
 
 def cpus_for(config: dict[str, Any]) -> int:

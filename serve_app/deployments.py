@@ -29,14 +29,13 @@ from serve_app.ports import bind_replicas_to_their_node
 from serve_app.requestlog import RequestLog
 from serve_app.routes import Routes
 from serve_app.service import Service
-from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, Settings, parse_settings
+from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, LOOPBACK, Settings, parse_settings
 
 bind_replicas_to_their_node()  # at import: Serve opens the port before it calls a replica's code
 
 ENCODER = "encoder"
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's own lines for every call are left out: RequestLog says more and costs less."""
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 RETRY_REFUSED_S = 60.0
 READY_FOR_S = 1.0
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 10.0

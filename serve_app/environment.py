@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not command or command[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0 if command else 2)
-    set_environment(local=False)
+    set_environment()
     if HAPROXY_VARIABLE not in os.environ:
         try:
             os.environ[HAPROXY_VARIABLE] = haproxy_script(loopback=False)

@@ -21,7 +21,7 @@ from mtl_core.config import ConfigError
 from mtl_core.forks import own_node
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.errors import ApiError
-from serve_app.ports import HAPROXY_VARIABLE, haproxy_script, own_haproxy_ports
+from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script, own_haproxy_ports
 
 RETRY_ON = "conn-failure empty-response"
 BODY_TIMEOUT_S = 10
@@ -79,12 +79,15 @@ LOCAL_ENVIRONMENT = {
 }
 
 
-def set_environment(local: bool) -> None:
-    """Set what Serve reads at import; what the user set stays."""
+def set_environment(folder: str | None = None) -> None:
+    """Set what Serve reads at import; what the user set stays.
+
+    `folder` is for HAProxy's files, where Ray is started here; None for a cluster.
+    """
     chosen = dict(SERVE_ENVIRONMENT)
-    if local:
-        haproxy = {HAPROXY_VARIABLE: haproxy_script(loopback=True), **own_haproxy_ports()}
-        chosen |= {**LOCAL_ENVIRONMENT, **haproxy}
+    if folder is not None:
+        chosen |= {**LOCAL_ENVIRONMENT, HAPROXY_VARIABLE: haproxy_script(loopback=True)}
+        chosen |= {**own_haproxy_ports(), **haproxy_files(folder)}
     for name, value in chosen.items():
         os.environ.setdefault(name, value)
 
@@ -298,7 +301,7 @@ def wait_for_signal(meanwhile: Callable[[], None], seconds: float, message: str)
     """Return at Ctrl-C or SIGTERM; a second one interrupts whatever then goes on.
 
     Args:
-        meanwhile: called again and again.
+        meanwhile: called again and again; a signal interrupts it, too.
         seconds: the pause between calls.
         message: printed once a signal would be noticed.
     """
@@ -308,14 +311,23 @@ def wait_for_signal(meanwhile: Callable[[], None], seconds: float, message: str)
     with woken, waker:
         waker.setblocking(False)
         before = signal.set_wakeup_fd(waker.fileno())
+        busy = False
+
+        def notice(*_: Any) -> None:
+            if busy:
+                raise KeyboardInterrupt
+
         for number in numbers:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, notice)
         print(message, flush=True)
-        while True:
-            if not select.select([woken], [], [], seconds)[0]:
-                meanwhile()
-            elif woken.recv(1)[0] in numbers:
-                break
+        with suppress(KeyboardInterrupt):
+            while True:
+                busy = True
+                if not select.select([woken], [], [], 0)[0]:
+                    meanwhile()
+                busy = False
+                if select.select([woken], [], [], seconds)[0] and woken.recv(1)[0] in numbers:
+                    break
         signal.set_wakeup_fd(before)
     for number in numbers:
         signal.signal(number, signal.default_int_handler)
@@ -327,8 +339,7 @@ def check_port(host: str, port: int) -> int:
     Raises:
         ConfigError: something listens there already.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -352,7 +363,8 @@ def request(url: str, body: object = None) -> Any:
     if key:
         headers["authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as reply:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # despite http_proxy
+    with direct.open(urllib.request.Request(url, data, headers), timeout=60) as reply:
         return json.load(reply)
 
 

@@ -102,6 +102,21 @@ def own_haproxy_ports() -> dict[str, str]:
     return dict(zip(names, map(str, free_ports(len(names))), strict=True))
 
 
+def haproxy_files(folder: str) -> dict[str, str]:
+    """Variables that put HAProxy's files into a folder; Ray's own is that of whoever came first.
+
+    Ray adds the node's id of 56 characters, and a socket's path may have 107 in all.
+    """
+    files = {
+        "CONFIG_FILE_LOC": "/haproxy.cfg",
+        "SOCKET_PATH": "/admin.sock",
+        "METRICS_SOCKET_PATH": "/metrics.sock",
+        "SERVER_STATE_BASE": "",
+        "SERVER_STATE_FILE": "/server-state",
+    }
+    return {f"RAY_SERVE_HAPROXY_{name}": folder + file for name, file in files.items()}
+
+
 def bind_replicas_to_their_node() -> None:
     """Let a replica take calls on its node's address alone; called where replicas start.
 

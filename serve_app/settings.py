@@ -11,6 +11,8 @@ from mtl_core.runtime import RuntimeName
 
 ENCODER_CPUS, HEAD_CPUS = 1.0, 0.1
 """What Ray hands a replica, unless `ray_actor_options` of its deployment say otherwise."""
+LOOPBACK = ("127.0.0.1", "localhost")
+"""Hosts that only this machine reaches, of those that Serve's HAProxy can do with."""
 
 
 class Settings(BaseModel):

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,10 @@ import sys
 from serve_app import launch
 from serve_app.deployments import ENCODER
 
-artifact, port, scripts = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+artifact, port, scripts, folder = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 app = {"name": ENCODER, "route_prefix": "/", "deployments": [{"name": ENCODER}]}
 app["args"] = {"artifact": artifact, "heads": "in_process"}
-launch.set_environment(local=True)
+launch.set_environment(folder)
 try:
     launch.start_ray("0.0.0.0", port, 4, scripts)
     launch.deploy({"applications": [app]})
@@ -93,15 +94,16 @@ finally:
 def test_a_replica_refuses_to_start_where_others_could_ask_without_a_key(artifact: Path) -> None:
     port = free_ports(1)[0]
     env = {name: value for name, value in os.environ.items() if name != "MTL_API_KEYS"}
-    done = subprocess.run(
-        [sys.executable, "-c", UNGUARDED, str(artifact), str(port), preloaded.scripts()],
-        env={**env, "RAY_AUTH_MODE": "disabled"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="mtl-", dir="/tmp") as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", UNGUARDED, artifact, str(port), preloaded.scripts(), folder],
+            env={**env, "RAY_AUTH_MODE": "disabled"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
     assert done.returncode == 1
     assert "Serve's port is bound to 0.0.0.0, where others reach it, and no API key" in done.stderr
     with socket.socket() as probe:

@@ -19,6 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
+from serve_app import launch
 from serve_app.__main__ import main
 from serve_app.application import share_gpus
 from serve_app.auth import KEYS_VARIABLE
@@ -101,10 +102,9 @@ def test_a_refused_start_prints_one_line_and_no_traceback(artifact: Path) -> Non
     assert message.count("\n") == 1
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_a_port_is_not_opened_to_others_without_a_key(artifact: Path, host: str) -> None:
-    message = refused("--artifact", artifact, "--host", host)
-    assert f"--host {host}: others could ask without a key" in message
+def test_a_port_is_not_opened_to_others_without_a_key(artifact: Path) -> None:
+    message = refused("--artifact", artifact, "--host", "0.0.0.0")
+    assert "--host 0.0.0.0: others could ask without a key" in message
     assert "MTL_API_KEYS" in message
     assert "--insecure" in message
 
@@ -140,9 +140,33 @@ def test_a_taken_port_is_named_before_anything_starts(artifact: Path, busy_port:
     assert "another port" in message
 
 
-def test_a_host_that_is_not_of_this_machine_is_named(artifact: Path) -> None:
-    arguments = ("--artifact", artifact, "--host", "192.0.2.199", "--insecure")
-    assert "192.0.2.199" in refused(*arguments, "--port", str(free_ports(1)[0]))
+@pytest.mark.parametrize("host", ["192.0.2.1", "::", "::1", "localhost.localdomain"])
+@pytest.mark.parametrize("where", [[], ["--write-config", "/nowhere"]], ids=["here", "cluster"])
+def test_a_host_at_which_haproxy_would_find_no_replica_is_refused(
+    artifact: Path, host: str, where: list[str]
+) -> None:
+    message = refused("--artifact", artifact, "--insecure", "--host", host, *where)
+    assert message.startswith(f"--host {host}: ")
+    assert "give 127.0.0.1, or 0.0.0.0 and let a firewall" in message
+
+
+@pytest.mark.parametrize("number", ["-1", "65536", "http"])
+def test_a_port_is_a_port_s_number(
+    artifact: Path, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--artifact", str(artifact), "--port", number])
+    assert "--port" in capsys.readouterr().err
+
+
+def test_it_asks_its_own_server_whatever_proxy_the_environment_names(
+    local_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps what it read once
+    launch.wait_until_ready(local_url, timeout_s=0.0)
 
 
 def test_a_cluster_needs_a_port_by_number(
@@ -212,6 +236,7 @@ def test_gpus_are_a_share_or_whole_ones(
         ("auto", 1, 1, 1),
         ("torch-bf16", 4, 2, 1),
         ("auto", 1, 3, 0.3333),
+        ("auto", 3, 4, 0.5),
         ("openvino-bf16", 1, 1, 0),
     ],
 )
@@ -237,6 +262,22 @@ def test_encoder_replicas_share_the_gpus_of_this_machine(
     assert deployment["ray_actor_options"]["num_gpus"] == 0
     with pytest.raises(ConfigError, match=r"--gpus 0\.1: PyTorch finds none that it can use"):
         share_gpus(config, 8, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "most"), [(0.5, 1, 2), (0.6, 2, 2), (0.3, 3, 9), (1, 2, 2), (2, 5, 2)]
+)
+def test_a_share_is_of_one_gpu(
+    asked: float, found: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would let a replica wait for ever that fits what is left of two, but of neither."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    deployment = {"num_replicas": most}
+    config = {"applications": [{"args": {"artifact": "a"}, "deployments": [deployment]}]}
+    share_gpus(config, found, asked)
+    deployment["num_replicas"] += 1
+    with pytest.raises(ConfigError, match=f"Ray finds {found} here, for {most + 1} replicas"):
+        share_gpus(config, found, asked)
 
 
 def resources(application: dict[str, Any]) -> dict[str, Any]:
@@ -336,3 +377,20 @@ def test_whenever_ctrl_c_comes_it_is_noticed() -> None:
         [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.split() == [str(number) for number in range(300)]
+
+
+LOOKING = """
+import os, signal, threading, time
+from serve_app.launch import wait_for_signal
+
+threading.Timer(0.2, os.kill, (os.getpid(), signal.{number})).start()
+wait_for_signal(lambda: time.sleep(60), 0.0, "looking")
+print("stopped")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_what_goes_on_meanwhile(number: str) -> None:
+    command = [sys.executable, "-c", LOOKING.format(number=number)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=True)
+    assert done.stdout.split() == ["looking", "stopped"]

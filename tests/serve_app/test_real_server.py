@@ -29,6 +29,7 @@ from tests.servers import (
     heads,
     listening,
     metric,
+    processes,
     real_server,
     wait_for,
 )
@@ -253,6 +254,8 @@ def test_without_the_process_that_forks_a_head_is_replaced_all_the_same(
     second: RealServer, predictor: Predictor
 ) -> None:
     family = psutil.Process(second.process.pid).children(recursive=True)
+    files = haproxy_files(second)
+    assert files.stat().st_mode & 0o077 == 0
     (head,) = heads(second, "topic")
     forks = head.parent()
     assert forks is not None
@@ -272,6 +275,13 @@ def test_without_the_process_that_forks_a_head_is_replaced_all_the_same(
     assert second.stop() == 0
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
+    assert not files.exists()
+
+
+def haproxy_files(server: RealServer) -> Path:
+    """The folder that HAProxy's files are in, those of each node in one of its own."""
+    line = processes(server, "haproxy")[0].cmdline()
+    return Path(line[line.index("-f") + 1]).parents[1]
 
 
 def test_a_proxy_that_is_not_ready_in_time_is_told_without_a_traceback(artifact: Path) -> None:
