@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtl_core.artifact import atomic_folder, read_manifest
+from mtl_core.artifact import ArtifactError, atomic_folder, read_manifest
 from mtl_core.config import ConfigError
 from mtl_core.data.cache import cache_root
 from mtl_core.encoder import Pooling, SentenceEncoder
@@ -302,14 +302,21 @@ def load_runtime(
 
 
 def converted(artifact: Path, load_encoder: Callable[[], SentenceEncoder]) -> Path:
-    """The encoder as OpenVINO IR in fp32, kept in the cache under its hash."""
+    """The encoder as OpenVINO IR in fp32, kept in the cache under its hash.
+
+    Raises:
+        ArtifactError: another one took its place while it was read.
+    """
     import openvino
 
     manifest = read_manifest(artifact, check_files=False).encoder
     version = openvino.__version__.split("-")[0]
     folder = cache_root() / "openvino" / f"{manifest['sha256'][:16]}-rows-{version}"
     if not (folder / "encoder.xml").is_file():
-        model = convert(load_encoder())
+        encoder = load_encoder()
+        if read_manifest(artifact).encoder != manifest:
+            raise ArtifactError(f"{artifact}: replaced while it was read; try again")
+        model = convert(encoder)
         try:
             with atomic_folder(folder) as partial:
                 openvino.save_model(model, partial / "encoder.xml", compress_to_fp16=False)

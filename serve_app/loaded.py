@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtl_core.artifact import Manifest, read_head, read_manifest
+from mtl_core.artifact import ArtifactError, Manifest, read_head, read_manifest
 from mtl_core.heads import HEADS
 from mtl_core.predictor import EncodingStage
 from mtl_core.runtime import RuntimeName
 from mtl_core.storage import fetch as fetch
 from mtl_core.storage import manifest_of, version_of
 from serve_app.heads import StoredHead
+
+TRIES = 3
+"""To read an artifact that others replace again and again."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def load_artifact(
     batch_tokens: int,
     previous: Loaded | None = None,
 ) -> Loaded:
-    """Open an artifact for serving.
+    """Open an artifact for serving; one that is replaced meanwhile is opened anew.
 
     Args:
         artifact: folder or URL.
@@ -58,15 +61,25 @@ def load_artifact(
     Raises:
         ArtifactError, ConfigError: see `EncodingStage.load`.
     """
-    folder = fetch(artifact)
-    version = current_version(str(folder))
-    manifest = read_manifest(folder)
-    heads = {task: stored_head(task, folder) for task in manifest.tasks}
-    if previous is not None and same_encoder(manifest, previous.manifest):
-        return Loaded(manifest, version, previous.stage, heads)
-    stage = EncodingStage.load(folder, device, runtime, threads)
-    stage.batch_tokens = batch_tokens
-    return Loaded(manifest, version, stage, heads)
+    for _ in range(TRIES):
+        folder = fetch(artifact)
+        version = current_version(str(folder))
+        try:
+            manifest = read_manifest(folder)
+            heads = {task: stored_head(task, folder) for task in manifest.tasks}
+            if previous is not None and same_encoder(manifest, previous.manifest):
+                stage = previous.stage
+            else:
+                stage = EncodingStage.load(folder, device, runtime, threads)
+                stage.batch_tokens = batch_tokens
+        except Exception:
+            # Whatever is wrong with files of two versions is no fault of either.
+            if current_version(str(folder)) == version:
+                raise
+            continue
+        if current_version(str(folder)) == version:
+            return Loaded(manifest, version, stage, heads)
+    raise ArtifactError(f"{artifact}: replaced again and again while it was read")
 
 
 def same_encoder(one: Manifest, other: Manifest) -> bool:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from mtl_core import runtime as runtimes
-from mtl_core.artifact import load_encoder, read_manifest
+from mtl_core.artifact import ArtifactError, load_encoder, read_manifest
 from mtl_core.build import begin
 from mtl_core.config import ConfigError
 from mtl_core.packing import pack
@@ -168,6 +168,24 @@ def test_an_encoder_is_converted_once(
     other = untrained(tiny_encoders["roberta"], tmp_path / "other")
     load_runtime("openvino-fp32", other, lambda: load_encoder(other, read_manifest(other)), CPU)
     assert len(list((tmp_path / "cache" / "openvino").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_an_encoder_that_is_replaced_while_it_is_read_is_not_kept_as_the_other_one(
+    tiny_encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+    folder = untrained(tiny_encoders["bert"], tmp_path / "artifact")
+    other = untrained(tiny_encoders["distilbert"], tmp_path / "other")
+
+    def load() -> Any:
+        folder.rename(tmp_path / "retired")
+        other.rename(folder)
+        return load_encoder(folder, read_manifest(folder))
+
+    with pytest.raises(ArtifactError, match="replaced while it was read"):
+        load_runtime("openvino-fp32", folder, load, CPU)
+    assert not (tmp_path / "cache" / "openvino").exists()
 
 
 def never() -> Any:

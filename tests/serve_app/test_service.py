@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,14 +20,15 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from mtl_core import answers
 from mtl_core.answers import Features, Output
-from mtl_core.predictor import Predictor
+from mtl_core.artifact import ArtifactError, atomic_folder, read_manifest, write_manifest
+from mtl_core.predictor import EncodingStage, Predictor
 from mtl_core.windows import TooMany
 from serve_app import deployments, heads
 from serve_app.batcher import Overloaded
 from serve_app.deployments import EncoderReplica
 from serve_app.errors import ApiError
 from serve_app.heads import HeadReplica, HeadUnavailable, LocalHead, RemoteHead, StoredHead
-from serve_app.loaded import Loaded, load_artifact
+from serve_app.loaded import Loaded, current_version, load_artifact
 from serve_app.metrics import Metrics
 from serve_app.service import INLINE_CHARACTERS, Service
 from serve_app.settings import Settings
@@ -347,6 +349,33 @@ def test_a_version_that_waits_for_a_head_is_loaded_once(
     asyncio.run(looked())
     assert len(loads) == 1
     assert replica.waiting is None
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_an_artifact_that_is_replaced_while_it_is_read_is_never_half_of_each(
+    times: int, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, load = tmp_path / "served", EncodingStage.load
+    shutil.copytree(artifact, served)
+    versions = [read_manifest(served).name]
+
+    def replaced(*arguments: Any) -> EncodingStage:
+        if len(versions) <= times:
+            versions.append(f"version {len(versions)}")
+            with atomic_folder(served) as partial:
+                shutil.copytree(artifact, partial, dirs_exist_ok=True)
+                manifest = dataclasses.replace(read_manifest(artifact), name=versions[-1])
+                write_manifest(partial, manifest)
+        return load(*arguments)
+
+    monkeypatch.setattr(EncodingStage, "load", replaced)
+    if times > 1:
+        with pytest.raises(ArtifactError, match="replaced again and again"):
+            load_artifact(str(served), "torch-fp32", 1, "cpu", 2048)
+        return
+    found = load_artifact(str(served), "torch-fp32", 1, "cpu", 2048)
+    assert found.name == versions[-1]
+    assert found.version == current_version(str(served))
 
 
 ONE_THREAD = """
