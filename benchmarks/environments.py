@@ -8,7 +8,7 @@ import sys
 import venv
 from pathlib import Path
 
-from mtl_core.data.cache import cache_root
+from mtl_core.folders import cache_root
 
 
 def environment(wanted: Path) -> Path:

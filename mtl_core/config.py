@@ -445,7 +445,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     """
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"--set {override}: expected key=value, such as training.epochs=5")
+        raise ConfigError(f"--set {override}: expected key=value")
     try:
         return key, yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, collate, evaluation_batches
-from mtl_core.data.cache import cache_root
 from mtl_core.data.encoding import EncodedSplit
+from mtl_core.folders import cache_root
 from mtl_core.freezing import frozen_layers
 from mtl_core.model import Batch, MultiTaskModel
 

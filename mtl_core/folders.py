@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, copies that take no room, hashes of files."""
+"""The cache's folder, folders that appear whole or not at all, copies without room, file hashes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_root() -> Path:
+    """Where what can be made again is kept: MTL_CACHE, else the user's cache folder."""
+    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MTL_CACHE") or fallback / "multitask-ray")
 
 
 @contextmanager

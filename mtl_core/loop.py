@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from mtl_core.dropout import QuickDropout
 from mtl_core.errors import TrainingError as TrainingError
 from mtl_core.evaluation import evaluate
 from mtl_core.model import Batch, MultiTaskModel
+from mtl_core.runtime import bound_kernel_caches, use_bf16
 from mtl_core.shared_gradients import SharedGradients
 from mtl_core.state import TrainState
 from mtl_core.weighting import Step, Weighting
@@ -46,26 +46,6 @@ class Event:
 
     kind: Literal["features", "shard", "step", "validation", "checkpoint", "stopped"]
     row: dict[str, Any]
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """`auto` takes bf16 on GPUs from Ampere on and on CPUs with bf16 dot products."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpu = torch.cpu
-    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-
-
-def bound_kernel_caches() -> None:
-    """Have PyTorch keep the last 64 kernels for bf16 on CPUs, not 1,024; what the user set stays.
-
-    oneDNN makes one for each shape of a product, and batches come in hundreds of shapes, so that a
-    worker would grow with every step. Read at the first such product of a process.
-    """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")
 
 
 def fit(

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from mtl_core.artifact import ArtifactError, atomic_folder, read_manifest
 from mtl_core.config import ConfigError
-from mtl_core.data.cache import cache_root
 from mtl_core.encoder import Pooling, SentenceEncoder
-from mtl_core.loop import bound_kernel_caches, use_bf16
+from mtl_core.folders import cache_root
 from mtl_core.model import MultiTaskModel
 from mtl_core.packing import Layout, Sequences, pack, pad
 
@@ -181,6 +180,26 @@ class OpenVinoRuntime:
 
     def _result(self, states: Float, layout: Layout) -> tuple[Float, Float]:
         return states, pool(states.reshape(-1, states.shape[-1]), layout, self.pooling)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """`auto` takes bf16 on GPUs from Ampere on and on CPUs with bf16 dot products."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpu = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def bound_kernel_caches() -> None:
+    """Have PyTorch keep the last 64 kernels for bf16 on CPUs, not 1,024; what the user set stays.
+
+    oneDNN makes one for each shape of a product, and batches come in hundreds of shapes, so that a
+    worker would grow with every step. Read at the first such product of a process.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def usable_cpus() -> int:

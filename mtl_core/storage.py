@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mtl_core.config import ConfigError
-from mtl_core.data.cache import cache_root
 from mtl_core.errors import ArtifactError
-from mtl_core.folders import file_sha256
+from mtl_core.folders import cache_root, file_sha256
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mtl_core.artifact import parse_manifest, read_manifest
-from mtl_core.config import ConfigError
+from mtl_core.config import ConfigError, parse_override
 from mtl_core.runtime import usable_cpus
 from mtl_core.storage import manifest_of, version_of
 from serve_app import launch
@@ -32,14 +32,7 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
     """
     check_host(options.host)
     args: dict[str, Any] = {"artifact": launch.artifact_path(options.artifact)}
-    for change in options.set:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise ConfigError(f"--set: expected KEY=VALUE, got {change!r}")
-        try:
-            args[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: {value!r} is no YAML value") from error
+    args |= map(parse_override, options.set)
     if options.keys_file:
         args["keys_file"] = launch.artifact_path(options.keys_file)
     if options.insecure:

@@ -20,7 +20,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-from mtl_core.data.cache import cache_root
+from mtl_core.folders import cache_root
 from serve_app.errors import unavailable
 
 QUIET_PORTS = range(20_000, 30_000)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from mtl_core.config import ConfigError
+from mtl_core.config import Config, ConfigError, describe
 from mtl_core.runtime import RuntimeName
 
 ENCODER_CPUS, HEAD_CPUS = 1.0, 0.1
@@ -15,10 +15,8 @@ LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches, of those that Serve's HAProxy can do with."""
 
 
-class Settings(BaseModel):
+class Settings(Config):
     """Arguments of the encoder deployment; `args` of its application in serve_config.yaml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     artifact: str
     """Folder of the artifact, or an fsspec URL of one (s3://…). A new version that appears there
@@ -73,8 +71,4 @@ def parse_settings(args: dict[str, Any]) -> Settings:
     try:
         return Settings.model_validate(args)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg'].lower()}"
-            for e in error.errors()
-        ]
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError(describe(error, Settings)) from error

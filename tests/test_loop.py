@@ -19,7 +19,8 @@ from mtl_core.config import Experiment
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data
 from mtl_core.evaluation import evaluate
-from mtl_core.loop import Event, TrainingError, fit, use_bf16
+from mtl_core.loop import Event, TrainingError, fit
+from mtl_core.runtime import use_bf16
 from mtl_core.state import TrainState
 from mtl_core.weighting import STRATEGIES
 from tests.small_runs import (
@@ -597,7 +598,7 @@ def test_a_tiny_model_learns_32_texts_by_heart(bert: Path) -> None:
 GROWTH = """
 import sys
 import torch
-from mtl_core.loop import bound_kernel_caches
+from mtl_core.runtime import bound_kernel_caches
 
 def memory():
     with open("/proc/self/status") as file:

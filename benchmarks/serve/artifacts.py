@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mtl_core.data.cache import cache_root
+from mtl_core.folders import cache_root
 from mtl_core.runtime import INT8_FOLDER
 from mtl_core.storage import version_of
 

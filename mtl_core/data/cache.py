@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,10 @@ import numpy as np
 from mtl_core.config import TaskConfig
 from mtl_core.data.encoding import EncodedSplit, Labels, encode_split
 from mtl_core.data.examples import Example
+from mtl_core.folders import cache_root
 
 FORMAT_VERSION = 2
 INFO = "arrays.json"
-
-
-def cache_root() -> Path:
-    """Where tokenised data and features are kept: MTL_CACHE, else the user's cache folder."""
-    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("MTL_CACHE") or fallback / "multitask-ray")
 
 
 def content_key(

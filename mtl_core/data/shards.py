@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mtl_core.config import ConfigError, Experiment, Split
 from mtl_core.data.blocks import BlockReader, Blocks
-from mtl_core.data.cache import cache_root, load_arrays, load_split, save_arrays, save_split
+from mtl_core.data.cache import load_arrays, load_split, save_arrays, save_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, encode_split
 from mtl_core.data.examples import Corpus, DataError, Example, label_names
 from mtl_core.data.formats import Column, Table
@@ -31,6 +31,7 @@ from mtl_core.data.sources import (
     to_examples,
 )
 from mtl_core.encoder import tokenizer_of
+from mtl_core.folders import cache_root
 from mtl_core.world import World
 
 BLOCKS_PER_SHARD = 200

@@ -75,11 +75,14 @@ def test_help_names_every_option_and_gives_examples() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("max_inputs", "expected KEY=VALUE, got 'max_inputs'"),
-        ("max_inputs=0", "max_inputs: input should be greater than or equal to 1"),
-        ("max_imputs=3", "max_imputs: extra inputs are not permitted"),
-        ("heads=elsewhere", "heads: input should be 'deployments' or 'in_process'"),
-        ("max_inputs=[", "--set max_inputs: '[' is no YAML value"),
+        ("max_inputs", "--set max_inputs: expected key=value"),
+        ("max_inputs=0", "max_inputs: Input should be greater than or equal to 1 (got 0)"),
+        ("max_imputs=3", "max_imputs: unknown key; did you mean 'max_inputs'?"),
+        (
+            "heads=elsewhere",
+            "heads: Input should be 'deployments' or 'in_process'",
+        ),
+        ("max_inputs=[", "--set max_inputs=[: the value is not valid YAML"),
     ],
 )
 def test_a_wrong_setting_is_named(artifact: Path, setting: str, message: str) -> None:
