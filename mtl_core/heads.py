@@ -76,8 +76,8 @@ class Head(nn.Module):
         if weights is None:
             return
         if weights == "balanced":
-            # scikit-learn's rule: n / (number of classes · count), so that the mean factor is 1.
-            factors = counts.sum() / (len(counts) * np.maximum(counts, 1))
+            # scikit-learn's rule: n / (number of classes that occur · count).
+            factors = counts.sum() / np.maximum(np.count_nonzero(counts) * counts, 1)
         else:
             factors = np.array([self._factor(weights, name) for name in self.output_names])
         device = self.output.weight.device

@@ -129,6 +129,8 @@ class TrialHistory:
     def __init__(self, folder: RunFolder, scorer: Scorer) -> None:
         self.folder, self.scorer = folder, scorer
         self.rows = folder.history()
+        self.begun = False
+        """Whether training has begun since; what fails before may not the next time."""
 
     @property
     def failure(self) -> str | None:
@@ -137,6 +139,7 @@ class TrialHistory:
 
     def take(self, event: str, row: Mapping[str, Any]) -> None:
         if event == "start":
+            self.begun = True
             # What came after the checkpoint that workers go on from will come again.
             self.rows = history_until(self.rows, row["step"])
             for earlier in self.rows:
@@ -153,7 +156,8 @@ class TrialHistory:
     def store(self) -> None:
         if self.folder.is_local:
             self.folder.filesystem.makedirs(self.folder.path, exist_ok=True)
-        self.folder.write_history(self.rows)
+        kept = [row for row in self.rows if self.begun or row["event"] != "failed"]
+        self.folder.write_history(kept)
 
 
 class TrialSession(WorkerSession):
@@ -271,7 +275,8 @@ def _train_with_workers(experiment: Experiment, data: Data, history: TrialHistor
     folder, scorer, log = history.folder, history.scorer, progress_log()
     callbacks = [ReportToTune(history, log)]
     result = build_trainer(experiment, folder, data, log, callbacks=callbacks).fit()
-    history = TrialHistory(folder, scorer)  # which the callback's copy kept
+    before, history = history.rows, TrialHistory(folder, scorer)  # what the callback's copy kept
+    history.begun = history.rows != before
     history.take_from(log)
     if result.metrics and result.metrics.get("finished"):
         assert result.checkpoint is not None

@@ -39,6 +39,7 @@ class BlockReader:
     def __init__(self, source: SourceConfig) -> None:
         self.source = source
         self.wanted = list(source_columns(source).values())
+        self._read: tuple[int, Any] | None = None
 
     @cached_property
     def _file(self) -> File:
@@ -67,6 +68,13 @@ class BlockReader:
         metadata = self._parquet.metadata
         rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         return np.append(0, np.cumsum(rows, dtype=np.int64))
+
+    def _row_group(self, number: int, columns: list[str]) -> Any:
+        """A row group of a Parquet file; the last one read is kept, for the next of its blocks."""
+        if self._read is None or self._read[0] != number:
+            self._read = None  # its memory first
+            self._read = number, self._parquet.read_row_group(number, columns)
+        return self._read[1]
 
     def find(self, size: int) -> Blocks:
         """The source's blocks of about `size` rows, without reading more than it takes to count.
@@ -99,7 +107,7 @@ class BlockReader:
             return self.find(size)
         bounds = zip(blocks.starts[:-1], blocks.starts[1:], strict=True)
         starts = [np.arange(first, end, size) for first, end in bounds]
-        found = np.append(np.concatenate(starts), blocks.starts[-1])
+        found = np.concatenate([*starts, blocks.starts[-1:]])
         return Blocks(np.diff(found), found, blocks.version)
 
     def labels(self, tasks: Mapping[str, TaskConfig]) -> dict[str, tuple[str, ...]]:
@@ -127,11 +135,9 @@ class BlockReader:
             import pyarrow
 
             columns = self._parquet.schema_arrow.names
-            number = int(np.searchsorted(self._groups, start, "right")) - 1
+            number = int(np.searchsorted(self._groups[1:], end))
             try:
-                group = self._parquet.read_row_group(
-                    number, [column for column in columns if column in self.wanted]
-                )
+                group = self._row_group(number, [c for c in columns if c in self.wanted])
             except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(f"{file.title}: no readable Parquet file ({error})") from error
             part = group.slice(start - int(self._groups[number]), end - start)

@@ -36,6 +36,8 @@ from mtl_core.world import World
 
 BLOCKS_PER_SHARD = 200
 LARGEST_BLOCK = 1000
+FEWEST_BLOCKS = 20
+"""Of a source that has the rows: validation is made of whole blocks."""
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 
 
@@ -113,6 +115,8 @@ class ShardedCorpus:
         self.columns: list[set[Column]] = [set() for _ in self.sources]
         self.declared: list[Collection[str]] = []
         """Tasks whose labels each source declares, once it is cut."""
+        self.carved: list[Example] = []
+        """What the cut took from train for validation."""
 
     def cut(self) -> tuple[Shards, Corpus]:
         """Find the blocks and draw their order; also the held-out splits with their labels.
@@ -133,8 +137,9 @@ class ShardedCorpus:
             if largest > size:
                 fix = f"write it with row groups of {block}, or raise training.shard_texts"
                 raise DataError(f"{source.title}: a row group has {largest:,} rows; {fix}")
-            if len(found[number].rows) < 2 * count:  # some for every shard, validation apart
-                most = int(found[number].rows.sum()) // (2 * count)
+            least = max(2 * count, FEWEST_BLOCKS)  # some for every shard, validation apart
+            if len(found[number].rows) < least:
+                most = int(found[number].rows.sum()) // least
                 found[number] = reader.finer(found[number], max(1, most))
             blocks = found[number]
             order = np.random.default_rng([self.experiment.seed, number])
@@ -146,7 +151,9 @@ class ShardedCorpus:
                 corpus.skipped[source.title] = skipped
             if not examples.get("validation"):
                 taken = max(1, round(len(indices) * source.validation_fraction))
-                examples["validation"] = list(self._examples(number, blocks, indices[:taken]))
+                carved = list(self._examples(number, blocks, indices[:taken]))
+                examples["validation"] = carved
+                self.carved += carved
                 indices = indices[taken:]
             if not len(indices):
                 raise DataError(f"{source.title}: too few rows to cut; leave shard_texts out")
@@ -181,7 +188,7 @@ class ShardedCorpus:
         ]
 
     def one_of_each_label(self, shards: Shards) -> list[Example]:
-        """Examples that show every label of train.
+        """Examples that show every label of train, as it was before validation was carved from it.
 
         Where all tasks' labels are configured, or declared by every source, as many as show one of
         each task; else the whole corpus is gone through for them, a block at a time.
@@ -194,7 +201,7 @@ class ShardedCorpus:
             if task not in declared and not tasks[task].labels
         }
         seen: dict[str, set[str]] = {task: set() for task in tasks}
-        found = []
+        found = list(self.carved)
         in_turn = zip_longest(*shards.drawn)
         for place, index in ((p, i) for turn in in_turn for p, i in enumerate(turn)):
             if index is None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -322,6 +324,7 @@ def test_the_following_shard_is_made_while_one_is_trained_on(encoder: Path, tmp_
         ),
         ({"path": "one.jsonl"}, "too few rows to cut"),
         ({"path": "empty.jsonl"}, "too few rows to cut"),
+        ({"path": "empty.parquet"}, "too few rows to cut"),
         ({"path": "bad.parquet"}, "no readable Parquet file"),
     ],
 )
@@ -330,10 +333,44 @@ def test_what_cannot_be_cut_is_refused(
 ) -> None:
     write(tmp_path / "rows.jsonl")
     write(tmp_path / "one.jsonl", ROWS[:1])
+    pd.DataFrame(ROWS[:0], columns=["text", "label"]).to_parquet(tmp_path / "empty.parquet")
     for name in ("rows.csv", "rows.jsonl.gz", "bad.parquet", "empty.jsonl"):
         (tmp_path / name).write_text("" if name == "empty.jsonl" else "text,label\na,b\n")
     with pytest.raises(DataError, match=message):
         prepare(experiment(encoder, {**source, "path": str(tmp_path / source["path"])}))
+
+
+@pytest.mark.parametrize("empty", [0, 3, 7])
+def test_row_groups_without_rows_are_passed_over(empty: int, encoder: Path, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS[:350])
+    with pq.ParquetWriter(tmp_path / "rows.parquet", table.schema) as writer:
+        for number in range(8):
+            rows = 0 if number == empty else 50
+            first = 50 * (number - (number > empty))
+            writer.write_table(table.slice(first, rows))
+    chosen = experiment(encoder, {"path": str(tmp_path / "rows.parquet")})
+    data = prepare(chosen)
+    parts = [*shards(chosen, data), data.splits["validation"]]
+    found = sum((texts(part, chosen) for part in parts), Counter())
+    assert found.total() == 350
+
+
+def test_one_row_group_gives_about_the_fraction_to_validation(
+    encoder: Path, tmp_path: Path
+) -> None:
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "rows.parquet")
+    data = prepare(experiment(encoder, {"path": str(tmp_path / "rows.parquet")}, size=500))
+    assert len(data.splits["validation"]) in range(40, 61)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_label_whose_only_row_became_validation_stays_known(
+    seed: int, encoder: Path, tmp_path: Path
+) -> None:
+    rows = [*ROWS[:10], {"text": "rare", "label": "rare"}]
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl", rows), size=11)
+    chosen = chosen.model_copy(update={"seed": seed})
+    assert prepare(chosen).labels == {"t": ("a", "b", "c", "rare")}
 
 
 def test_row_groups_larger_than_a_shard_are_refused(encoder: Path, tmp_path: Path) -> None:

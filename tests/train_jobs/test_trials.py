@@ -213,23 +213,28 @@ def test_a_trial_that_goes_on_knows_its_best_epoch_and_all_that_it_told(
     assert steps == [("start", 0), *ends]
 
 
-def test_what_no_retry_mends_is_not_trained_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("begins", "times"), [(True, 1), (False, 2)])
+def test_what_fails_in_training_is_not_trained_again_and_what_fails_before_is_tried(
+    begins: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tune calls a trial that failed once more."""
     trained = []
 
     def build(*_: Any, session: TrialSession) -> SimpleNamespace:
+        def fit() -> None:
+            if begins:
+                session.tell("start", {"step": 0})
+            session.tell("failed", {"message": "the loss is not finite"})
+
         trained.append(session)
-        failure = {"message": "the loss is not finite"}
-        return SimpleNamespace(fit=lambda: session.tell("failed", failure))
+        return SimpleNamespace(fit=fit)
 
     config, job = one_trial(tmp_path, monkeypatch)
     monkeypatch.setattr(trials, "build_trainer", build)
     for _ in range(2):
         with pytest.raises(TrialFailed, match="the loss is not finite"):
             run_trial(config, job)
-    assert len(trained) == 1
+    assert len(trained) == times
 
 
 @pytest.mark.parametrize(
