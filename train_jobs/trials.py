@@ -23,7 +23,7 @@ from mtl_core.world import World
 from train_jobs.cluster import worker_resources
 from train_jobs.driver import build_trainer
 from train_jobs.progress import progress_log
-from train_jobs.report import history_until
+from train_jobs.report import with_row
 from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan
 from train_jobs.worker import WorkerSession
@@ -138,14 +138,12 @@ class TrialHistory:
         return next((row["message"] for row in self.rows if row["event"] == "failed"), None)
 
     def take(self, event: str, row: Mapping[str, Any]) -> None:
+        self.rows = with_row(self.rows, event, row)
         if event == "start":
             self.begun = True
-            # What came after the checkpoint that workers go on from will come again.
-            self.rows = history_until(self.rows, row["step"])
             for earlier in self.rows:
                 if earlier["event"] == "validation":
                     self.scorer(earlier)  # which of them was the best
-        self.rows.append({"event": event, **row})
 
     def take_from(self, log: Any) -> None:
         """Take and keep what several workers have told a ProgressLog."""
