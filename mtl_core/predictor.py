@@ -65,6 +65,7 @@ class EncodingStage:
         executes = load_runtime(
             runtime,
             folder,
+            manifest,
             lambda: load_encoder(folder, manifest),
             torch.device(device),
             threads,
@@ -162,8 +163,9 @@ class Predictor:
             ArtifactError: the folder is damaged or newer than this software.
             ConfigError: the runtime is not to be had.
         """
+        manifest = read_manifest(artifact, check_files=False)
         model, where = load_model(artifact), torch.device(device)
-        executes = load_runtime(runtime, artifact, lambda: model.encoder, where, threads)
+        executes = load_runtime(runtime, artifact, manifest, lambda: model.encoder, where, threads)
         return cls(model, where, executes)
 
     @property

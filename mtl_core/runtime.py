@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtl_core.artifact import ArtifactError, atomic_folder, read_manifest
+from mtl_core.artifact import ArtifactError, Manifest, atomic_folder, read_manifest
 from mtl_core.config import ConfigError
 from mtl_core.encoder import Pooling, SentenceEncoder
 from mtl_core.folders import cache_root
@@ -276,6 +276,7 @@ def choose_runtime(artifact: Path | None, device: torch.device) -> RuntimeName:
 def load_runtime(
     name: RuntimeName,
     artifact: str | Path,
+    manifest: Manifest,
     load_encoder: Callable[[], SentenceEncoder],
     device: torch.device,
     threads: int = 0,
@@ -285,11 +286,13 @@ def load_runtime(
     Args:
         name: one of RuntimeName.
         artifact: the folder the encoder comes from.
+        manifest: the artifact's, read before anything else of it.
         load_encoder: loads it as a module, for what is not yet in the runtime's own form.
         device: for torch; OpenVINO runs on the CPU.
         threads: CPU threads; all when 0.
 
     Raises:
+        ArtifactError: another one took the artifact's place since its manifest was read.
         ConfigError: there is no such runtime, or not for this artifact, device or installation.
     """
     folder = Path(artifact)
@@ -314,26 +317,26 @@ def load_runtime(
             )
         hint = "f32"
     else:
-        model = converted(folder, load_encoder)
+        model = converted(folder, manifest, load_encoder)
         hint = "bf16" if precision == "bf16" else "f32"
-    pooling = read_manifest(folder, check_files=False).encoder["pooling"]
-    return OpenVinoRuntime(model, name, hint, pooling, threads)
+    return OpenVinoRuntime(model, name, hint, manifest.encoder["pooling"], threads)
 
 
-def converted(artifact: Path, load_encoder: Callable[[], SentenceEncoder]) -> Path:
+def converted(
+    artifact: Path, manifest: Manifest, load_encoder: Callable[[], SentenceEncoder]
+) -> Path:
     """The encoder as OpenVINO IR in fp32, kept in the cache under its hash.
 
     Raises:
-        ArtifactError: another one took its place while it was read.
+        ArtifactError: another one took its place since its manifest was read.
     """
     import openvino
 
-    manifest = read_manifest(artifact, check_files=False).encoder
     version = openvino.__version__.split("-")[0]
-    folder = cache_root() / "openvino" / f"{manifest['sha256'][:16]}-rows-{version}"
+    folder = cache_root() / "openvino" / f"{manifest.encoder['sha256'][:16]}-rows-{version}"
     if not (folder / "encoder.xml").is_file():
         encoder = load_encoder()
-        if read_manifest(artifact).encoder != manifest:
+        if read_manifest(artifact).encoder != manifest.encoder:
             raise ArtifactError(f"{artifact}: replaced while it was read; try again")
         model = convert(encoder)
         try:

@@ -113,7 +113,7 @@ def optimize(artifact: Path, tolerance: float = TOLERANCE) -> bool:
     rows, texts = [plain], sequences(validation)
     others: dict[str, Runtime] = {}
     for name in ("openvino-fp32", "openvino-bf16"):
-        others[name] = load_runtime(name, artifact, lambda: model.encoder, cpu)
+        others[name] = load_runtime(name, artifact, manifest, lambda: model.encoder, cpu)
         rows.append(measure(others[name], model, validation))
         show(rows[-1], plain)
     rival = others[choose_runtime(None, cpu)]

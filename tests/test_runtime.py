@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from mtl_core import predictor
 from mtl_core import runtime as runtimes
 from mtl_core.artifact import ArtifactError, load_encoder, read_manifest
 from mtl_core.build import begin
@@ -66,8 +67,9 @@ def test_a_text_has_the_same_states_in_a_row_with_others(
     name: str, threads: int, tiny_encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = untrained(tiny_encoders[name], tmp_path / "artifact")
-    encoder = load_encoder(folder, read_manifest(folder)).eval()
-    runtime = load_runtime("openvino-fp32", folder, lambda: encoder, CPU, threads)
+    manifest = read_manifest(folder)
+    encoder = load_encoder(folder, manifest).eval()
+    runtime = load_runtime("openvino-fp32", folder, manifest, lambda: encoder, CPU, threads)
     assert runtime.streams == threads
     sequences = [
         encoder.tokenizer(text, truncation=True, max_length=48)["input_ids"] for text in TEXTS
@@ -158,7 +160,7 @@ def test_an_encoder_is_converted_once(
     sequences = [[2, 5, 6, 3], [2, 5, 3]]
     answers = []
     for name in ("openvino-fp32", "openvino-fp32", "openvino-bf16"):
-        runtime = load_runtime(name, folder, load, CPU, threads=1)  # type: ignore[arg-type]
+        runtime = load_runtime(name, folder, manifest, load, CPU, 1)  # type: ignore[arg-type]
         assert runtime.name == name
         ((_, *arrays),) = passes(runtime, sequences, 0, 64)
         answers.append([array.copy() for array in arrays])
@@ -166,25 +168,38 @@ def test_an_encoder_is_converted_once(
     for one, again in zip(*answers[:2], strict=True):
         np.testing.assert_array_equal(one, again)
     other = untrained(tiny_encoders["roberta"], tmp_path / "other")
-    load_runtime("openvino-fp32", other, lambda: load_encoder(other, read_manifest(other)), CPU)
+    manifest = read_manifest(other)
+    load_runtime("openvino-fp32", other, manifest, lambda: load_encoder(other, manifest), CPU)
     assert len(list((tmp_path / "cache" / "openvino").iterdir())) == 2
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("kind", "loads"), [(EncodingStage, "load_encoder"), (Predictor, "load_model")]
+)
 def test_an_encoder_that_is_replaced_while_it_is_read_is_not_kept_as_the_other_one(
-    tiny_encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Any,
+    loads: str,
+    when: str,
+    tiny_encoders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
     folder = untrained(tiny_encoders["bert"], tmp_path / "artifact")
     other = untrained(tiny_encoders["distilbert"], tmp_path / "other")
+    load = getattr(predictor, loads)
 
-    def load() -> Any:
+    def replaced(*arguments: Any) -> Any:
+        found = load(*arguments)
         folder.rename(tmp_path / "retired")
         other.rename(folder)
-        return load_encoder(folder, read_manifest(folder))
+        return found if when == "after" else load(*arguments)
 
+    monkeypatch.setattr(predictor, loads, replaced)
     with pytest.raises(ArtifactError, match="replaced while it was read"):
-        load_runtime("openvino-fp32", folder, load, CPU)
+        kind.load(folder, runtime="openvino-fp32")
     assert not (tmp_path / "cache" / "openvino").exists()
 
 
@@ -206,15 +221,16 @@ def test_a_container_uses_the_cpus_it_is_given(
 
 
 def test_torch_takes_the_threads_it_is_given(expert: Path) -> None:
-    encoder = load_encoder(expert, read_manifest(expert))
+    manifest = read_manifest(expert)
+    encoder = load_encoder(expert, manifest)
 
     def run(runtime: Any, threads: int) -> tuple[int, int]:
         torch.set_num_threads(threads)
         list(passes(runtime, [[5, 6, 7]], 0, 64))
         return threads, torch.get_num_threads()
 
-    given = load_runtime("torch-fp32", expert, lambda: encoder, CPU, threads=1)
-    own = load_runtime("torch-fp32", expert, lambda: encoder, CPU)
+    given = load_runtime("torch-fp32", expert, manifest, lambda: encoder, CPU, threads=1)
+    own = load_runtime("torch-fp32", expert, manifest, lambda: encoder, CPU)
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -225,16 +241,17 @@ def test_torch_takes_the_threads_it_is_given(expert: Path) -> None:
 
 
 def test_what_cannot_be_had_is_said(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(expert)
     wrong: Any = "tensorrt"
     with pytest.raises(ConfigError, match="unknown runtime 'tensorrt'; known: auto, torch-fp32"):
-        load_runtime(wrong, expert, never, CPU)
+        load_runtime(wrong, expert, manifest, never, CPU)
     with pytest.raises(ConfigError, match="holds no int8 encoder; make and check one with"):
-        load_runtime("openvino-int8", expert, never, CPU)
+        load_runtime("openvino-int8", expert, manifest, never, CPU)
     with pytest.raises(ConfigError, match="runs on CPUs; use torch-bf16 on cuda"):
-        load_runtime("openvino-bf16", expert, never, torch.device("cuda"))
+        load_runtime("openvino-bf16", expert, manifest, never, torch.device("cuda"))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="pip install openvino"):
-        load_runtime("openvino-bf16", expert, never, CPU)
+        load_runtime("openvino-bf16", expert, manifest, never, CPU)
     assert choose_runtime(expert, CPU) == "torch-fp32"
 
 

@@ -81,8 +81,10 @@ def evaluate_artifact(
     """
     sources = other_sources(artifact, data) if data else None
     labels, scored = prepare_scored(artifact, split, sources)
+    manifest = read_manifest(artifact, check_files=False)
     model = load_model(artifact)
-    executes = load_runtime(runtime, artifact, lambda: model.encoder, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    executes = load_runtime(runtime, artifact, manifest, lambda: model.encoder, cpu)
     return labels, evaluate(with_runtime(model, executes), scored, tasks=list(labels))
 
 
