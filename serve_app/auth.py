@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import time
 from pathlib import Path
 
 from mtl_core.config import ConfigError
 
 KEYS_VARIABLE = "MTL_API_KEYS"
+KEY = re.compile(rb"[\x21-\x7e]+")
+"""What every client can send."""
 GRACE_S = 10.0
 """How long keys count after a look at their file found none: long enough for a file that is being
 written, short enough for an operator who empties or removes it to let nobody in."""
@@ -23,15 +26,18 @@ class Keys:
         poll_seconds: how often to read it.
 
     Raises:
-        ConfigError: the file cannot be read, or holds no key.
+        ConfigError: the file cannot be read or holds no key, or a key is not ASCII without spaces.
     """
 
     def __init__(self, file: str | None = None, poll_seconds: float = 2.0) -> None:
         listed = os.environ.get(KEYS_VARIABLE, "").split(",")
-        self.fixed = [key.strip().encode() for key in listed if key.strip()]
+        self.fixed = [os.fsencode(key.strip()) for key in listed if key.strip()]
         self.file = Path(file).expanduser() if file else None
         self.poll_seconds = poll_seconds
         self.from_file = read_keys(self.file) if self.file else []
+        for origin, keys in ((KEYS_VARIABLE, self.fixed), ("keys_file", self.from_file)):
+            if not all(map(KEY.fullmatch, keys)):
+                raise ConfigError(f"{origin}: keys are ASCII without spaces")
         self.looked = self.found = time.monotonic()
 
     @property
@@ -43,7 +49,7 @@ class Keys:
         if not self.required:
             return True
         self._refresh()
-        given = (key or "").encode("latin-1", "replace")  # as sent: Starlette decodes so
+        given = (key or "").encode("utf-8", "surrogateescape")
         matches = [hmac.compare_digest(given, known) for known in (*self.fixed, *self.from_file)]
         return any(matches)
 
@@ -81,4 +87,4 @@ def read_keys(file: Path) -> list[bytes]:
 def bearer(header: str | None) -> str | None:
     """The key of an Authorization header."""
     kind, _, key = (header or "").partition(" ")
-    return key.strip(" \t") if kind.lower() == "bearer" else None
+    return key.strip() if kind.lower() == "bearer" else None

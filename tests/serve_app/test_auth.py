@@ -13,7 +13,6 @@ from mtl_core.config import ConfigError
 from serve_app.auth import GRACE_S, KEYS_VARIABLE, Keys, bearer
 from serve_app.deployments import check_exposure
 from serve_app.settings import Settings
-from tests.servers import call, local_server
 
 
 @pytest.fixture(autouse=True)
@@ -152,14 +151,23 @@ def test_a_key_of_any_bytes_is_refused_without_an_error(file: Path) -> None:
     assert not Keys(str(file)).accept("schlüssel \udcff 🔑")
 
 
-@pytest.mark.parametrize("key", ["first", "schlüssel", "voilà", "Å", "🔑"])
-def test_a_key_may_hold_any_letters(key: str, artifact: Path, tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text(f"{key}\nsecond\n", encoding="utf-8-sig")  # with a mark, as some editors do
-    sent = key.encode().decode("latin-1")  # urllib sends the bytes of UTF-8
-    with local_server(artifact, runtime="torch-fp32", keys_file=str(file)) as (url, _):
-        for given, status in ((sent, 200), ("second", 200), (sent[:-1], 401), ("?", 401)):
-            assert call(f"{url}/info", key=given).status == status
+def test_a_keys_file_may_begin_with_a_byte_order_mark(file: Path) -> None:
+    file.write_text("first-key\nsecond-key\n", encoding="utf-8-sig")
+    keys = Keys(str(file))
+    assert keys.accept("first-key")
+    assert keys.accept("second-key")
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "schl\udcfcssel", "two words", "a\x7f"])
+def test_a_key_that_clients_cannot_send_is_refused(
+    key: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_bytes(b"first-key\n" + os.fsencode(key))
+    with pytest.raises(ConfigError, match=r"keys_file: (keys are ASCII|cannot read)"):
+        Keys(str(file))
+    monkeypatch.setenv(KEYS_VARIABLE, f"fixed,{key}")
+    with pytest.raises(ConfigError, match=f"{KEYS_VARIABLE}: keys are ASCII without spaces"):
+        Keys()
 
 
 @pytest.mark.parametrize(
