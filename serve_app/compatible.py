@@ -136,17 +136,15 @@ class CompatibleRoutes:
             ]
             return Reply(rows, answer)
         tokenizer = answer.model.stage.windows.backend
+        ignored = {pipelines.OUTSIDE} if options.ignore_labels is None else {*options.ignore_labels}
         found: list[Any] = []
         for part in answer.parts:
             output = part.outputs[task]
             assert isinstance(output, TokenOutput)
-            found += pipelines.token_classification(output, part.items, strategy, tokenizer)
-        ignored = {pipelines.OUTSIDE} if options.ignore_labels is None else {*options.ignore_labels}
-        kept = [
-            [e for e in row if e.get("entity_group", e.get("entity")) not in ignored]
-            for row in found
-        ]
-        return Reply(kept[0] if single else kept, answer)
+            found += pipelines.token_classification(
+                output, part.items, strategy, tokenizer, ignored
+            )
+        return Reply(found[0] if single else found, answer)
 
     def classification_task(self, name: str | None) -> str:
         known = [t for t, h in self.service.model.heads.items() if h.level == "sentence"]

@@ -7,7 +7,7 @@ Words are pieces of the text as sent, so that offsets and words always agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -24,28 +24,44 @@ OUTSIDE = "O"
 
 
 def token_classification(
-    output: TokenOutput, items: Sequence[Tokenized], strategy: Strategy, tokenizer: Tokenizer
+    output: TokenOutput,
+    items: Sequence[Tokenized],
+    strategy: Strategy,
+    tokenizer: Tokenizer,
+    ignored: Collection[str],
 ) -> list[list[dict[str, Any]]]:
-    """Each text's tokens or groups of them, O included, as the token-classification pipeline's."""
+    """Each text's tokens or groups of them, as the token-classification pipeline's.
+
+    Args:
+        output: the head's, with every tag's scores if words get their tags of them.
+        items: the texts.
+        strategy: what is grouped, and how.
+        tokenizer: of the texts.
+        ignored: what is left out: tags if nothing is grouped, else types; O is one of either.
+    """
     answers = []
     first = 0
     for item, length in zip(items, output.lengths.tolist(), strict=True):
         rows = slice(first, first + length)
         first += length
         if strategy == "none":
-            answers.append(_tokens(output, rows, item, tokenizer))
+            answers.append(_tokens(output, rows, item, tokenizer, ignored))
             continue
         if strategy == "simple":
             pieces = _pieces(output, rows, item)
         else:
             assert output.scores is not None, "words need the scores of every tag"
             pieces = _words(output.scores[rows], item, strategy, tokenizer)
-        answers.append(_groups(pieces, output.labels, item.text))
+        answers.append(_groups(pieces, output.labels, item.text, ignored))
     return answers
 
 
 def _tokens(
-    output: TokenOutput, rows: slice, item: Tokenized, tokenizer: Tokenizer
+    output: TokenOutput,
+    rows: slice,
+    item: Tokenized,
+    tokenizer: Tokenizer,
+    ignored: Collection[str],
 ) -> list[dict[str, Any]]:
     names = tag_names(output.labels)
     offsets, windows, places = item.placed
@@ -58,6 +74,8 @@ def _tokens(
         places.tolist(),
         strict=True,
     ):
+        if names[tag] in ignored:
+            continue
         found.append(
             {
                 "entity": names[tag],
@@ -115,7 +133,9 @@ def word_starts(item: Tokenized, tokenizer: Tokenizer) -> list[int]:
     return starts
 
 
-def _groups(pieces: Iterable[Piece], labels: Sequence[str], text: str) -> list[dict[str, Any]]:
+def _groups(
+    pieces: Iterable[Piece], labels: Sequence[str], text: str, ignored: Collection[str]
+) -> list[dict[str, Any]]:
     """Adjacent pieces of one type, or of none; a B- tag begins anew."""
     num_types, names = len(labels), (OUTSIDE, *labels)
     groups: list[tuple[int, list[float], int, int]] = []
@@ -136,4 +156,5 @@ def _groups(pieces: Iterable[Piece], labels: Sequence[str], text: str) -> list[d
             "end": end,
         }
         for kind, scores, start, end in groups
+        if names[kind] not in ignored
     ]
