@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,12 +191,11 @@ def listening(server: RealServer) -> list[Any]:
     """Addresses, each with `ip` and `port`, that the server's processes listen on."""
     family = [psutil.Process(server.process.pid)]
     family += family[0].children(recursive=True)
-    found = [
-        connection.laddr
-        for process in family
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    found = []
+    for process in family:
+        with suppress(psutil.Error):  # some come and go
+            connections = process.net_connections("tcp")
+            found += [each.laddr for each in connections if each.status == psutil.CONN_LISTEN]
     return [type(at)(at.ip.removeprefix("::ffff:"), at.port) for at in found]
 
 

@@ -268,7 +268,6 @@ def test_clients_that_disconnect_leave_the_others_their_answers(
         wait_for(lambda: max(unanswered(pair)) >= 24, 5)
         for _, client in asked[:32]:
             client.close()
-        wait_for(lambda: max(unanswered(pair)) <= 20, 5)
     for text, client in asked[32:]:
         assert outline(told(client)["results"][0]) == oracle[text]
     wait_for(lambda: unanswered(pair) == {0}, 5)
