@@ -120,8 +120,7 @@ class LocalHead:
 class RemoteHead:
     """A head deployment, called through its handle.
 
-    A call whose replica dies, or that Serve cancels, is sent again, for the answer depends on
-    nothing but what is sent.
+    A call whose replica dies is sent again, for the answer depends on nothing but what is sent.
     A head that does not answer in time is left alone for a while, so that requests for other
     tasks do not pile up behind it.
 
@@ -181,16 +180,10 @@ class RemoteHead:
         return max(RETRY_FOR_S, self.timeout_s) if recent else self.timeout_s
 
     async def _ask(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
-        try:
-            output = await self.call(head.version, features, all_tags)
-            if output is None:
-                stored = (head.description, head.weights)
-                output = await self.call(head.version, features, all_tags, stored)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise ConnectionError("the call was cancelled, and nobody here did it") from None
+        output = await self.call(head.version, features, all_tags)
+        if output is None:
+            stored = (head.description, head.weights)
+            output = await self.call(head.version, features, all_tags, stored)
         return output  # type: ignore[no-any-return]
 
     def _unavailable(self, reason: str, detail: str) -> HeadUnavailable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from serve_app.heads import StoredHead
 
 TRIES = 3
 """To read an artifact that others replace again and again."""
+PAUSE_S = 0.1
+"""Between them: while a folder is renamed and another in its place, none is there."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +64,51 @@ def load_artifact(
     Raises:
         ArtifactError, ConfigError: see `EncodingStage.load`.
     """
-    for _ in range(TRIES):
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE_S)
         folder = fetch(artifact)
-        version = current_version(str(folder))
-        try:
-            manifest = read_manifest(folder)
-            heads = {task: stored_head(task, folder) for task in manifest.tasks}
-            if previous is not None and same_encoder(manifest, previous.manifest):
-                stage = previous.stage
-            else:
-                stage = EncodingStage.load(folder, device, runtime, threads)
-                stage.batch_tokens = batch_tokens
-        except Exception:
-            # Whatever is wrong with files of two versions is no fault of either.
-            if current_version(str(folder)) == version:
-                raise
-            continue
-        if current_version(str(folder)) == version:
-            return Loaded(manifest, version, stage, heads)
+        loaded = _open(folder, runtime, threads, device, batch_tokens, previous)
+        if loaded is not None:
+            return loaded
+    current_version(str(folder))  # raises what is wrong where there is none
     raise ArtifactError(f"{artifact}: replaced again and again while it was read")
+
+
+def _open(
+    folder: Path,
+    runtime: RuntimeName,
+    threads: int,
+    device: str,
+    batch_tokens: int,
+    previous: Loaded | None,
+) -> Loaded | None:
+    """What stands in a folder; None if that changed meanwhile."""
+    version = _standing(folder)
+    if version is None:
+        return None
+    try:
+        manifest = read_manifest(folder)
+        heads = {task: stored_head(task, folder) for task in manifest.tasks}
+        if previous is not None and same_encoder(manifest, previous.manifest):
+            stage = previous.stage
+        else:
+            stage = EncodingStage.load(folder, device, runtime, threads)
+            stage.batch_tokens = batch_tokens
+    except Exception:
+        # Whatever is wrong with files of two versions is no fault of either.
+        if _standing(folder) == version:
+            raise
+        return None
+    return Loaded(manifest, version, stage, heads) if _standing(folder) == version else None
+
+
+def _standing(folder: Path) -> str | None:
+    """`current_version`; None between two renames."""
+    try:
+        return current_version(str(folder))
+    except ArtifactError:
+        return None
 
 
 def same_encoder(one: Manifest, other: Manifest) -> bool:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from mtl_core.answers import Features, Output
 from mtl_core.artifact import ArtifactError, atomic_folder, read_manifest, write_manifest
 from mtl_core.predictor import EncodingStage, Predictor
 from mtl_core.windows import TooMany
-from serve_app import deployments, heads
+from serve_app import deployments, heads, loaded
 from serve_app.batcher import Overloaded
 from serve_app.deployments import EncoderReplica
 from serve_app.errors import ApiError
@@ -287,9 +288,9 @@ def test_a_probe_that_leaves_ends_no_look_and_a_look_that_was_ended_is_taken_aga
         line = OfServe()
         replica.service.head_call = lambda task: RemoteHead(line, task, 5.0, replica.metrics)
         impatient = of("probe", replica.check_ready())
-        await asyncio.sleep(0.1)
+        await line.reached()
         impatient.cancel()
-        line.client_left("probe")
+        assert line.sent == {"none"}
         replica.service.head_call = lambda _: LocalHead()
         assert replica.looking is not None
         assert not replica.looking.done()
@@ -358,15 +359,19 @@ def test_an_artifact_that_is_replaced_while_it_is_read_is_never_half_of_each(
     served, load = tmp_path / "served", EncodingStage.load
     shutil.copytree(artifact, served)
     versions = [read_manifest(served).name]
+    stages: list[weakref.ref[EncodingStage]] = []
 
     def replaced(*arguments: Any) -> EncodingStage:
+        assert not any(stage() for stage in stages)  # two of them may not fit
         if len(versions) <= times:
             versions.append(f"version {len(versions)}")
             with atomic_folder(served) as partial:
                 shutil.copytree(artifact, partial, dirs_exist_ok=True)
                 manifest = dataclasses.replace(read_manifest(artifact), name=versions[-1])
                 write_manifest(partial, manifest)
-        return load(*arguments)
+        stage = load(*arguments)
+        stages.append(weakref.ref(stage))
+        return stage
 
     monkeypatch.setattr(EncodingStage, "load", replaced)
     if times > 1:
@@ -376,6 +381,32 @@ def test_an_artifact_that_is_replaced_while_it_is_read_is_never_half_of_each(
     found = load_artifact(str(served), "torch-fp32", 1, "cpu", 2048)
     assert found.name == versions[-1]
     assert found.version == current_version(str(served))
+
+
+def test_between_two_renames_an_artifact_may_be_away_for_a_moment(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, away, load = tmp_path / "served", tmp_path / "away", EncodingStage.load
+    with pytest.raises(ArtifactError, match=r"served: no artifact: .*No such file"):
+        load_artifact(str(served), "torch-fp32", 1, "cpu", 2048)
+    shutil.copytree(artifact, away)
+    looks: list[int] = []
+
+    def interrupted(*arguments: Any) -> EncodingStage:
+        stage = load(*arguments)
+        if len(looks) == 1:
+            served.rename(away)
+        return stage
+
+    def pause(_: float) -> None:
+        looks.append(1)
+        away.rename(served)
+
+    monkeypatch.setattr(EncodingStage, "load", interrupted)
+    monkeypatch.setattr(loaded, "time", SimpleNamespace(sleep=pause))
+    found = load_artifact(str(served), "torch-fp32", 1, "cpu", 2048)
+    assert found.version == current_version(str(served))
+    assert len(looks) == 2
 
 
 ONE_THREAD = """
@@ -494,7 +525,6 @@ def test_after_a_timeout_the_head_is_left_alone_and_then_tried_by_one_request(
         ActorDiedError(),
         ActorUnavailableError("the replica is gone", None),
         ConnectionResetError(),
-        asyncio.CancelledError(),  # as Serve ends a call that it cancels
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -512,25 +542,22 @@ CLIENT = contextvars.ContextVar("client", default="none")
 
 
 class OfServe(Replica):
-    """A handle that knows calls by the request in whose context they are made, as Serve does."""
+    """A handle that knows the requests in whose context calls are made; Serve ends them with it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate = asyncio.Event()
-        self.sent: dict[str, list[asyncio.Task[Any]]] = defaultdict(list)
+        self.sent: set[str] = set()
 
-    def __call__(self, *arguments: Any) -> Any:
-        sent = asyncio.create_task(self.answered(*arguments))
-        self.sent[CLIENT.get()].append(sent)
-        return sent
-
-    async def answered(self, *arguments: Any) -> Any:
+    async def __call__(self, *arguments: Any) -> Any:
+        self.sent.add(CLIENT.get())
         await self.gate.wait()
         return self.replica.answer(*arguments)
 
-    def client_left(self, name: str) -> None:
-        for sent in self.sent[name]:
-            sent.cancel()
+    async def reached(self) -> None:
+        async with asyncio.timeout(10):
+            while not self.sent:
+                await asyncio.sleep(0.01)
 
 
 def of(client: str, asked: Any) -> asyncio.Task[Any]:
@@ -549,12 +576,12 @@ def test_a_client_that_leaves_takes_nobody_s_answer_with_it(
         settings = Settings(artifact="", batch_tokens=batch_tokens)
         service = Service(model, calls, metrics, settings)
         leaves, *stay = [of(name, ask(service, "mood")) for name in "abc"]
-        await asyncio.sleep(0.1)
+        await replica.reached()
         leaves.cancel()
-        replica.client_left("a")
         replica.gate.set()
         for answer in await asyncio.gather(*stay):
             assert list(answer.predictions("mood"))
+        assert replica.sent == {"none"}
         assert service.batcher.unanswered == 0
         assert value(metrics, "mtl_head_retries_total", task="mood") == 0
 
