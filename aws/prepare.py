@@ -34,7 +34,6 @@ THERE_ALREADY = (
     "BucketAlreadyOwnedByYou",
     "EntityAlreadyExists",
     "InvalidPermission.Duplicate",
-    "LimitExceeded",  # an instance profile has its one role
 )
 
 
@@ -183,23 +182,29 @@ def make_role(session: Any, role: str, documents: dict[str, str]) -> None:
         json.loads(document)
         iam.put_role_policy(RoleName=name, PolicyName=policy, PolicyDocument=document)
     once(iam.create_instance_profile, InstanceProfileName=name)
-    once(iam.add_role_to_instance_profile, InstanceProfileName=name, RoleName=name)
+    holds_one = ("LimitExceeded",)
+    once(iam.add_role_to_instance_profile, holds_one, InstanceProfileName=name, RoleName=name)
+
+
+def rays_vpc(ec2: Any, region: str) -> str:
+    """The VPC that `ray up` takes where cluster.yaml names no subnet, the default one or not: that
+    of the public subnet in the last zone."""
+    found = ec2.describe_subnets(Filters=[{"Name": "state", "Values": ["available"]}])["Subnets"]
+    public = [subnet for subnet in found if subnet["MapPublicIpOnLaunch"]]
+    if not public:
+        raise PrepareError(f"{region} has no public subnet: make some (aws ec2 create-default-vpc)")
+    return str(max(public, key=lambda subnet: subnet["AvailabilityZone"])["VpcId"])
 
 
 def make_security_group(session: Any, ssh_from: str) -> None:
     """Machines reach each other, `ssh_from` reaches port 22, and nobody anything else.
 
-    Ray would open port 22 to the world, but leaves a group alone that has rules. What else the
-    group lets in, as the range of an earlier call, is shut.
+    Ray would open port 22 to the world, but leaves a group alone that has rules. What other
+    addresses the group lets in, as the range of an earlier call, is shut; other groups, as a load
+    balancer's, stay.
     """
     ec2 = session.client("ec2")
-    vpcs = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
-    if not vpcs:
-        raise PrepareError(
-            f"{session.region_name} has no default VPC: make one (aws ec2 create-default-vpc), or "
-            "name SubnetIds and SecurityGroupIds in cluster.yaml"
-        )
-    vpc = vpcs[0]["VpcId"]
+    vpc = rays_vpc(ec2, session.region_name)
     named = [{"Name": "group-name", "Values": [NAME]}, {"Name": "vpc-id", "Values": [vpc]}]
     groups = ec2.describe_security_groups(Filters=named)["SecurityGroups"]
     group = (
@@ -219,7 +224,7 @@ def make_security_group(session: Any, ssh_from: str) -> None:
         for rule in ec2.describe_security_group_rules(Filters=of_group)["SecurityGroupRules"]
         if not rule["IsEgress"]
         and (rule["FromPort"], rule["ToPort"], rule.get("CidrIpv4")) != (22, 22, ssh_from)
-        and rule.get("ReferencedGroupInfo", {}).get("GroupId") != group
+        and "ReferencedGroupInfo" not in rule
     ]
     if stale:
         ec2.revoke_security_group_ingress(GroupId=group, SecurityGroupRuleIds=stale)

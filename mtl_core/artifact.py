@@ -12,6 +12,7 @@ Weights are safetensors only and nothing is unpickled. A folder appears whole or
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -284,6 +285,6 @@ def _label_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = ["| label | precision | recall | F1 | support |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         numbers = " | ".join(f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1"))
-        escaped = name.replace("|", "\\|")
+        escaped = html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
         lines.append(f"| {escaped} | {numbers} | {row['support']} |")
     return lines

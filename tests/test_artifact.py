@@ -390,9 +390,10 @@ def test_the_model_card_has_a_row_for_every_score(artifact: Path) -> None:
 
 def test_the_model_card_has_a_row_for_every_label(artifact: Path) -> None:
     row = {"precision": 0.5, "recall": 0.98765, "f1": 0.25, "support": 7}
-    rows = {f"type {number}": row for number in range(50)} | {"a|b": row}
+    rows = {f"type {number}": row for number in range(50)} | {"a|b": row, "<none>\n": row}
     card = model_card(read_manifest(artifact), (), {"slots: by label (test)": rows})
     _, table = card.split("## slots: by label (test)\n\n| label | ")
     for number in range(50):
         assert f"| type {number} | 50.00 | 98.77 | 25.00 | 7 |" in table
     assert r"| a\|b | 50.00 |" in table
+    assert "| &lt;none&gt; | 50.00 |" in table

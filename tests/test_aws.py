@@ -57,6 +57,8 @@ class Account:
     """Node type → instance as EC2 described it."""
     rules: list[dict[str, Any]] = field(default_factory=list)
     """Of the machines' one security group."""
+    balancer: str = ""
+    """The group of a load balancer that was let in between the two preparations."""
     left: list[str] = field(default_factory=list)
     """Nodes after the autoscaler ended its workers."""
     instead: Any = None
@@ -103,10 +105,12 @@ def account(asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Accou
         bucket.put_bucket_lifecycle_configuration(
             Bucket="my-runs", LifecycleConfiguration={"Rules": [expires]}
         )
+        public_network_in_the_last_zone()
         for address in ("198.51.100.0/24", "203.0.113.7/32"):
             prepare.prepare(read(), "my-runs", address)
             if not account.secrets:
                 open_wide("203.0.113.7/32")
+                account.balancer = let_balancer_in()
             files = (account.folder / ".multitask-ray").iterdir()
             account.secrets.append({file.name: file.read_text() for file in files})
         account.said = said.getvalue()
@@ -129,6 +133,34 @@ def account(asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Accou
     (described,) = found["SecurityGroups"]
     account.rules = described["IpPermissions"]
     return account
+
+
+def public_network_in_the_last_zone() -> None:
+    """Beside the default VPC: Ray goes by zones, not by which VPC is the default."""
+    import boto3
+
+    ec2 = boto3.client("ec2", "us-east-1")
+    subnets = ec2.describe_subnets()["Subnets"]
+    last = max(subnets, key=lambda subnet: subnet["AvailabilityZone"])
+    ec2.delete_subnet(SubnetId=last["SubnetId"])
+    vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+    zone = last["AvailabilityZone"]
+    made = ec2.create_subnet(VpcId=vpc, CidrBlock="10.9.0.0/20", AvailabilityZone=zone)["Subnet"]
+    ec2.modify_subnet_attribute(SubnetId=made["SubnetId"], MapPublicIpOnLaunch={"Value": True})
+
+
+def let_balancer_in() -> str:
+    """Let a load balancer's group into the nodes' group, as the page on AWS says; returns it."""
+    import boto3
+
+    ec2 = boto3.client("ec2", "us-east-1")
+    named = [{"Name": "group-name", "Values": [prepare.NAME]}]
+    (group,) = ec2.describe_security_groups(Filters=named)["SecurityGroups"]
+    made = ec2.create_security_group(GroupName="lb", Description="lb", VpcId=group["VpcId"])
+    pairs = [{"GroupId": made["GroupId"]}]
+    rule = {"IpProtocol": "tcp", "FromPort": 8000, "ToPort": 8000, "UserIdGroupPairs": pairs}
+    ec2.authorize_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[rule])
+    return str(made["GroupId"])
 
 
 def open_wide(address: str) -> None:
@@ -297,6 +329,27 @@ def test_nothing_but_ssh_from_one_address_is_open(account: Account) -> None:
     assert opened == [(22, 22, ["203.0.113.7/32"])]
     assert "shut what else was let into" in account.said
     assert "--dashboard-host=127.0.0.1" in read()["head_start_ray_commands"][-1]
+
+
+def test_a_load_balancer_stays_let_in(account: Account) -> None:
+    let_in = [
+        (rule.get("FromPort"), pair["GroupId"])
+        for rule in account.rules
+        for pair in rule["UserIdGroupPairs"]
+    ]
+    assert (8000, account.balancer) in let_in
+
+
+def test_a_quota_of_roles_is_told_as_one() -> None:
+    class Full:
+        def client(self, name: str) -> Any:
+            return self
+
+        def create_role(self, **_: Any) -> None:
+            raise client_error("LimitExceeded")
+
+    with pytest.raises(ClientError, match="LimitExceeded"):
+        prepare.make_role(Full(), "head", {})
 
 
 def test_a_bucket_keeps_its_own_rules(account: Account) -> None:

@@ -201,5 +201,5 @@ def label_table(
         table.caption = f"the {most} lowest of {len(rows)}; all are in {elsewhere}"
     for name, row in shown:
         numbers = (f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1"))
-        table.add_row(name, *numbers, str(row["support"]))
+        table.add_row(Text(name), *numbers, str(row["support"]))
     return table

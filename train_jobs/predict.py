@@ -67,20 +67,23 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if bool(options.text) == bool(options.input):
         raise ConfigError("give either --text or --input")
+    if bool(options.input) != bool(options.output):
+        raise ConfigError("--input needs --output, and --text takes none")
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"--workers: expected 1 or more, got {options.workers}")
     artifact = fetch(options.artifact)
     check_tasks(artifact, options.task)
     if options.text:
         predictions = Predictor.load(artifact).predict(options.text, options.task)
         show(options.text, predictions, options.json)
         return
-    if not options.output:
-        raise ConfigError("--input needs --output")
+    read_manifest(artifact)  # all of it, before processes are started that could only die of it
     with tempfile.TemporaryDirectory() as scratch:
         target = options.output
         is_url = "://" in target
         if is_url and exists(target) and not options.overwrite:
             raise ConfigError(f"--output: {target} exists; remove it, or add --overwrite")
-        _, bad = predict_file(
+        written, bad = predict_file(
             options.artifact,
             download(options.input, Path(scratch)),
             Path(scratch, "output", Path(target).name) if is_url else Path(target),
@@ -93,7 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
             upload(Path(scratch, "output"), target.rpartition("/")[0])
             if not bad:
                 remove(f"{target}{BAD_ROWS}")  # of an earlier run
-            print(f"copied to {target}")
+    side = f", {bad} bad row(s) to {target}{BAD_ROWS}" if bad else ""
+    print(f"{written} row(s) written to {target}{side}")
 
 
 def check_tasks(artifact: str | Path, tasks: Sequence[str] | None) -> None:
@@ -195,9 +199,6 @@ def predict_file(
         assert next(answers, None) is None
     if not bad:
         side.unlink(missing_ok=True)
-    print(
-        f"{written} row(s) written to {target}" + (f", {bad} bad row(s) to {side}" if bad else "")
-    )
     return written, bad
 
 
@@ -242,7 +243,7 @@ def _answers(
     cpus, gpus = int(have.get("CPU", 1)), int(have.get("GPU", 0))
     pool = workers or max(1, gpus or cpus - 1)
     threads = 1 if gpus else max(1, (cpus - 1) // pool)
-    where = artifact if "://" in artifact else str(Path(artifact).absolute())
+    where = artifact if "://" in artifact else str(fetch(artifact).absolute())
     dataset = _texts(source, column).map_batches(
         Predict,
         fn_constructor_args=(where, tasks, threads, gpus > 0),

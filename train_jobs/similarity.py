@@ -13,6 +13,9 @@ from mtl_core.plots import similarity_heatmap
 from mtl_core.predictor import Predictor
 from mtl_core.storage import download, fetch
 
+MOST_DRAWN = 200
+"""Sentences in a picture: more could not be read, and would take gigabytes to draw."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -38,12 +41,16 @@ def main(arguments: list[str] | None = None) -> None:
     picture = Path(options.output).with_suffix(".png")
     matrix = Predictor.load(fetch(options.artifact)).similarity(texts)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    similarity_heatmap(matrix, texts, picture)
     with picture.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["", *texts])
         for text, row in zip(texts, matrix, strict=True):
             writer.writerow([text, *(f"{value:.6f}" for value in row)])
+    if len(texts) > MOST_DRAWN:
+        print(f"no picture: {len(texts)} sentences are more than the {MOST_DRAWN} that it takes")
+        print(f"written: {picture.with_suffix('.csv')}")
+        return
+    similarity_heatmap(matrix, texts, picture)
     for row, text in enumerate(texts):
         for column in range(row + 1, len(texts)):
             print(f"{matrix[row, column]:+.3f}  {text}  |  {texts[column]}")

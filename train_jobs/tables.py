@@ -78,6 +78,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
             problem = _not_utf8(header)
             if problem:
                 raise ConfigError(f"--input: {path}:1: {problem}; save the file as UTF-8")
+            twice = next((name for name in header if header.count(name) > 1), None)
+            if twice is not None:
+                raise ConfigError(f"--input: {path}: two columns are called {twice!r}; rename one")
             for cells in reader:
                 if cells:
                     yield _csv_row(reader.line_num, header, cells)
@@ -224,7 +227,9 @@ class TableWriter:
                 "write .jsonl"
             )
         flat = {
-            name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+            name: json.dumps(value, ensure_ascii=False, default=str)
+            if isinstance(value, list | dict)
+            else value
             for name, value in row.items()
         }
         self.writer.writerow(flat)

@@ -152,7 +152,7 @@ def _parse_json(text: str, title: str) -> Table:
 def _parse_csv(text: str, title: str, delimiter: str, wanted: Sequence[Column]) -> Table:
     if not text.strip():
         return Table(title, (), [])
-    csv.field_size_limit(LONGEST_CELL)
+    longest = csv.field_size_limit(LONGEST_CELL)  # of the whole process
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[str, Row | BadRow]] = []
     line = 1
@@ -174,6 +174,8 @@ def _parse_csv(text: str, title: str, delimiter: str, wanted: Sequence[Column]) 
         raise DataError(
             f"{title}:{line}: {error}; check this record's quotes (double those in a quoted cell)"
         ) from error
+    finally:
+        csv.field_size_limit(longest)
     return Table(title, tuple(header), rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -131,7 +132,9 @@ class TestFormats:
     def test_a_cell_as_long_as_a_document(self, tmp_path: Path) -> None:
         text = "word " * 40_000
         (tmp_path / "a.csv").write_text(f'text,label\n"{text}",a\n"x",b\n', encoding="utf-8")
+        longest = csv.field_size_limit()
         assert [len(row.text) for row in rows_of(read(tmp_path / "a.csv", TOPIC))] == [200_000, 1]
+        assert csv.field_size_limit() == longest
 
     def test_latin_1(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_bytes("text,label\ncafé,ä\nthé,ö".encode("latin-1"))

@@ -30,3 +30,10 @@ def test_of_many_labels_the_worst_are_shown_with_a_note_where_all_are() -> None:
     whole = drawn(rows, 41)
     assert all(name in whole for name in rows)
     assert "lowest" not in whole
+
+
+def test_a_label_in_brackets_is_shown_as_it_is() -> None:
+    row = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 3}
+    text = drawn({"[other]": row, "[/INST]": row}, 12)
+    assert "[other]" in text
+    assert "[/INST]" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
 from mtl_core.data.examples import DataError
 from mtl_core.predictor import Predictor
 from tests.commands import run
 from tests.terminal import Terminal
-from train_jobs import evaluate, predict
+from train_jobs import evaluate, predict, similarity
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROWS_DONE = re.compile(r"^predicting .* (\d+)/6000 rows", re.MULTILINE)
@@ -99,7 +101,7 @@ def test_bad_rows_are_named_in_a_side_file_and_the_others_answered(
     )
     assert done.returncode == 0, done.stderr
     assert "2 row(s) written" in done.stdout
-    assert "6 bad row(s)" in done.stdout
+    assert f"6 bad row(s) to {target}.bad.jsonl" in done.stdout
     assert [row["text"] for row in jsonl(target)] == ["fine", "also fine 🙂"]
     bad = {row["line"]: row["error"] for row in jsonl(tmp_path / "out.jsonl.bad.jsonl")}
     assert sorted(bad) == [2, 4, 5, 6, 7, 8]
@@ -226,6 +228,44 @@ def test_similarity_writes_picture_and_table(artifact: Path, tmp_path: Path) -> 
     matrix = Predictor.load(artifact).similarity(texts)
     assert table[0][1:] == texts
     assert [float(v) for v in table[1][1:]] == pytest.approx(matrix[0].tolist(), abs=1e-5)
+
+
+def test_more_sentences_than_a_picture_takes_give_the_table(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, picture = tmp_path / "lines.txt", tmp_path / "map.png"
+    lines.write_text("".join(f"line {number}\n" for number in range(201)))
+    options = ["--artifact", str(artifact), "--input", str(lines), "--output", str(picture)]
+    similarity.main(options)
+    assert "no picture: 201 sentences" in capsys.readouterr().out
+    assert not picture.exists()
+    assert len((tmp_path / "map.csv").read_text().splitlines()) == 202
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--input", "in.jsonl"], "--input needs --output"),
+        (["--text", "fine", "--output", "out.jsonl"], "--text takes none"),
+        (["--input", "a.jsonl", "--output", "b.jsonl", "--workers", "-1"], "expected 1 or more"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    artifact: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        predict.main(["--artifact", str(artifact), *options])
+
+
+def test_a_damaged_artifact_is_told_before_processes_start(artifact: Path, tmp_path: Path) -> None:
+    damaged, source = tmp_path / "damaged", tmp_path / "in.jsonl"
+    shutil.copytree(artifact, damaged)
+    weights = damaged / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    source.write_text('{"text": "fine"}\n')
+    files = ["--input", str(source), "--output", str(tmp_path / "out.jsonl")]
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: damaged"):
+        predict.main(["--artifact", str(damaged), *files])
 
 
 def test_evaluation_repeats_the_scores_of_the_manifest_and_takes_other_files(

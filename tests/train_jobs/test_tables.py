@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,20 @@ def test_a_csv_quote_that_is_never_closed_is_refused_with_the_place(tmp_path: Pa
     path.write_text('text\nfine\n"open\n' + "more words\n" * 20_000)
     with pytest.raises(ConfigError, match=r"in\.csv:\d+: field larger.*quotes"):
         list(read_rows(path))
+
+
+def test_two_csv_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("id,text,note,note\n1,hello,a,b\n")
+    with pytest.raises(ConfigError, match="two columns are called 'note'; rename one"):
+        list(read_rows(path))
+
+
+def test_dates_within_lists_are_written_to_a_csv(tmp_path: Path) -> None:
+    with TableWriter(tmp_path / "out.csv") as output:
+        output.write({"id": 1, "seen": [date(2026, 11, 23)]})
+    (row,) = read_rows(tmp_path / "out.csv")
+    assert row.values == {"id": "1", "seen": '["2026-11-23"]'}
 
 
 def test_a_jsonl_row_with_half_a_character_is_named(tmp_path: Path) -> None:
