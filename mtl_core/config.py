@@ -243,8 +243,7 @@ class Experiment(Config):
     """Fixes initial heads, data order, dropout and carved splits."""
     init_from: str | None = None
     """An artifact, a folder or URL (s3://…), whose encoder and heads to start from; its other heads
-    are kept as they are.
-    Its model and pooling count, not those of `encoder`."""
+    are kept as they are. Its model and pooling count, not those of `encoder`."""
     encoder: EncoderConfig = EncoderConfig()
     mixing: MixingConfig = MixingConfig()
     weighting: WeightingConfig = WeightingConfig()

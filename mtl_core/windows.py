@@ -5,7 +5,6 @@ Shapes: T sub-words of a text that stand for characters of it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,10 +15,10 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from mtl_core.data.encoding import token_offsets
+from mtl_core.data.examples import LONE_SURROGATE
 from mtl_core.errors import TextError as TextError
 
 Offsets = list[tuple[int, int]]
-LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)

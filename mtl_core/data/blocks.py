@@ -158,11 +158,8 @@ CANNOT = (
 
 
 def _hash(file: File) -> str:
-    digest = hashlib.sha256()
     with file.filesystem.open(file.location, "rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _by_lines(file: File, size: int) -> Blocks:

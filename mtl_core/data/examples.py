@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
+
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half of a character, as an emoji that was cut leaves it: no tokenizer takes such text."""
 
 
 class DataError(ValueError):

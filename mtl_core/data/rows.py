@@ -9,10 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 from mtl_core.config import TaskKind
-from mtl_core.data.examples import DataError, Example, Span, Target
+from mtl_core.data.examples import LONE_SURROGATE, DataError, Example, Span, Target
 from mtl_core.data.formats import BadRow, Column, Row
 from mtl_core.data.tags import check_scheme, tags_to_spans, to_bio2
-from mtl_core.windows import LONE_SURROGATE
 
 Word = tuple[int, int]
 
