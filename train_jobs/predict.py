@@ -24,6 +24,7 @@ from mtl_core.command import run_command
 from mtl_core.config import ConfigError
 from mtl_core.forks import forked_workers
 from mtl_core.predictor import Predictor
+from mtl_core.runtime import RuntimeName
 from mtl_core.storage import download, exists, fetch, remove, upload
 from train_jobs.cluster import ray_cluster
 from train_jobs.tables import (
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 BAD_ROWS = ".bad.jsonl"
+RUNTIMES: tuple[RuntimeName, ...] = ("torch-fp32", "auto")
+"""Those that every artifact and machine has."""
 EPILOG = """examples:
   python -m train_jobs.predict --artifact runs/demo/artifact --text "Maria loved Lisbon."
   python -m train_jobs.predict --artifact runs/demo/artifact --input in.jsonl --output out.parquet
@@ -63,6 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", help="the same, to write")
     parser.add_argument("--column", default="text", help="the input's text column (%(default)s)")
     parser.add_argument("--workers", type=int, help="model processes; as many as fit when absent")
+    parser.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        default=RUNTIMES[0],
+        help="how the encoder runs: as scored, or as fast as in servers (auto) (%(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     options = parser.parse_args(arguments)
     if bool(options.text) == bool(options.input):
@@ -74,8 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     artifact = fetch(options.artifact)
     check_tasks(artifact, options.task)
     if options.text:
-        predictions = Predictor.load(artifact).predict(options.text, options.task)
-        show(options.text, predictions, options.json)
+        predictor = Predictor.load(artifact, runtime=options.runtime)
+        show(options.text, predictor.predict(options.text, options.task), options.json)
         return
     read_manifest(artifact)  # all of it, before processes are started that could only die of it
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,6 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.task,
             options.workers,
             options.overwrite,
+            options.runtime,
         )
         if is_url:
             upload(Path(scratch, "output"), target.rpartition("/")[0])
@@ -133,9 +143,16 @@ def show(texts: Sequence[str], predictions: Sequence[Mapping[str, Any]], as_json
 class Predict:
     """One process of the actor pool: the model is loaded once."""
 
-    def __init__(self, artifact: str, tasks: Sequence[str] | None, threads: int, gpu: bool) -> None:
+    def __init__(
+        self,
+        artifact: str,
+        tasks: Sequence[str] | None,
+        threads: int,
+        gpu: bool,
+        runtime: RuntimeName,
+    ) -> None:
         device = "cuda" if gpu else "cpu"
-        self.predictor = Predictor.load(fetch(artifact), device, threads=threads)
+        self.predictor = Predictor.load(fetch(artifact), device, runtime, threads)
         self.tasks = tasks
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
@@ -152,6 +169,7 @@ def predict_file(
     tasks: Sequence[str] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    runtime: RuntimeName = RUNTIMES[0],
 ) -> tuple[int, int]:
     """Predict for every row of a file.
 
@@ -172,7 +190,7 @@ def predict_file(
     with (
         forked_workers("train_jobs.preload") as scripts,
         ray_cluster(scripts),
-        closing(_answers(artifact, source, column, tasks, workers)) as answers,
+        closing(_answers(artifact, source, column, tasks, workers, runtime)) as answers,
         TableWriter(target, known) as output,
         TableWriter(side) as rejected,
         Progress(
@@ -230,7 +248,12 @@ def row_problem(row: Row, column: str) -> str | None:
 
 
 def _answers(
-    artifact: str, source: Path, column: str, tasks: Sequence[str] | None, workers: int | None
+    artifact: str,
+    source: Path,
+    column: str,
+    tasks: Sequence[str] | None,
+    workers: int | None,
+    runtime: RuntimeName,
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Row number and prediction of each good row, in order."""
     from ray.data import ActorPoolStrategy, DataContext  # a second that sentences need not wait
@@ -246,7 +269,7 @@ def _answers(
     where = artifact if "://" in artifact else str(fetch(artifact).absolute())
     dataset = _texts(source, column).map_batches(
         Predict,
-        fn_constructor_args=(where, tasks, threads, gpus > 0),
+        fn_constructor_args=(where, tasks, threads, gpus > 0, runtime),
         batch_size=256,
         compute=ActorPoolStrategy(size=pool),
         num_cpus=0 if gpus else threads,

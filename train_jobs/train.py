@@ -15,7 +15,7 @@ EPILOG = """examples:
   python -m train_jobs.train --config my.yaml --set training.epochs=5 --set scale.workers=2
 
 Running the same name again resumes it from its last checkpoint; a finished run is shown, not
-repeated. Every key of the file is explained in docs/usage.md."""
+repeated. Every key of the file is explained in docs/experiment.md."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -44,6 +44,12 @@ def test_sentences_are_answered_on_the_terminal_and_as_json(artifact: Path) -> N
     as_json = run("predict", "--artifact", str(artifact), "--text", text, "--json")
     expected = Predictor.load(artifact).predict([text])[0]
     assert json.loads(as_json.stdout)["sentiment"]["label"] == expected["sentiment"]["label"]
+    fast = run(
+        "predict", "--artifact", str(artifact), "--text", text, "--json", "--runtime", "auto"
+    )
+    auto = Predictor.load(artifact, runtime="auto").predict([text])[0]
+    assert auto["sentiment"] != expected["sentiment"]
+    assert json.loads(fast.stdout)["sentiment"] == auto["sentiment"]
 
 
 def test_a_file_keeps_columns_and_order_and_equals_the_predictor(
@@ -183,6 +189,8 @@ def test_csv_and_parquet_come_out_with_their_types(
         str(target),
         "--task",
         "sentiment",
+        "--runtime",
+        "auto",
         address=ray_address,
     )
     assert done.returncode == 0, done.stderr
@@ -193,6 +201,9 @@ def test_csv_and_parquet_come_out_with_their_types(
     assert [row["line"] for row in bad] == [5, 6]
     assert bad[1]["error"] == "cell 2 is not UTF-8: byte 0xe9"
     assert set(rows[0]) == {"id", "sentence", "predicted_sentiment", "predicted_sentiment_score"}
+    fast = Predictor.load(artifact, runtime="auto").predict([row["sentence"] for row in rows])
+    scores = [float(row["predicted_sentiment_score"]) for row in rows]
+    assert scores == [answer["sentiment"]["score"] for answer in fast]
     table = pa.table({"text": ["one", "two"], "when": pa.array([0, 1], pa.timestamp("s"))})
     pq.write_table(table, tmp_path / "in.parquet")
     done = run(
