@@ -56,7 +56,8 @@ def experiment_page() -> str:
     return reference(
         "The experiment file",
         "Every key, its default and what it does. `make docs` writes this page from the code.\n"
-        "Unknown keys are errors. `--set section.key=value` changes one from the command line.",
+        "Unknown keys are errors. `--set section.key=value` changes one from the command line.\n"
+        "A file without `name` has its own for one; a source with `demo: true` needs no `columns`.",
         EXPERIMENT,
     )
 
@@ -76,7 +77,8 @@ def sweep_page() -> str:
     return reference(
         "The sweep file",
         "Every key, its default and what it does. `make docs` writes this page from the code.\n"
-        "Unknown keys are errors; [tuning.md](tuning.md) shows how sweeps are used.",
+        "Unknown keys are errors; [tuning.md](tuning.md) shows how sweeps are used. A file without "
+        "`name`\nhas its own for one.",
         SWEEP,
     )
 

@@ -17,7 +17,7 @@ EPILOG = """examples:
   python -m serve_app --artifact s3://bucket/runs/demo/artifact --write-config serve_config.yaml
 
 A new version of the artifact is taken up without a restart;
-docs/serving.md explains every --set."""
+docs/settings.md explains every --set."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -101,7 +101,7 @@ def optimize(artifact: Path, tolerance: float = TOLERANCE) -> bool:
         import openvino  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"optimize needs the package {error.name}: pip install 'multitask-ray[int8]'"
+            f"optimize needs the package {error.name}: pip install -c constraints.txt -e '.[int8]'"
         ) from error
     manifest = read_manifest(artifact)
     _, validation = prepare_scored(artifact, "validation")
