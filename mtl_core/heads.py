@@ -76,8 +76,10 @@ class Head(nn.Module):
         if weights is None:
             return
         if weights == "balanced":
-            # scikit-learn's rule: n / (number of classes that occur · count).
+            # scikit-learn's rule: n / (number of classes that occur · count). One that does not
+            # still counts in a sigmoid's loss or a smoothed one, and nothing says how much: 1.
             factors = counts.sum() / np.maximum(np.count_nonzero(counts) * counts, 1)
+            factors[counts == 0] = 1.0
         else:
             factors = np.array([self._factor(weights, name) for name in self.output_names])
         device = self.output.weight.device

@@ -99,7 +99,27 @@ def test_balanced_class_weights_are_those_of_scikit_learn(kind: Any) -> None:
     expected = compute_class_weight("balanced", classes=np.unique(targets), y=targets)
     found = head.label_weights.numpy()
     np.testing.assert_allclose(found[counts > 0], expected, rtol=1e-6)
-    assert found[1] == counts.sum()
+    assert found[1] == 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_that_train_never_has_counts_no_more_than_without_class_weights(
+    kind: Any, smoothing: float
+) -> None:
+    """As often as each other, those that occur have a factor of 1."""
+    losses = []
+    for class_weights in (None, "balanced"):
+        head = head_of(kind, label_smoothing=smoothing, class_weights=class_weights)
+        counts = np.full(head.num_outputs, 50)
+        counts[0] = 0
+        head.set_label_counts(counts)
+        logits = torch.linspace(-2, 2, head.num_outputs).expand(4, -1)
+        targets = torch.arange(1, 3).repeat(2)
+        if kind == "multilabel":
+            targets = F.one_hot(targets, head.num_outputs)
+        losses.append(head.loss_sum(logits, targets))
+    torch.testing.assert_close(*losses)
 
 
 def test_a_class_weight_by_name_counts_for_begin_and_inside_tags() -> None:
