@@ -67,8 +67,13 @@ class RowsEmbedding(nn.Module):
 
 
 def learn_rows(transformer: Any, token_ids: NDArray[np.int32]) -> None:
-    """Let only these tokens' embeddings learn; to be called before an optimiser is made."""
+    """Let only these tokens' embeddings learn; to be called before an optimiser is made.
+
+    A table that does more than look up, as Gemma's, which scales, learns as a whole.
+    """
     table = transformer.get_input_embeddings()
+    if type(table) is not nn.Embedding:
+        return
     transformer.set_input_embeddings(RowsEmbedding(table, token_ids))
 
 

@@ -95,6 +95,15 @@ def tiny_deberta_conv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unusual_encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As `tiny_encoders`: one layer run three times, a norm above all layers, a table that scales
+    what it looks up (and such a norm, too)."""
+    makers = {"albert": _albert, "modernbert": _modernbert, "gemma3": _gemma3}
+    root = tmp_path_factory.mktemp("encoders")
+    return {name: _write(root / name, *make()) for name, make in makers.items()}
+
+
+@pytest.fixture(scope="session")
 def minilm() -> str:
     """The default model, which comes with the project's dependencies."""
     return "sentence-transformers/all-MiniLM-L6-v2"
@@ -235,3 +244,40 @@ def _mpnet() -> tuple[Any, Any]:
     vocab = _wordpiece(["<s>", "<pad>", "</s>", "[UNK]", "<mask>"], MPNetTokenizerFast())
     config = MPNetConfig(vocab_size=len(vocab), max_position_embeddings=POSITIONS, **SIZES)
     return MPNetTokenizerFast(vocab=vocab), config
+
+
+def _albert() -> tuple[Any, Any]:
+    from transformers import AlbertConfig
+
+    tokenizer, config = _bert()
+    drop = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    sizes = {"vocab_size": config.vocab_size, "embedding_size": 16, **SIZES}
+    return tokenizer, AlbertConfig(max_position_embeddings=POSITIONS, **drop, **sizes)
+
+
+def _modernbert() -> tuple[Any, Any]:
+    from transformers import ModernBertConfig
+
+    tokenizer, config = _bert()
+    parts = ("attention", "embedding", "mlp")
+    drop = {f"{part}_dropout": 0.1 for part in parts}
+    ids = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    positions = {"max_position_embeddings": POSITIONS, "local_attention": 8}
+    return tokenizer, ModernBertConfig(
+        vocab_size=config.vocab_size, **positions, **drop, **ids, **SIZES
+    )
+
+
+def _gemma3() -> tuple[Any, Any]:
+    from transformers import Gemma3TextConfig
+
+    tokenizer, config = _bert()
+    return tokenizer, Gemma3TextConfig(
+        vocab_size=config.vocab_size,
+        max_position_embeddings=POSITIONS,
+        num_key_value_heads=1,
+        head_dim=16,
+        use_bidirectional_attention=True,
+        attention_dropout=0.1,
+        **SIZES,
+    )

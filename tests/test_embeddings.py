@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mtl_core import build
 from mtl_core.build import begin
 from mtl_core.config import EncoderConfig
-from mtl_core.embeddings import RowsEmbedding
+from mtl_core.embeddings import RowsEmbedding, learn_rows, learned_rows
 from mtl_core.encoder import SentenceEncoder
 from mtl_core.loop import fit
 from mtl_core.state import TrainState
@@ -119,6 +119,18 @@ def test_a_checkpoint_stores_the_rows_that_learn_only(
     for file, key in (("model", "now"), ("optimizer", "exp_avg"), ("optimizer", "exp_avg_sq")):
         stored = load_file(tmp_path / f"{file}.safetensors")
         assert stored[f"{key}.{name}"].shape == (len(table.rows), table.embedding_dim)
+
+
+@pytest.mark.parametrize(("name", "compact"), [("modernbert", True), ("gemma3", False)])
+def test_a_table_looks_up_the_same_whether_rows_or_all_of_it_learn(
+    unusual_encoders: dict[str, Path], name: str, compact: bool
+) -> None:
+    """Gemma's scales what it looks up, which the table of rows would not."""
+    encoder = SentenceEncoder.load(EncoderConfig(model=str(unusual_encoders[name]), dropout=0.0))
+    before = encoder(IDS, torch.ones_like(IDS))[0]
+    learn_rows(encoder.transformer, USED)
+    assert torch.equal(encoder(IDS, torch.ones_like(IDS))[0], before)
+    assert (learned_rows(encoder.transformer) is not None) == compact
 
 
 @pytest.mark.parametrize(
