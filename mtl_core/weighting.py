@@ -134,7 +134,7 @@ class UncertaintyWeighting(Weighting):
 
     Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018,
     equation 10 for softmax likelihoods. `loss_weight` still multiplies each task's loss. A step
-    without a task's labels leaves its s alone.
+    without a task's labels adds nothing to the gradient of its s.
     """
 
     def __init__(
