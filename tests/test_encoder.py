@@ -290,11 +290,11 @@ def test_the_window_is_what_the_position_table_can_hold(
 
 
 def test_dropout_is_the_checkpoints_unless_the_experiment_says_otherwise(
-    folders: dict[str, Path],
+    folders: dict[str, Path], unusual_encoders: dict[str, Path]
 ) -> None:
     def rates(dropout: float | None) -> set[float]:
-        for name in ARCHITECTURES:
-            config = EncoderConfig(model=str(folders[name]), dropout=dropout)
+        for folder in (*folders.values(), *unusual_encoders.values()):
+            config = EncoderConfig(model=str(folder), dropout=dropout)
             for module in SentenceEncoder.load(config).modules():
                 if isinstance(module, torch.nn.Dropout):
                     found.add(module.p)
