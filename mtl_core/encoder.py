@@ -46,6 +46,8 @@ DROPOUT_FIELDS = (
     "embedding_dropout",
     "mlp_dropout",
 )
+FINAL_NORMS = ("norm", "final_norm", "ln_f")
+"""What architectures call a norm above all layers."""
 
 
 def resolve_model(name: str, revision: str | None = None) -> str:
@@ -200,6 +202,8 @@ class SentenceEncoder(nn.Module):
     def lower_part(self, num_layers: int) -> nn.Module:
         """What `lower` runs: the transformer, weights shared, without the layers above."""
         assert num_layers > 0, "some architectures cannot run without a layer"
+        if num_layers == self.num_layers:
+            return self.transformer  # type: ignore[no-any-return]
         return _with_layers(self.transformer, layers(self.transformer)[:num_layers])
 
     def upper(
@@ -296,6 +300,18 @@ def layers(transformer: nn.Module) -> nn.ModuleList:
     return transformer.get_submodule(_stack_name(transformer))  # type: ignore[return-value]
 
 
+def blocks(transformer: nn.Module) -> list[nn.Module]:
+    """What freezes and learns as one, lowest first: each layer, the top one with a norm above it.
+
+    Raises:
+        EncoderError: as `layers`.
+    """
+    *below, top = layers(transformer)
+    parent = transformer.get_submodule(_stack_name(transformer).rpartition(".")[0])
+    above = [child for name, child in parent.named_children() if name in FINAL_NORMS]
+    return [*below, nn.ModuleList([top, *above])]
+
+
 def embeddings_name(transformer: nn.Module) -> str:
     """The child that turns token ids into the first layer's input."""
     table = transformer.get_input_embeddings()  # type: ignore[operator]
@@ -311,8 +327,8 @@ def _stack_name(transformer: nn.Module) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return str(name)
     raise EncoderError(
-        f"{type(transformer).__name__} has no list of {count} layers: freezing by layer and "
-        "layer-wise rates need one"
+        f"{type(transformer).__name__} has no list of {count} layers, which freezing of "
+        "embeddings or layers and layer-wise rates need"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtl_core.config import FreezeConfig
-from mtl_core.encoder import layers
+from mtl_core.encoder import blocks
 from mtl_core.model import MultiTaskModel
 
 
@@ -41,14 +41,13 @@ def apply_freezing(model: MultiTaskModel, freeze: FreezeConfig, epoch: int) -> b
         encoder.requires_grad_(False)
         encoder.eval()
     else:
-        stack = layers(transformer)
         frozen = frozen_layers(freeze, encoder.num_layers, epoch)
         learns = not freezes_embeddings(freeze, encoder.num_layers, epoch)
         encoder.requires_grad_(learns)
         encoder.train(learns)
-        for depth, layer in enumerate(stack):
-            layer.requires_grad_(depth >= frozen)
-            layer.train(depth >= frozen)
+        for depth, block in enumerate(() if learns else blocks(transformer)):
+            block.requires_grad_(depth >= frozen)
+            block.train(depth >= frozen)
         for name, parameter in transformer.named_parameters():
             if name.startswith("pooler."):
                 parameter.requires_grad_(False)

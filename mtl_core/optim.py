@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtl_core.config import FreezeConfig, OptimConfig
-from mtl_core.encoder import layers
+from mtl_core.encoder import blocks
 from mtl_core.freezing import apply_freezing
 from mtl_core.model import MultiTaskModel
 
@@ -24,8 +24,9 @@ def build_optimizer(
     Classification?", 2019). Biases and normalisation weights are not decayed.
     """
     apply_freezing(model, freeze, epochs - 1)  # what thaws learns from then on to the end
-    stack = () if freeze.encoder else layers(model.encoder.transformer)
-    depths = {id(p): depth for depth, layer in enumerate(stack, 1) for p in layer.parameters()}
+    even = freeze.encoder or config.layer_decay == 1
+    stack = () if even else blocks(model.encoder.transformer)
+    depths = {id(p): depth for depth, block in enumerate(stack, 1) for p in block.parameters()}
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

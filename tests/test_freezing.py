@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtl_core.config import EncoderConfig, FreezeConfig, TaskConfig
-from mtl_core.encoder import SentenceEncoder, layers
+from mtl_core.encoder import EncoderError, SentenceEncoder, layers
 from mtl_core.freezing import apply_freezing, frozen_layers
 from mtl_core.heads import build_head
 from mtl_core.model import Batch, Labelled, MultiTaskModel
@@ -85,6 +85,25 @@ def test_frozen_parts_get_no_gradient_and_all_others_do(
     found = learns(model)
     assert not found.pop("pooler", False), "poolers feed no head"
     assert found == parts
+
+
+@pytest.mark.parametrize(("freeze", "parts"), CASES)
+def test_a_norm_above_all_layers_learns_if_the_top_one_does(
+    unusual_encoders: dict[str, Path], freeze: FreezeConfig, parts: dict[str, bool]
+) -> None:
+    model = model_of(unusual_encoders["modernbert"])
+    apply_freezing(model, freeze, 0)
+    norm = model.encoder.transformer.final_norm
+    assert {p.requires_grad for p in norm.parameters()} == {parts["layer 2"]}
+    assert norm.training == parts["layer 2"]
+
+
+@pytest.mark.parametrize("freeze", [{"embeddings": True}, {"layers": 1}, {"unfreeze_every": 1}])
+def test_freezing_by_depth_needs_layers_of_their_own(
+    unusual_encoders: dict[str, Path], freeze: dict[str, Any]
+) -> None:
+    with pytest.raises(EncoderError, match="AlbertModel has no list of 3 layers, which freezing"):
+        apply_freezing(model_of(unusual_encoders["albert"]), FreezeConfig(**freeze), 0)
 
 
 @pytest.mark.parametrize(("freeze", "parts"), CASES)

@@ -527,16 +527,24 @@ def test_states_that_were_cut_off_on_disk_are_computed_again(
     assert not changed(weights(first.model), weights(again.model))
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"])
-@pytest.mark.parametrize("freeze", [{"encoder": True}, {"layers": 2}], ids=["encoder", "2 layers"])
+USUAL, UNUSUAL = ["bert", "distilbert", "roberta", "deberta-v2", "mpnet"], ["albert", "modernbert"]
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze"),
+    [(name, {"encoder": True}) for name in USUAL + UNUSUAL]
+    + [(name, {"layers": 2}) for name in USUAL],
+)
 def test_cached_features_train_what_the_whole_encoder_trains(
-    freeze: dict[str, Any], name: str, tiny_encoders: dict[str, Path]
+    freeze: dict[str, Any],
+    name: str,
+    tiny_encoders: dict[str, Path],
+    unusual_encoders: dict[str, Path],
 ) -> None:
+    folder = (tiny_encoders | unusual_encoders)[name]
     ends, passes = [], []
     for cached in (True, False):
-        config = experiment(
-            tiny_encoders[name], freeze=freeze, training={"feature_cache": cached, "epochs": 1}
-        )
+        config = experiment(folder, freeze=freeze, training={"feature_cache": cached, "epochs": 1})
         encoded = data(config)
         state = begin(config, encoded)
         gradients = first_gradients(state)
@@ -585,6 +593,22 @@ def test_epochs_in_which_nothing_is_free_yet_only_validate(bert: Path) -> None:
 
 
 # Whether it learns
+
+
+@pytest.mark.parametrize("name", ["albert", "modernbert", "gemma3"])
+def test_unusual_architectures_learn_in_all_their_parts(
+    unusual_encoders: dict[str, Path], name: str
+) -> None:
+    config = experiment(unusual_encoders[name], training={"epochs": 1})
+    encoded = data(config)
+    state = begin(config, encoded)
+    before = weights(state.model)
+    list(fit(state, encoded, config))
+    still = set(before) - changed(before, weights(state.model))
+    assert {parameter.removeprefix("encoder.transformer.") for parameter in still} <= {
+        *("pooler.weight", "pooler.bias", "embeddings.token_type_embeddings.weight"),
+        "encoder.albert_layer_groups.0.albert_layers.0.attention.key.bias",
+    }
 
 
 def test_a_tiny_model_learns_32_texts_by_heart(bert: Path) -> None:

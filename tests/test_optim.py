@@ -10,7 +10,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mtl_core.config import EncoderConfig, FreezeConfig, OptimConfig, TaskConfig
-from mtl_core.encoder import SentenceEncoder, layers
+from mtl_core.encoder import EncoderError, SentenceEncoder, layers
 from mtl_core.freezing import apply_freezing
 from mtl_core.heads import build_head
 from mtl_core.model import MultiTaskModel
@@ -62,6 +62,25 @@ def test_each_layer_learns_at_a_share_of_the_rate_above_it(
         assert rate == pytest.approx(1e-3 * 0.5 ** (2 - depth))
     assert depths == {-1, 0, 1, 2}
     assert groups["heads.one.output.weight"]["peak_lr"] == 5e-3
+
+
+def test_a_norm_above_all_layers_learns_at_the_rate_of_the_top_one(
+    unusual_encoders: dict[str, Path],
+) -> None:
+    model = model_of(unusual_encoders["modernbert"])
+    groups = groups_of(model, OptimConfig(learning_rate=1e-3, layer_decay=0.5))
+    rates = {name: group["peak_lr"] for name, group in groups.items()}
+    assert rates["encoder.transformer.final_norm.weight"] == 1e-3
+    assert rates["encoder.transformer.layers.2.mlp.Wo.weight"] == 1e-3
+    assert rates["encoder.transformer.layers.1.mlp.Wo.weight"] == 5e-4
+    assert rates["encoder.transformer.embeddings.norm.weight"] == 1.25e-4
+
+
+def test_rates_by_depth_need_layers_of_their_own(unusual_encoders: dict[str, Path]) -> None:
+    model = model_of(unusual_encoders["albert"])
+    assert groups_of(model, OptimConfig(layer_decay=0.5), FreezeConfig(encoder=True))
+    with pytest.raises(EncoderError, match=r"AlbertModel has no list of 3 layers, .* rates need"):
+        groups_of(model, OptimConfig(layer_decay=0.5))
 
 
 def test_heads_learn_at_the_encoders_rate_when_none_is_given(
