@@ -61,7 +61,7 @@ def write_report(
         "seconds": dict(seconds),
         "compared": compared,
         "splits": splits,
-        "caveat": caveat(compared, splits),
+        "caveat": caveat(compared, splits, plan.base.mixing.strategy),
         "statements": {t: statement(t, scores, splits[t]) for t, scores in compared.items()},
         "comparisons": {task: compare(scores) for task, scores in compared.items()},
         "importance": importance(plan, results.get("search", [])),
@@ -268,7 +268,7 @@ def _counts(rows: Rows) -> dict[str, int]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON has not: the ends of an interval over one seed."""
+    """The same with null for numbers that JSON has not: the ends of an interval without spread."""
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list):

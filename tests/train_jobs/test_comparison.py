@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from train_jobs import sweep_plots
-from train_jobs.comparison import compare, difference, statement, verdict
+from train_jobs.comparison import caveat, compare, difference, statement, verdict
 
 T_975 = {2: 4.302653, 4: 2.776445}
 """Quantiles of Student's t, as tables print them, by degrees of freedom."""
@@ -38,16 +38,36 @@ def test_a_constant_side_leaves_the_other_s_degrees_of_freedom() -> None:
         ([0.80, 0.81, 0.82], "helps"),
         ([0.60, 0.61, 0.62], "hurts"),
         ([0.70, 0.72, 0.74], "makes no difference"),
-        ([0.99], "makes no difference"),
+        ([0.99], "no spread to judge by"),
     ],
 )
 def test_a_verdict_needs_more_than_the_spread(second: list[float], wanted: str) -> None:
     assert verdict([0.70, 0.71, 0.72], second) == wanted
 
 
-def test_runs_without_any_spread_are_taken_at_their_word() -> None:
-    assert verdict([0.5, 0.5], [0.6, 0.6]) == "helps"
-    assert verdict([0.5, 0.5], [0.5, 0.5]) == "makes no difference"
+def test_seeds_that_agree_by_chance_are_no_proof() -> None:
+    """Accuracy over few texts has few values, so two seeds often end on the same one."""
+    alone, shared = [0.86, 0.86], [0.72, 0.72]
+    assert difference(alone, shared) == (pytest.approx(-0.14), -math.inf, math.inf)
+    assert verdict(alone, shared) == "no spread to judge by"
+    told = statement("intent", {"alone": alone, "shared": shared}, "test")
+    assert told == (
+        "intent (test): sharing changes it by -14.00 points (2 seeds, no spread to judge by)"
+    )
+    assert difference(alone, alone) == (0, 0, 0)
+    assert verdict(alone, alone) == "makes no difference"
+
+
+@pytest.mark.parametrize("mixing", ["proportional", "round_robin", "temperature", "joint"])
+def test_more_passes_over_a_small_task_are_not_taken_for_sharing(mixing: str) -> None:
+    both = {"intent": {"alone": [0.5], "shared": [0.6]}}
+    told = caveat(both, {"intent": "test"}, mixing)
+    assert (f"under mixing {mixing} the shared run may go" in told) == (
+        mixing in ("round_robin", "temperature")
+    )
+    assert not caveat({"intent": {"shared": [0.6]}}, {"intent": "test"}, mixing)
+    chosen = {"intent": {**both["intent"], "best": [0.6]}}
+    assert "flatters it there" in caveat(chosen, {"intent": "validation"}, mixing)
 
 
 def test_a_statement_names_task_points_and_seeds() -> None:

@@ -160,10 +160,18 @@ def runs_of(case: str, scores: dict[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_summary_is_json_for_strict_parsers_too(plan: Plan) -> None:
-    """One seed gives no interval, and a trial may have no objective."""
-    one = runs_of("alone/topic", {"validation/topic/accuracy": 0.6})[:1]
-    one += runs_of("base", {"validation/topic/accuracy": 0.7})[:1]
+def spread_runs_of(case: str, scores: dict[str, float]) -> list[dict[str, Any]]:
+    """As `runs_of`, the second seed a little better."""
+    first, second = runs_of(case, scores)
+    better = {name: value + 0.001 for name, value in second["metrics"].items()}
+    return [first, {**second, "metrics": better}]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_summary_is_json_for_strict_parsers_too(plan: Plan, seeds: int) -> None:
+    """Neither one seed nor two of one score give an interval, and a trial may have no objective."""
+    one = runs_of("alone/topic", {"validation/topic/accuracy": 0.6})[:seeds]
+    one += runs_of("base", {"validation/topic/accuracy": 0.7})[:seeds]
     searched = search_of(2, RATE)
     searched[0]["metrics"]["objective_0"] = float("nan")
     folder = SweepFolder(plan.sweep)
@@ -177,6 +185,7 @@ def test_the_summary_is_json_for_strict_parsers_too(plan: Plan) -> None:
     (found,) = summary["comparisons"]["topic"]
     assert found["difference"] == pytest.approx(0.1)
     assert found["low"] is found["high"] is None
+    assert found["verdict"] == "no spread to judge by"
     assert summary["best"]["objective"] == {"objective mean": None}
 
 
@@ -187,12 +196,15 @@ def test_a_task_is_compared_on_one_split_which_is_named(
     topic, mood, places = (f"{task}/{PRIMARY[kind]}" for task, kind in KINDS.items())
     seen = {f"validation/{name}": 0.9 for name in (topic, mood, places)}
     baselines = [
-        *runs_of("alone/topic", {f"validation/{topic}": 0.6, f"test/{topic}": 0.5}),
-        *runs_of("alone/mood", {f"validation/{mood}": 0.6}),
-        *runs_of("alone/places", {f"validation/{places}": 0.6, f"test/{places}": 0.5}),
-        *runs_of("base", {**seen, f"test/{topic}": 0.7, f"test/{places}": 0.7}),
+        *spread_runs_of("alone/topic", {f"validation/{topic}": 0.6, f"test/{topic}": 0.5}),
+        *spread_runs_of("alone/mood", {f"validation/{mood}": 0.6}),
+        *spread_runs_of("alone/places", {f"validation/{places}": 0.6, f"test/{places}": 0.5}),
+        *spread_runs_of("base", {**seen, f"test/{topic}": 0.7, f"test/{places}": 0.7}),
     ]
-    results = {"baselines": baselines, "best": runs_of("best", {**seen, f"test/{topic}": 0.8})}
+    results = {
+        "baselines": baselines,
+        "best": spread_runs_of("best", {**seen, f"test/{topic}": 0.8}),
+    }
     folder = SweepFolder(plan.sweep)
     with folder.claim(plan):
         write_report(plan, folder, results, None, {})
