@@ -80,7 +80,7 @@ class Sweep(Config):
     scheduler: Scheduler = Scheduler()
     budget: Budget = Budget()
     baselines: bool = False
-    """Also train each task alone, and the base experiment with fixed weights, and compare."""
+    """Also train each task alone, and all of the base together, with fixed weights; compare."""
     seeds: PositiveInt = 3
     """Runs of everything that is compared in the end."""
     output_dir: str = "runs"

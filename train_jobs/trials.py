@@ -65,7 +65,7 @@ class Job:
             return self.plan.experiment(self.best, seed)
         if case.startswith(ALONE):
             alone = self.plan.alone(case.removeprefix(ALONE))
-            return alone.model_copy(update={"seed": seed})
+            return alone.model_copy(update={"seed": seed, "weighting": WeightingConfig()})
         base = self.plan.base
         every = base.weighting.gradient_cosines or (COSINES_EVERY if seed == base.seed else None)
         weighting = WeightingConfig(strategy="fixed", gradient_cosines=every)

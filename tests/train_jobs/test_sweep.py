@@ -18,8 +18,8 @@ from train_jobs import tune
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
+from train_jobs.trials import ALONE, Job
 from train_jobs.trials import BASE as BASELINE
-from train_jobs.trials import Job
 from train_jobs.tune import _space, run_phases
 
 BASE: dict[str, Any] = {
@@ -256,7 +256,9 @@ def test_weights_on_the_simplex_are_drawn_uniformly() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["fixed", "uncertainty", "dwa", "rlw", "pcgrad"])
-def test_what_is_compared_as_shared_has_fixed_weights(strategy: str, tmp_path: Path) -> None:
+def test_what_is_compared_as_shared_and_alone_has_fixed_weights(
+    strategy: str, tmp_path: Path
+) -> None:
     plan = plan_of(tmp_path, base={**BASE, "weighting": {"strategy": strategy}})
     job = Job(plan, str(tmp_path), labels={}, keys={})
     first, second = (job.experiment({"case": BASELINE, "seed": seed}) for seed in (42, 43))
@@ -264,6 +266,10 @@ def test_what_is_compared_as_shared_has_fixed_weights(strategy: str, tmp_path: P
     assert first.weighting.gradient_cosines
     assert not second.weighting.gradient_cosines
     assert second.optim == plan.base.optim
+    for task in BASE["tasks"]:
+        alone = job.experiment({"case": f"{ALONE}{task}", "seed": 43})
+        assert alone.weighting == second.weighting
+        assert alone.seed == 43
 
 
 @pytest.mark.parametrize(
