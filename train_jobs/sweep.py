@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from mtl_core.artifact import read_manifest
 from mtl_core.build import inherit
 from mtl_core.config import (
     NAME_PATTERN,
@@ -28,6 +29,7 @@ from mtl_core.config import (
     read_yaml,
 )
 from mtl_core.metrics import metric_names
+from mtl_core.storage import fetch
 from train_jobs.space import Parameter, Range, assign, expand
 
 FIXED = ("name", "output_dir", "scale", "seed", "init_from", "tasks", "data")
@@ -225,6 +227,7 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
         raise SpaceError(["base"], f"there is no file {sweep.base!r} beside {path} or here")
     experiment = inherit(_changed(found, sweep.settings))
     _check_objective(sweep, experiment)
+    _check_baselines(sweep, experiment)
     # Mid-epoch checkpoints would only cost: a trial is resumed at its last epoch.
     training = {**experiment.training.model_dump(), "checkpoint_every": None}
     if "/" in sweep.objectives[0] and len(sweep.objectives) == 1:
@@ -260,6 +263,21 @@ def _check_objective(sweep: Sweep, base: Experiment) -> None:
         if metric not in names:
             raise SpaceError(
                 ["objective"], f"{task} reports no {metric!r}; it reports {', '.join(names)}"
+            )
+
+
+def _check_baselines(sweep: Sweep, base: Experiment) -> None:
+    """No task alone leaves a head of `init_from` to an encoder that learns: training refuses it."""
+    if not sweep.baselines or base.init_from is None or base.freeze.encoder:
+        return
+    heads = read_manifest(fetch(base.init_from), check_files=False).tasks
+    for task, head in itertools.product(base.tasks, heads):
+        if task != head:
+            raise SpaceError(
+                ["baselines"],
+                f"{task!r} alone would start from an encoder that has learned {head!r} too, whose "
+                f"head in {base.init_from} cannot be kept once the encoder learns; set "
+                "baselines: false, or freeze.encoder: true in the base",
             )
 
 

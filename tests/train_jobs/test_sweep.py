@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mtl_core import build
 from mtl_core.config import ConfigError
 from mtl_core.data.sources import read_corpus
-from train_jobs import tune
+from train_jobs import sweep, tune
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
@@ -373,6 +373,36 @@ def test_trials_read_as_much_of_a_text_as_the_artifact_that_they_start_from(
         set={"encoder.max_length": 40},
     )
     assert plan.base.encoder.max_length == 40
+
+
+@pytest.mark.parametrize(
+    ("heads", "changes", "sound"),
+    [
+        (["sentiment", "entities"], {}, False),
+        (["sentiment"], {}, False),  # entities alone would leave it behind
+        (["sentiment", "entities"], {"baselines": False}, True),
+        (["sentiment", "entities"], {"set": {"freeze.encoder": True}}, True),
+        (["sentiment", "entities"], {"set": {"freeze.layers": 2}}, False),
+        ([], {}, True),
+    ],
+)
+def test_baselines_that_training_would_refuse_are_refused_before_any_trial(
+    heads: list[str],
+    changes: dict[str, Any],
+    sound: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest = SimpleNamespace(encoder={"max_length": 17}, tasks={head: {} for head in heads})
+    for module in (build, sweep):
+        monkeypatch.setattr(module, "read_manifest", lambda *_, **__: manifest)
+    base = {**BASE, "init_from": "runs/before/artifact"}
+    settings = {"base": base, "baselines": True, **changes}
+    if sound:
+        assert plan_of(tmp_path, **settings).base.init_from
+        return
+    with pytest.raises(ConfigError, match=r"sweep.yaml:\d+: baselines: .*set baselines: false, or"):
+        plan_of(tmp_path, **settings)
 
 
 @pytest.mark.parametrize("task", ["sentiment", "entities"])
