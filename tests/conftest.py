@@ -1,4 +1,4 @@
-"""What tests share: a quiet environment, tiny encoders of five architectures, the default one."""
+"""What tests share: a quiet environment, tiny encoders of eight architectures, the default one."""
 
 from __future__ import annotations
 
