@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtl_core.heads import Head, MultilabelHead, TokenClassificationHead
-from mtl_core.windows import Offsets
+from mtl_core.heads import Head
+from mtl_core.metrics import tagged_spans
+from mtl_core.windows import Tokenized
 
 Float = NDArray[np.float32]
 
@@ -75,25 +76,23 @@ class SentenceOutput:
     labels: tuple[str, ...]
     scores: Float
     """(N, C) probabilities."""
-    best: NDArray[np.int64] | None
-    """(N,) class of the highest logit; None where any number of labels may hold."""
-    threshold: float = 0.5
+    decided: NDArray[Any]
+    """(N,) class, or (N, C) whether each label is given."""
 
     def part(self, first: int, last: int) -> SentenceOutput:
         """What is said of the texts [first, last)."""
-        best = None if self.best is None else self.best[first:last]
-        return SentenceOutput(self.labels, self.scores[first:last], best, self.threshold)
+        return SentenceOutput(self.labels, self.scores[first:last], self.decided[first:last])
 
-    def predictions(self) -> Iterator[Classification | Multilabel]:
+    def predictions(self, items: Sequence[Tokenized]) -> Iterator[Classification | Multilabel]:
+        """Each text's label or labels."""
         names = self.labels
-        for row, values in enumerate(self.scores):
-            scores = {n: round(p, 6) for n, p in zip(names, values.tolist(), strict=True)}
-            if self.best is None:
-                likely = values >= self.threshold
-                chosen = [name for name, yes in zip(names, likely, strict=True) if yes]
-                yield {"labels": chosen, "scores": scores}
+        for _, values, decided in zip(items, self.scores.tolist(), self.decided, strict=True):
+            scores = {name: round(p, 6) for name, p in zip(names, values, strict=True)}
+            if decided.ndim:
+                given = [name for name, yes in zip(names, decided, strict=True) if yes]
+                yield {"labels": given, "scores": scores}
             else:
-                label = names[int(self.best[row])]
+                label = names[decided]
                 yield {"label": label, "score": scores[label], "scores": scores}
 
 
@@ -123,41 +122,28 @@ class TokenOutput:
             None if self.scores is None else self.scores[begin:end],
         )
 
-    def entities(self, texts: Sequence[str], offsets: Sequence[Offsets]) -> Iterator[list[Entity]]:
-        """Each text's entities, in order.
-
-        Args:
-            texts: N texts.
-            offsets: for each, the characters its sub-words stand for.
-        """
+    def predictions(self, items: Sequence[Tokenized]) -> Iterator[list[Entity]]:
+        """Each text's entities, in order."""
         tags, probabilities = self.tags.tolist(), self.probabilities.tolist()
         first = 0
-        for text, ranges in zip(texts, offsets, strict=True):
+        for item in items:
+            ranges = item.placed[0]
             last = first + len(ranges)
-            yield [
-                Entity(
-                    entity_group=self.labels[tags[begin] - 1],
-                    score=round(sum(probabilities[begin:end]) / (end - begin), 6),
-                    word=text[ranges[begin - first][0] : ranges[end - 1 - first][1]],
-                    start=ranges[begin - first][0],
-                    end=ranges[end - 1 - first][1],
+            found = []
+            for kind, begin, end in tagged_spans(tags[first:last], len(self.labels)):
+                start, stop = ranges[begin][0], ranges[end - 1][1]
+                score = sum(probabilities[first + begin : first + end]) / (end - begin)
+                found.append(
+                    Entity(
+                        entity_group=self.labels[kind],
+                        score=round(score, 6),
+                        word=item.text[start:stop],
+                        start=start,
+                        end=stop,
+                    )
                 )
-                for begin, end in self._spans(tags, first, last)
-            ]
+            yield found
             first = last
-
-    def _spans(self, tags: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Sub-words [begin, end) of each entity between `first` and `last`."""
-        begin = -1
-        for position in range(first, last):
-            inside = tags[position] > len(self.labels)
-            if begin >= 0 and not inside:
-                yield begin, position
-                begin = -1
-            if 1 <= tags[position] <= len(self.labels):
-                begin = position
-        if begin >= 0:
-            yield begin, last
 
 
 Output = SentenceOutput | TokenOutput
@@ -177,13 +163,12 @@ def run_head(head: Head, features: Features, all_tags: bool = False) -> Output:
     rows = torch.from_numpy(np.ascontiguousarray(source)).to(device, torch.float32)
     logits: Float = head(rows).cpu().numpy()
     scores = head.scores(logits)
-    if not isinstance(head, TokenClassificationHead):
-        if isinstance(head, MultilabelHead):
-            return SentenceOutput(head.labels, scores, None, head.config.threshold)
-        return SentenceOutput(head.labels, scores, logits.argmax(axis=-1))
-    tags = head.decode_texts(logits, features.lengths)
-    chosen = np.take_along_axis(scores, tags[:, None], axis=1)[:, 0]
-    return TokenOutput(head.labels, tags, chosen, features.lengths, scores if all_tags else None)
+    decided = head.decide(logits, features.lengths)
+    if head.level == "sentence":
+        return SentenceOutput(head.labels, scores, decided)
+    chosen = np.take_along_axis(scores, decided[:, None], axis=1)[:, 0]
+    every = scores if all_tags else None
+    return TokenOutput(head.labels, decided, chosen, features.lengths, every)
 
 
 def flatten(prediction: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mtl_core import features, metrics
 from mtl_core.data.batching import Rows, collate, evaluation_batches
 from mtl_core.data.encoding import IGNORE, EncodedSplit
-from mtl_core.heads import MultilabelHead, TokenClassificationHead
+from mtl_core.heads import Head
 from mtl_core.model import Batch, MultiTaskModel
 from mtl_core.world import World
 
@@ -104,26 +105,23 @@ def evaluate(
 def _count(
     counts: metrics.Counts,
     task: str,
-    head: Any,
-    logits: Any,
+    head: Head,
+    logits: NDArray[np.float32],
     split: EncodedSplit,
     rows: Rows,
     batch: Batch,
 ) -> None:
     """Add one batch's predictions for one task."""
-    if not isinstance(head, TokenClassificationHead):
+    if head.level == "sentence":
         gold = batch.labelled[task].targets.numpy()
-        if isinstance(head, MultilabelHead):
-            chosen = head.scores(logits) >= head.config.threshold
-            metrics.count_multilabel(counts, gold, chosen)
-        else:
-            metrics.count_classes(counts, gold, logits.argmax(axis=-1))
+        count = metrics.count_multilabel if gold.ndim == 2 else metrics.count_classes
+        count(counts, gold, head.decide(logits, np.ones(len(gold), dtype=np.int64)))
         return
     labelled = rows[split.present[task][rows]]
     targets, starts = split.targets[task], split.starts
     reals = [targets[starts[row] : starts[row + 1]] != IGNORE for row in labelled]
     lengths = np.array([real.sum() for real in reals], dtype=np.int64)
-    decoded = head.decode_texts(logits, lengths)
+    decoded = head.decide(logits, lengths)
     first = 0
     for row, real, length in zip(labelled, reals, lengths, strict=True):
         tags = np.zeros(len(real), dtype=np.int64)

@@ -66,6 +66,11 @@ class Head(nn.Module):
         """(N, num_outputs) logits → probabilities of the same shape."""
         return softmax(logits)
 
+    def decide(self, logits: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        """(N, num_outputs) logits → (N,) ids of classes, or of tags for texts of these lengths."""
+        likeliest: NDArray[np.int64] = logits.argmax(axis=-1)
+        return likeliest
+
     def set_label_counts(self, counts: NDArray[np.int64]) -> None:
         """Turn `class_weights` into factors, given how often each output occurs in train.
 
@@ -137,6 +142,10 @@ class MultilabelHead(Head):
         probabilities: NDArray[np.float32] = (0.5 + 0.5 * np.tanh(0.5 * logits)).astype(np.float32)
         return probabilities
 
+    def decide(self, logits: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        """(N, C) logits → (N, C) whether each label is given."""
+        return self.scores(logits) >= self.config.threshold
+
 
 class TokenClassificationHead(Head):
     """Entities as BIO2 tags of sub-words; `labels` are the entity types."""
@@ -162,9 +171,7 @@ class TokenClassificationHead(Head):
             return viterbi(logits)
         return legalise(logits.argmax(axis=-1), len(self.labels))
 
-    def decode_texts(
-        self, logits: NDArray[np.float32], lengths: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def decide(self, logits: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[Any]:
         """(L, T) logits of the sub-words of texts of these lengths → (L,) tag ids.
 
         Where every sub-word's likeliest tag makes a legal sequence, that is the answer: no legal

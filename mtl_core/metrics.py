@@ -5,7 +5,7 @@ Shapes: C labels, E entity types, T tags (O, then E of B-, then E of I-).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,23 +51,22 @@ def count_entities(counts: Counts, gold: Counts, predicted: Counts) -> None:
     Strict entity level as seqeval's `mode="strict", scheme=IOB2`: type and both ends must agree.
     """
     num_types = len(counts) - 1
-    truth, found = entities(gold, num_types), entities(predicted, num_types)
+    truth, found = (set(tagged_spans(tags.tolist(), num_types)) for tags in (gold, predicted))
     for column, group in enumerate((truth & found, found, truth)):
         for kind, _, _ in group:
             counts[kind, column] += 1
     counts[-1, :2] += (int((gold == predicted).sum()), len(gold))
 
 
-def entities(tags: Counts, num_types: int) -> set[tuple[int, int, int]]:
-    """(type, first word, last word) of each entity in legal (W,) tag ids."""
-    found, start = set(), None
+def tagged_spans(tags: Sequence[int], num_types: int) -> Iterator[tuple[int, int, int]]:
+    """(type, first, end) of each entity in legal tag ids."""
+    start = -1
     for position, tag in enumerate([*tags, 0]):
-        if start is not None and tag <= num_types:
-            found.add((int(tags[start]) - 1, start, position - 1))
-            start = None
+        if start >= 0 and tag <= num_types:
+            yield tags[start] - 1, start, position
+            start = -1
         if 1 <= tag <= num_types:
             start = position
-    return found
 
 
 def word_tags(token_tags: Counts, word_tokens: NDArray[np.int32], num_types: int) -> Counts:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mtl_core.answers import Features, Prediction, TokenOutput, run_head
+from mtl_core.answers import Features, Prediction, run_head
 from mtl_core.artifact import load_encoder, load_model, read_manifest
 from mtl_core.heads import Head
 from mtl_core.model import MultiTaskModel
@@ -202,13 +202,7 @@ class Predictor:
         features = self.stage.encode(items, [wants_tokens] * len(items))
         rows: list[dict[str, Prediction]] = [{} for _ in items]
         for task, head in heads.items():
-            output = run_head(head, features)
-            answers: Iterator[Prediction]
-            if isinstance(output, TokenOutput):
-                offsets = [item.placed[0] for item in items]
-                answers = output.entities([item.text for item in items], offsets)
-            else:
-                answers = output.predictions()
+            answers = run_head(head, features).predictions(items)
             for row, answer in zip(rows, answers, strict=True):
                 row[task] = answer
         return rows

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_core.answers import Features, Output, Prediction, SentenceOutput, TokenOutput
+from mtl_core.answers import Features, Output, Prediction
 from mtl_core.predictor import EncodingStage, unit
 from mtl_core.windows import Tokenized, check_size
 from serve_app.batcher import Batch, Batcher, Job, fail
@@ -87,12 +87,8 @@ class Answer:
         """Each text's answer for a task that did not fail."""
         for part in self.parts:
             output = part.outputs[task]
-            if isinstance(output, TokenOutput):
-                offsets = [item.placed[0] for item in part.items]
-                yield from output.entities([item.text for item in part.items], offsets)
-            else:
-                assert isinstance(output, SentenceOutput)
-                yield from output.predictions()
+            assert not isinstance(output, HeadUnavailable)
+            yield from output.predictions(part.items)
 
 
 class Service:

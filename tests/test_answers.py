@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mtl_core.answers import Features, SentenceOutput, TokenOutput, flatten, run_head
 from mtl_core.config import TaskConfig
 from mtl_core.heads import Head, TokenClassificationHead, build_head
+from mtl_core.windows import Tokenized
 
 TYPES = ("person", "place")
 NUM_TAGS = 1 + 2 * len(TYPES)
@@ -36,6 +37,14 @@ def features(lengths: list[int]) -> Features:
     )
 
 
+def items(lengths: list[int]) -> list[Tokenized]:
+    """Texts of one window, a character a sub-word."""
+    return [
+        Tokenized("abcdefghij"[:n], [[0] * n], [list(range(n))], [(i, i + 1) for i in range(n)])
+        for n in lengths
+    ]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 9), max_size=6),
@@ -54,7 +63,7 @@ def test_texts_are_decoded_together_as_one_by_one(
     alone = [
         built.decode(logits[end - length : end]) for end, length in zip(ends, lengths, strict=True)
     ]
-    together = built.decode_texts(logits, np.array(lengths, dtype=np.int64))
+    together = built.decide(logits, np.array(lengths, dtype=np.int64))
     np.testing.assert_array_equal(together, np.concatenate([np.zeros(0, np.int64), *alone]))
 
 
@@ -63,8 +72,8 @@ def test_a_text_cannot_continue_the_entity_of_the_text_before() -> None:
     assert isinstance(built, TokenClassificationHead)
     logits = np.full((2, NUM_TAGS), -9.0, dtype=np.float32)
     logits[0, 1] = logits[1, 3] = 9.0  # B-person, then I-person
-    one = built.decode_texts(logits, np.array([2]))
-    two = built.decode_texts(logits, np.array([1, 1]))
+    one = built.decide(logits, np.array([2]))
+    two = built.decide(logits, np.array([1, 1]))
     assert one.tolist() == [1, 3]
     assert two[0] == 1
     assert two[1] != 3
@@ -76,14 +85,13 @@ def test_a_part_says_what_the_whole_says(all_tags: bool) -> None:
     output = run_head(head("token_classification"), whole, all_tags)
     assert isinstance(output, TokenOutput)
     assert (output.scores is not None) == all_tags
-    texts = ["abcdefghij"] * len(LENGTHS)
-    offsets = [[(i, i + 1) for i in range(length)] for length in LENGTHS]
-    every = list(output.entities(texts, offsets))
+    texts = items(LENGTHS)
+    every = list(output.predictions(texts))
     assert sum(map(len, every)) > 3
     for first in range(len(LENGTHS) + 1):
         for last in range(first, len(LENGTHS) + 1):
             part = output.part(first, last)
-            assert list(part.entities(texts[first:last], offsets[first:last])) == every[first:last]
+            assert list(part.predictions(texts[first:last])) == every[first:last]
             if part.scores is not None:
                 assert part.scores.shape == (sum(LENGTHS[first:last]), NUM_TAGS)
                 chosen = part.scores[np.arange(len(part.tags)), part.tags]
@@ -94,9 +102,11 @@ def test_a_part_says_what_the_whole_says(all_tags: bool) -> None:
 def test_a_part_of_sentences_says_what_the_whole_says(kind: str) -> None:
     output = run_head(head(kind, ("a", "b", "c")), features(LENGTHS))
     assert isinstance(output, SentenceOutput)
-    every = list(output.predictions())
+    texts = items(LENGTHS)
+    every = list(output.predictions(texts))
     for first in range(len(LENGTHS)):
-        assert list(output.part(first, first + 2).predictions()) == every[first : first + 2]
+        part = output.part(first, first + 2)
+        assert list(part.predictions(texts[first : first + 2])) == every[first : first + 2]
 
 
 @pytest.mark.parametrize("rows", [[0], [3, 5], [5, 0, 3], [1], [0, 1, 2, 3, 4, 5]])
@@ -135,7 +145,8 @@ def test_probabilities_are_softmax_or_sigmoid_and_best_is_the_highest_logit() ->
             built = head(kind, ("a", "b", "c"))
             output: Any = run_head(built, whole)
             np.testing.assert_allclose(output.scores, expected(built(pooled)), atol=1e-6)
-            for row, answer in zip(output.scores, output.predictions(), strict=True):
+            answers = output.predictions(items(LENGTHS))
+            for row, answer in zip(output.scores, answers, strict=True):
                 if kind == "classification":
                     assert answer["label"] == "abc"[int(row.argmax())]
                 else:

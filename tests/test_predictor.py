@@ -300,7 +300,7 @@ def test_a_label_is_given_from_its_threshold_on(expert: Predictor) -> None:
     with torch.no_grad():
         for parameter, values in zip(head.parameters(), kept, strict=True):
             parameter.copy_(values)
-    (answer,) = output.predictions()
+    (answer,) = output.predictions(expert.tokenize(["a text"]))
     assert answer["scores"]["good"] == 0.5  # rounded, but less
     assert answer["labels"] == ["bad", "late"]
 

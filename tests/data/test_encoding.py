@@ -22,7 +22,7 @@ from mtl_core.data.encoding import (
 from mtl_core.data.examples import Corpus, DataError, Example, Span
 from mtl_core.encoder import load_tokenizer
 from mtl_core.heads import tag_names
-from mtl_core.metrics import entities, word_tags
+from mtl_core.metrics import tagged_spans, word_tags
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "deberta-v2", "mpnet")
 TYPES = ("loc", "per")
@@ -91,10 +91,9 @@ def test_spans_come_back_from_the_tags_of_sub_words(
     tags = split.targets["ner"]
     real = np.flatnonzero(tags != IGNORE)
     assert [int(p) for p in real] == [p for p, (start, end) in enumerate(ranges) if start < end]
-    found = entities(tags[real], len(TYPES))
     decoded = [
-        Span(ranges[real[first]][0], ranges[real[last]][1], TYPES[kind])
-        for kind, first, last in sorted(found, key=lambda entity: entity[1])
+        Span(ranges[real[first]][0], ranges[real[end - 1]][1], TYPES[kind])
+        for kind, first, end in tagged_spans(tags[real], len(TYPES))
     ]
     assert decoded == sentence.spans
     # The same through words: what their first sub-words say is what the words were given.
