@@ -45,6 +45,16 @@ class Evaluation:
             {task: values[metrics.PRIMARY[self.kinds[task]]] for task, values in scores.items()}
         )
 
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Task → scores, and precision, recall and F1 a label; tasks as in `scores`."""
+        return {
+            task: {
+                "scores": values,
+                "labels": metrics.per_label(self.kinds[task], self.counts[task], self.labels[task]),
+            }
+            for task, values in self.scores().items()
+        }
+
     def flat(self, split: str) -> dict[str, float]:
         """`split/task/metric` → value, with the loss."""
         row = {

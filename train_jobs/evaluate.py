@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-import torch
 from rich.console import Console
 
-from mtl_core.artifact import load_config, load_model, read_manifest
+from mtl_core.artifact import load_config, read_manifest
 from mtl_core.command import run_command
 from mtl_core.config import RESERVED_COLUMNS, SPLITS, ConfigError, SourceConfig, Split
-from mtl_core.data.encoding import Labels
 from mtl_core.data.prepare import prepare_scored
 from mtl_core.evaluation import Evaluation, evaluate
-from mtl_core.metrics import per_label
-from mtl_core.runtime import RuntimeName, load_runtime, with_runtime
+from mtl_core.predictor import Predictor
+from mtl_core.runtime import RuntimeName, with_runtime
 from mtl_core.storage import fetch
 from train_jobs.console import label_table, score_table
 
@@ -53,26 +51,19 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError("--split: what --data names is scored whole; leave one of them out")
     split: Split = options.split or "test"
     artifact = str(fetch(options.artifact))
-    labels, result = evaluate_artifact(artifact, split, options.data, options.runtime)
-    show(labels, result, "--data" if options.data else split)
+    report = evaluate_artifact(artifact, split, options.data, options.runtime).report()
+    show(report, "--data" if options.data else split)
     carried = carried_tasks(artifact)
     if carried and not options.data:
         print(f"not scored, for want of their data: {', '.join(carried)}; give --data TASK=PATH")
     if options.output:
-        report = {
-            task: {
-                "scores": scores,
-                "labels": per_label(result.kinds[task], result.counts[task], labels[task]),
-            }
-            for task, scores in result.scores().items()
-        }
         Path(options.output).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def evaluate_artifact(
     artifact: str, split: Split, data: Sequence[str] = (), runtime: RuntimeName = "torch-fp32"
-) -> tuple[Labels, Evaluation]:
-    """Labels and counts of an artifact on a split of its own data, or on other data.
+) -> Evaluation:
+    """Counts of an artifact on a split of its own data, or on other data.
 
     Raises:
         ArtifactError: the artifact is damaged.
@@ -81,11 +72,9 @@ def evaluate_artifact(
     """
     sources = other_sources(artifact, data) if data else None
     labels, scored = prepare_scored(artifact, split, sources)
-    manifest = read_manifest(artifact, check_files=False)
-    model = load_model(artifact)
-    cpu = torch.device("cpu")
-    executes = load_runtime(runtime, artifact, manifest, lambda: model.encoder, cpu)
-    return labels, evaluate(with_runtime(model, executes), scored, tasks=list(labels))
+    loaded = Predictor.load(artifact, runtime=runtime)
+    model = with_runtime(loaded.model, loaded.stage.runtime)
+    return evaluate(model, scored, tasks=list(labels))
 
 
 def other_sources(artifact: str, data: Sequence[str]) -> list[SourceConfig]:
@@ -126,13 +115,13 @@ def carried_tasks(artifact: str) -> list[str]:
     return [task for task in read_manifest(artifact, check_files=False).tasks if task not in own]
 
 
-def show(labels: Labels, result: Evaluation, split: str) -> None:
+def show(report: Mapping[str, Any], split: str) -> None:
     console = Console(highlight=False)
-    console.print(score_table("scores", {split: result.scores()}))
-    for task in result.scores():
-        rows = per_label(result.kinds[task], result.counts[task], labels[task])
+    scores = {task: values["scores"] for task, values in report.items()}
+    console.print(score_table("scores", {split: scores}))
+    for task, values in report.items():
         title = f"{task}: by label ({split})"
-        console.print(label_table(title, rows, 40, "the file that --output names"))
+        console.print(label_table(title, values["labels"], 40, "the file that --output names"))
 
 
 if __name__ == "__main__":

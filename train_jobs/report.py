@@ -26,7 +26,7 @@ from mtl_core.artifact import (
 )
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.prepare import Data
-from mtl_core.metrics import per_label
+from mtl_core.evaluation import Evaluation
 from mtl_core.storage import fetch
 from train_jobs.console import label_table, score_table
 from train_jobs.runs import RESULT, RunFolder
@@ -59,13 +59,14 @@ def build_artifact(
         result = json.loads((root / RESULT).read_text(encoding="utf-8"))
         (root / RESULT).unlink()
         (root / "experiment.yaml").write_text(dump_experiment(experiment), encoding="utf-8")
-        report = build_report(experiment, data, result["splits"])
+        scored = evaluations(experiment, data, result["splits"])
+        report = build_report(scored)
         (root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        pictures = draw(root, experiment, data, result["splits"], folder.history())
+        pictures = draw(root, scored, folder.history())
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=experiment.name,
-            tasks=describe_tasks(root, experiment, result["splits"]),
+            tasks=describe_tasks(root, experiment, report),
             encoder=describe_encoder(root, experiment.init_from or experiment.encoder.model),
             data={
                 name: {"fingerprint": key, "texts": data.num_texts(name)}
@@ -90,7 +91,7 @@ def build_artifact(
 
 
 def describe_tasks(
-    root: Path, experiment: Experiment, splits: dict[str, Any]
+    root: Path, experiment: Experiment, report: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Task → kind, labels and metrics; heads carried over keep the metrics they came with."""
     start = experiment.init_from
@@ -99,30 +100,37 @@ def describe_tasks(
     for head in sorted(path.parent for path in root.glob("heads/*/head.json")):
         spec = json.loads((head / "head.json").read_text(encoding="utf-8"))
         name = head.name
-        measured = {
-            s: r[name]["scores"] for s, r in splits.items() if r.get(name, {}).get("scores")
-        }
+        measured = {split: rows[name]["scores"] for split, rows in report.items() if name in rows}
         if name not in experiment.tasks:
             measured = carried[name]["metrics"]
         tasks[name] = {"kind": spec["kind"], "labels": spec["labels"], "metrics": measured}
     return tasks
 
 
-def build_report(experiment: Experiment, data: Data, splits: dict[str, Any]) -> dict[str, Any]:
+def evaluations(
+    experiment: Experiment, data: Data, splits: dict[str, Any]
+) -> dict[str, Evaluation]:
+    """Split → what the workers counted of it."""
+    kinds = {task: config.kind for task, config in experiment.tasks.items()}
+    return {
+        split: Evaluation(
+            kinds,
+            data.labels,
+            {task: np.array(values["counts"]) for task, values in tasks.items()},
+            {task: values["loss"] for task, values in tasks.items()},
+        )
+        for split, tasks in splits.items()
+    }
+
+
+def build_report(scored: Mapping[str, Evaluation]) -> dict[str, Any]:
     """Split → task → scores, loss, and precision, recall and F1 a label."""
     return {
         split: {
-            task: {
-                "scores": values["scores"],
-                "loss": values["loss"],
-                "labels": per_label(
-                    experiment.tasks[task].kind, np.array(values["counts"]), data.labels[task]
-                ),
-            }
-            for task, values in tasks.items()
-            if values["scores"]
+            task: {**values, "loss": result.losses[task]}
+            for task, values in result.report().items()
         }
-        for split, tasks in splits.items()
+        for split, result in scored.items()
     }
 
 
@@ -160,9 +168,7 @@ def show_result(folder: RunFolder) -> None:
     print(f'next:     python -m train_jobs.predict --artifact {shlex.quote(where)} --text "…"')
 
 
-def draw(
-    root: Path, experiment: Experiment, data: Data, splits: dict[str, Any], history: History
-) -> list[str]:
+def draw(root: Path, scored: Mapping[str, Evaluation], history: History) -> list[str]:
     """Draw what there is to draw; returns the pictures' paths within the artifact."""
     (root / "plots").mkdir()
     pictures = []
@@ -172,17 +178,15 @@ def draw(
     if any(key.startswith("cosine/") for row in history for key in row):
         pictures.append("plots/gradient_cosines.png")
         plots.gradient_cosines(history, root / pictures[-1])
-    for split, tasks in list(splits.items())[-1:]:
-        for task, values in tasks.items():
-            kind, counts = experiment.tasks[task].kind, np.array(values["counts"])
-            labels = data.labels[task]
-            if not values["scores"] or len(labels) > MOST_LABELS_IN_MATRIX:
+    for split, result in list(scored.items())[-1:]:
+        for task, values in result.report().items():
+            labels, title = result.labels[task], f"{task} on {split}"
+            if len(labels) > MOST_LABELS_IN_MATRIX:
                 continue
-            title = f"{task} on {split}"
-            if kind == "classification":
+            if result.kinds[task] == "classification":
                 pictures.append(f"plots/confusion_{task}.png")
-                plots.confusion_matrix(counts, labels, root / pictures[-1], title)
+                plots.confusion_matrix(result.counts[task], labels, root / pictures[-1], title)
             else:
                 pictures.append(f"plots/labels_{task}.png")
-                plots.per_type_bars(per_label(kind, counts, labels), root / pictures[-1], title)
+                plots.per_type_bars(values["labels"], root / pictures[-1], title)
     return pictures

@@ -21,7 +21,7 @@ from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, reopen
 from mtl_core.data.shards import ElsewhereError
 from mtl_core.errors import ArtifactError, EncoderError, TrainingError
-from mtl_core.evaluation import Evaluation, evaluate
+from mtl_core.evaluation import evaluate
 from mtl_core.freezing import apply_freezing
 from mtl_core.loop import fit
 from mtl_core.model import MultiTaskModel
@@ -157,7 +157,13 @@ def _report_result(
                 "best_epoch": state.best_epoch,
                 "trained": state.optimizer is not None,
                 "encoder_passes": model.encoder.num_passes,
-                "splits": {name: pack(result) for name, result in results.items()},
+                "splits": {
+                    name: {
+                        task: {"counts": counts.tolist(), "loss": result.losses.get(task)}
+                        for task, counts in result.counts.items()
+                    }
+                    for name, result in results.items()
+                },
             }
             (Path(folder) / RESULT).write_text(json.dumps(content), encoding="utf-8")
         session.report(metrics, Path(folder) if world.rank == 0 else None)
@@ -180,15 +186,3 @@ def _exact_states(
         world.barrier()
         caches[name] = features.open_cache(path, depth)
     return caches
-
-
-def pack(result: Evaluation) -> dict[str, Any]:
-    """An evaluation as plain JSON values."""
-    return {
-        task: {
-            "counts": counts.tolist(),
-            "scores": result.scores().get(task, {}),
-            "loss": result.losses.get(task),
-        }
-        for task, counts in result.counts.items()
-    }
