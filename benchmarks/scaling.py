@@ -37,7 +37,7 @@ import torch.distributed as dist
 from benchmarks.train.slices import in_turn
 from mtl_core.build import begin
 from mtl_core.config import load_experiment
-from mtl_core.data.batching import Schedule, shard
+from mtl_core.data.batching import Schedule, deal
 from mtl_core.data.prepare import prepare
 
 CONFIG = "train_jobs/configs/snips.yaml"
@@ -147,7 +147,7 @@ def dealt(workers: int, batch: int) -> list[list[int]]:
     schedule = Schedule(train, experiment.mixing, batch, None, experiment.seed)
     lengths = train.lengths
     return [
-        [int(lengths[shard(rows, lengths, rank, workers)].sum()) for rank in range(workers)]
+        [int(lengths[deal(rows, lengths, rank, workers)].sum()) for rank in range(workers)]
         for rows in schedule.batches(0)
     ]
 

@@ -174,6 +174,11 @@ class SentenceEncoder(nn.Module):
         return int(self.transformer.config.hidden_size)
 
     @property
+    def pad_id(self) -> int:
+        """The tokenizer's padding id."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
     def num_layers(self) -> int:
         return int(self.transformer.config.num_hidden_layers)
 

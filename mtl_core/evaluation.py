@@ -91,11 +91,10 @@ def evaluate(
     heads = {task: model.head(task) for task in tasks}
     counts = {t: metrics.empty_counts(h.kind, len(h.labels)) for t, h in heads.items()}
     loss = {task: [0.0, 0.0] for task in tasks}
-    token_tasks = frozenset(task for task, head in model.head_items if head.level == "token")
     for index, rows in enumerate(evaluation_batches(split)):
         if index % world.size != world.rank:
             continue
-        batch = collate(split, rows, features.pad_id(model), token_tasks)
+        batch = collate(split, rows, model.encoder.pad_id)
         batch = cache.attach(batch, split, rows) if cache else batch
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             logits = model.logits(batch.to(world.device))

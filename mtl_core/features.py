@@ -72,14 +72,12 @@ def cached_layers(
     return depth if depth and splits_cleanly(model, split, depth, device) else 0
 
 
-def cache_file(
-    model: MultiTaskModel, split_key: str, depth: int, dtype: np.dtype[np.generic]
-) -> Path:
+def cache_file(model: MultiTaskModel, split_key: str, depth: int, bf16: bool) -> Path:
     """Where the states of these texts under these weights are, or will be.
 
     Layers above `depth` do not count: a run that goes on from a checkpoint finds its file again.
     """
-    digest = hashlib.sha256(f"{split_key} {depth} {dtype}".encode())
+    digest = hashlib.sha256(f"{split_key} {depth} {_dtype(bf16)}".encode())
     digest.update(model.encoder.transformer.config.to_json_string().encode())
     for name, tensor in model.encoder.lower_part(depth).state_dict().items():
         digest.update(name.encode())
@@ -93,16 +91,18 @@ def build_cache(
     path: Path,
     depth: int,
     device: torch.device,
-    dtype: np.dtype[np.generic],
-    autocast: bool,
+    bf16: bool,
 ) -> Iterator[float]:
     """Write the states of every text; yields the share done, and leaves nothing half-written.
 
-    Trials of a sweep come to the same states at the same time: one writes them, the others wait.
+    Ranks of a machine and trials of a sweep come to the same states at the same time: one writes
+    them, the others wait.
 
     Raises:
         OSError: the disk is full.
     """
+    if is_built(path):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         with suppress(OSError):  # a file system without locks only costs the work twice
@@ -110,7 +110,7 @@ def build_cache(
             for left in path.parent.glob(f"{path.stem}.*.partial.npy"):  # by one that was killed
                 left.unlink()
         if not is_built(path):
-            yield from _write_states(model, split, path, depth, device, dtype, autocast)
+            yield from _write_states(model, split, path, depth, device, bf16)
 
 
 @torch.no_grad()
@@ -120,10 +120,9 @@ def _write_states(
     path: Path,
     depth: int,
     device: torch.device,
-    dtype: np.dtype[np.generic],
-    autocast: bool,
+    bf16: bool,
 ) -> Iterator[float]:
-    encoder, hidden = model.encoder, model.encoder.hidden_size
+    encoder, hidden, dtype = model.encoder, model.encoder.hidden_size, _dtype(bf16)
     size = len(split.input_ids) * hidden * dtype.itemsize
     if size > shutil.disk_usage(path.parent).free * 0.9:
         raise OSError(f"{path.parent}: the feature cache needs {size / 2**30:.1f} GiB of disk")
@@ -135,9 +134,9 @@ def _write_states(
         offset = np.lib.format.open_memmap(partial, "w+", dtype, shape).offset
         with partial.open("r+b") as file:
             for rows in evaluation_batches(split):
-                batch = collate(split, rows, pad_id(model), frozenset(), without_labels=True)
+                batch = collate(split, rows, encoder.pad_id, without_labels=True)
                 batch = batch.to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     output = encoder.lower(depth, batch.input_ids, batch.attention_mask)
                 states = output.float().cpu().numpy().astype(dtype, copy=False)
                 for row, (first, last) in zip(states, ranges(split, rows), strict=True):
@@ -148,6 +147,11 @@ def _write_states(
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _dtype(bf16: bool) -> np.dtype[np.generic]:
+    """What keeps states of a pass in bfloat16, which NumPy has not, or in fp32."""
+    return np.dtype(np.float16 if bf16 else np.float32)
 
 
 def is_built(path: Path) -> bool:
@@ -177,15 +181,10 @@ def splits_cleanly(
     model.encoder.eval()
     try:
         rows = np.arange(min(4, len(split)))
-        batch = collate(split, rows, pad_id(model), frozenset(), without_labels=True).to(device)
+        batch = collate(split, rows, model.encoder.pad_id, without_labels=True).to(device)
         whole, _ = model.encoder(batch.input_ids, batch.attention_mask)
         states = model.encoder.lower(depth, batch.input_ids, batch.attention_mask)
         parts, _ = model.encoder.upper(depth, states, batch.attention_mask)
         return bool(torch.allclose(whole, parts, atol=1e-4))
     finally:
         model.encoder.train(training)
-
-
-def pad_id(model: MultiTaskModel) -> int:
-    """The tokenizer's padding id."""
-    return int(model.encoder.tokenizer.pad_token_id or 0)

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtl_core import features, freezing, optim
 from mtl_core.config import Experiment
-from mtl_core.data.batching import Rows, Schedule, collate, shard
+from mtl_core.data.batching import Rows, Schedule, collate, deal
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import Data
 from mtl_core.data.shards import ShardLoader, Whole
@@ -103,7 +103,7 @@ class _Run:
         self.tasks = list(experiment.tasks)
         self.bf16 = use_bf16(experiment.training.precision, world.device)
         bound_kernel_caches()
-        self.pad_id = features.pad_id(self.model)
+        self.pad_id = self.model.encoder.pad_id
         self.caches: dict[str, features.FeatureCache | None] = {"train": None, "validation": None}
         self.wrapped: MultiTaskModel | DistributedDataParallel = self.model
         self.shared: SharedGradients | None = None
@@ -121,21 +121,17 @@ class _Run:
         depth = features.cached_layers(self.model, self.experiment, sample, device)
         if depth == 0 or self.data.shards is not None:
             return
-        dtype = np.dtype(np.float16 if self.bf16 else np.float32)
         for name in self.caches:
             split = self.data.splits.get(name)
             if split is None or not len(split):
                 continue
-            path = features.cache_file(self.model, self.data.keys[name], depth, dtype)
+            path = features.cache_file(self.model, self.data.keys[name], depth, self.bf16)
             row = {"split": name, "texts": len(split), "layers": depth}
-            if not features.is_built(path):  # one rank of a machine does it, the others wait
-                shown = 0.0
-                for done in features.build_cache(
-                    self.model, split, path, depth, device, dtype, self.bf16
-                ):
-                    if done >= shown + 0.1 and done < 1:
-                        shown = done
-                        yield Event("features", {**row, "done": round(done, 2)})
+            shown = 0.0
+            for done in features.build_cache(self.model, split, path, depth, device, self.bf16):
+                if done >= shown + 0.1 and done < 1:
+                    shown = done
+                    yield Event("features", {**row, "done": round(done, 2)})
             self.world.barrier()
             self.caches[name] = features.open_cache(path, depth)
             yield Event("features", {**row, "done": 1.0})
@@ -279,15 +275,12 @@ class _Run:
 
     def _micro_batch(self, rows: Rows) -> tuple[Batch, int]:
         """This rank's share of a batch; a rank left without rows gets one without its labels."""
-        mine = shard(rows, self.train.lengths, self.world.rank, self.world.size)
+        mine = deal(rows, self.train.lengths, self.world.rank, self.world.size)
         empty = len(mine) == 0
         if empty:
             mine = rows[:1]
-        token_tasks = frozenset(t for t, head in self.model.head_items if head.level == "token")
         multiple = 8 if self.world.device.type == "cuda" else 1
-        batch = collate(
-            self.train, mine, self.pad_id, token_tasks, without_labels=empty, multiple_of=multiple
-        )
+        batch = collate(self.train, mine, self.pad_id, without_labels=empty, multiple_of=multiple)
         cache = self.caches["train"]
         if cache is not None:
             batch = cache.attach(batch, self.train, mine)

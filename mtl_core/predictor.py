@@ -140,7 +140,7 @@ class Predictor:
             Windows(self.tokenizer.backend_tokenizer, model.encoder.max_length),
             runtime or TorchRuntime(model.encoder, where),
             model.encoder.hidden_size,
-            int(self.tokenizer.pad_token_id or 0),
+            model.encoder.pad_id,
         )
 
     @classmethod

@@ -53,11 +53,9 @@ def split_for(model: MultiTaskModel) -> EncodedSplit:
 
 
 def build(
-    model: MultiTaskModel, split: EncodedSplit, path: Path, depth: int, dtype: str = "float32"
+    model: MultiTaskModel, split: EncodedSplit, path: Path, depth: int, bf16: bool = False
 ) -> features.FeatureCache:
-    done = list(
-        features.build_cache(model, split, path, depth, CPU, np.dtype(dtype), autocast=False)
-    )
+    done = list(features.build_cache(model, split, path, depth, CPU, bf16))
     assert done == sorted(done)
     assert done[-1] == 1
     cache = features.open_cache(path, depth)
@@ -69,7 +67,7 @@ def losses_and_gradients(
     model: MultiTaskModel, split: EncodedSplit, cache: features.FeatureCache | None
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     rows = Schedule(split, _mixing(), 8, None, 0).batches(0)[0]
-    batch = collate(split, rows, features.pad_id(model), frozenset({"ner"}))
+    batch = collate(split, rows, model.encoder.pad_id)
     if cache is not None:
         batch = cache.attach(batch, split, rows)
     model.zero_grad(set_to_none=True)
@@ -110,7 +108,7 @@ def test_cached_training_computes_what_uncached_training_does(
 def test_a_half_precision_cache_is_close(folders: dict[str, Path], tmp_path: Path) -> None:
     model = model_of(folders["bert"])
     split = split_for(model)
-    cache = build(model, split, tmp_path / "states.npy", 3, "float16")
+    cache = build(model, split, tmp_path / "states.npy", 3, bf16=True)
     assert cache.dtype == np.float16
     apply_freezing(model, FreezeConfig(encoder=True), 0)
     plain, _ = losses_and_gradients(model, split, None)
@@ -127,7 +125,7 @@ def test_a_cache_adds_nothing_to_a_process_s_memory(
     path = tmp_path / "states.npy"
     cache = build(model, split, path, 3)
     rows = np.arange(len(split))
-    batch = collate(split, rows, features.pad_id(model), frozenset(), without_labels=True)
+    batch = collate(split, rows, model.encoder.pad_id, without_labels=True)
     assert cache.attach(batch, split, rows).states is not None
     assert str(path) not in Path("/proc/self/maps").read_text()
 
@@ -146,7 +144,7 @@ def test_the_encoder_passes_once_per_batch_in_all_not_per_epoch(
 
 
 def cache_files(model: MultiTaskModel, key: str = "k", depth: int = 2) -> Path:
-    return features.cache_file(model, key, depth, np.dtype("float32"))
+    return features.cache_file(model, key, depth, bf16=False)
 
 
 def test_a_cache_is_found_by_texts_depth_and_the_weights_below(folders: dict[str, Path]) -> None:
@@ -156,7 +154,7 @@ def test_a_cache_is_found_by_texts_depth_and_the_weights_below(folders: dict[str
     others = [
         cache_files(model, key="other"),
         cache_files(model, depth=1),
-        features.cache_file(model, "k", 2, np.dtype("float16")),
+        features.cache_file(model, "k", 2, bf16=True),
         cache_files(model_of(folders["distilbert"])),
     ]
     assert len({path, *others}) == 5
@@ -180,7 +178,7 @@ def test_a_build_that_stops_halfway_leaves_no_file(
     split = split_for(model)
     monkeypatch.setattr(features, "evaluation_batches", lambda s: evaluation_batches(s, 32))
     path = tmp_path / "cache" / "states.npy"
-    running = features.build_cache(model, split, path, 3, CPU, np.dtype("float32"), False)
+    running = features.build_cache(model, split, path, 3, CPU, False)
     assert 0 < next(running) < 1
     assert features.open_cache(path, 3) is None
     assert list(path.parent.iterdir())
@@ -199,7 +197,7 @@ def test_two_builds_of_one_cache_at_once_both_succeed(
     monkeypatch.setattr(features, "evaluation_batches", lambda s: evaluation_batches(s, 32))
     monkeypatch.setattr(features.fcntl, "lockf", without_locks)
     path = tmp_path / "states.npy"
-    arguments: Any = (model, split, path, 3, CPU, np.dtype("float32"), False)
+    arguments: Any = (model, split, path, 3, CPU, False)
     slow, fast = features.build_cache(*arguments), features.build_cache(*arguments)
     next(slow)
     next(fast)
@@ -298,7 +296,7 @@ def test_states_that_another_process_computes_are_waited_for(
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         told: list[float] = []
-        states = features.build_cache(model, split, wanted, 2, CPU, np.dtype("float32"), False)
+        states = features.build_cache(model, split, wanted, 2, CPU, False)
         waiting = threading.Thread(target=lambda: told.extend(states), daemon=True)
         waiting.start()
         waiting.join(0.2)

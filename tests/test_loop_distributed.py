@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mtl_core.build import begin
 from mtl_core.config import Experiment
-from mtl_core.data.batching import Schedule, shard
+from mtl_core.data.batching import Schedule, deal
 from mtl_core.data.prepare import Data
 from tests.ranks import (
     GROUPS,
@@ -147,7 +147,7 @@ def test_the_runs_deal_tasks_and_texts_out_unevenly(
     batches = Schedule(split, config.mixing, config.training.batch_size, None, config.seed)
     uneven, absent = 0, 0
     for rows in batches.batches(0):
-        parts = [shard(rows, split.lengths, rank, size) for rank in range(size)]
+        parts = [deal(rows, split.lengths, rank, size) for rank in range(size)]
         for task in config.tasks:
             shares = [counts[task][part].sum() for part in parts]
             uneven += len(set(shares)) > 1

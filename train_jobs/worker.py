@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -178,11 +177,9 @@ def _exact_states(
     for name, split in data.splits.items() if depth else ():
         if name == "train":
             continue
-        exact = np.dtype(np.float32)
-        path = features.cache_file(model, data.keys[name], depth, exact)
-        if not features.is_built(path):
-            for _ in features.build_cache(model, split, path, depth, world.device, exact, False):
-                pass
+        path = features.cache_file(model, data.keys[name], depth, bf16=False)
+        for _ in features.build_cache(model, split, path, depth, world.device, bf16=False):
+            pass
         world.barrier()
         caches[name] = features.open_cache(path, depth)
     return caches

@@ -123,7 +123,7 @@ def _cycle(rows: Rows, count: int, random: np.random.Generator) -> Rows:
     return np.concatenate([random.permutation(rows) for _ in range(rounds)])[:count]
 
 
-def shard(rows: Rows, lengths: NDArray[np.int64], rank: int, world_size: int) -> Rows:
+def deal(rows: Rows, lengths: NDArray[np.int64], rank: int, world_size: int) -> Rows:
     """One rank's part of a batch, dealt by length so that ranks carry alike."""
     ordered = rows[np.argsort(lengths[rows], kind="stable")]
     return ordered[rank::world_size]
@@ -147,7 +147,6 @@ def collate(
     split: EncodedSplit,
     rows: Rows,
     pad_id: int,
-    token_tasks: frozenset[str],
     without_labels: bool = False,
     multiple_of: int = 1,
 ) -> Batch:
@@ -157,7 +156,6 @@ def collate(
         split: where the rows are.
         rows: (B,) row numbers.
         pad_id: the tokenizer's padding id.
-        token_tasks: which tasks label tokens.
         without_labels: leave every task unlabelled.
         multiple_of: round the padded length up to this; GPUs are fast at few, even shapes.
     """
@@ -169,7 +167,7 @@ def collate(
     input_ids[inside] = split.input_ids[flat]
     labelled = {}
     for task, target in split.targets.items():
-        if task in token_tasks:
+        if task in split.word_tags:  # it labels tokens
             grid = np.full((len(rows), width), IGNORE, dtype=np.int64)
             grid[inside] = target[flat]
             values = grid.reshape(-1)

@@ -55,7 +55,7 @@ class EncodedSplit:
     def label_counts(self, task: str) -> NDArray[np.int64]:
         """(N,) how many labelled items each row adds to a task's loss."""
         target = self.targets[task]
-        if target.ndim == 1 and len(target) == len(self.input_ids) and task in self.word_tags:
+        if task in self.word_tags:
             ends = np.concatenate([[0], np.cumsum(target != IGNORE)])
             counts: NDArray[np.int64] = ends[self.starts[1:]] - ends[self.starts[:-1]]
             return counts

@@ -1,4 +1,4 @@
-"""Schedules repeat exactly, keep their promises about rows and size, and shard without loss."""
+"""Schedules repeat exactly, keep promises about rows and size, and are dealt out without loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mtl_core.config import MixingConfig, TaskConfig
-from mtl_core.data.batching import Schedule, collate, evaluation_batches, shard, task_groups
+from mtl_core.data.batching import Schedule, collate, deal, evaluation_batches, task_groups
 from mtl_core.data.encoding import IGNORE, EncodedSplit
 
 STRATEGIES = ("proportional", "round_robin", "temperature", "joint")
@@ -160,10 +160,10 @@ def test_long_and_short_batches_come_in_random_order() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
-def test_shards_make_up_the_batch_and_carry_alike(world_size: int) -> None:
+def test_what_ranks_are_dealt_makes_up_the_batch_and_carry_alike(world_size: int) -> None:
     split = skewed_split()
     for batch in schedule(split, size=32).batches(0):
-        parts = [shard(batch, split.lengths, rank, world_size) for rank in range(world_size)]
+        parts = [deal(batch, split.lengths, rank, world_size) for rank in range(world_size)]
         assert sorted(flat(parts)) == sorted(batch.tolist())
         sizes = [len(part) for part in parts]
         assert max(sizes) - min(sizes) <= 1
@@ -188,7 +188,7 @@ def test_evaluation_takes_every_row_once_in_batches_that_fit() -> None:
 
 def test_a_collated_batch_is_what_the_rows_say() -> None:
     split = split_of([3, 5, 2], [0, 1, 2])
-    batch = collate(split, np.array([2, 0, 1]), 99, frozenset({"b"}))
+    batch = collate(split, np.array([2, 0, 1]), 99)
     assert batch.input_ids.tolist() == [
         [9, 10, 99, 99, 99],
         [1, 2, 3, 99, 99],
@@ -199,7 +199,7 @@ def test_a_collated_batch_is_what_the_rows_say() -> None:
     assert batch.labelled["a"].targets.tolist() == [2, 0]
     assert batch.labelled["b"].positions.tolist() == [1, 11, 12, 13, 14]
     assert batch.labelled["b"].targets.tolist() == [1] * 5
-    wide = collate(split, np.array([0]), 99, frozenset({"b"}), without_labels=True, multiple_of=8)
+    wide = collate(split, np.array([0]), 99, without_labels=True, multiple_of=8)
     assert wide.input_ids.shape == (1, 8)
     assert wide.attention_mask.sum() == 3
     assert [len(labelled.positions) for labelled in wide.labelled.values()] == [0, 0]
@@ -220,7 +220,7 @@ def test_a_joint_batch_costs_one_pass_through_the_encoder(tiny_encoders: Any) ->
     model = MultiTaskModel(encoder, heads).eval()
     split = split_of([5, 9, 7, 4], [2, 2, 2, 2])
     rows = schedule(split, "joint", size=4).batches(0)[0]
-    batch = collate(split, rows, 0, frozenset({"b"}))
+    batch = collate(split, rows, 0)
     sums = model(batch)
     assert encoder.num_passes == 1
     assert min(float(loss.detach()) for loss in sums.values()) > 0
