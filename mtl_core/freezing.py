@@ -51,7 +51,6 @@ def apply_freezing(model: MultiTaskModel, freeze: FreezeConfig, epoch: int) -> b
         for name, parameter in transformer.named_parameters():
             if name.startswith("pooler."):
                 parameter.requires_grad_(False)
-    assert model.weighting is not None
     for task, head in model.head_items:
         learns = task in model.weighting.loss_weights and task not in freeze.heads
         head.requires_grad_(learns)

@@ -33,7 +33,7 @@ from mtl_core.model import Batch, MultiTaskModel
 from mtl_core.runtime import bound_kernel_caches, use_bf16
 from mtl_core.shared_gradients import SharedGradients
 from mtl_core.state import TrainState
-from mtl_core.weighting import Step, Weighting
+from mtl_core.weighting import Step
 from mtl_core.world import World
 
 LOG_EVERY = 10
@@ -90,7 +90,9 @@ class _Run:
 
     def __init__(self, state: TrainState, data: Data, experiment: Experiment, world: World) -> None:
         self.state, self.data, self.experiment, self.world = state, data, experiment, world
-        self.model = state.model
+        assert state.optimizer is not None
+        self.model, self.optimizer = state.model, state.optimizer
+        self.weighting = state.model.weighting
         self.parts: Whole | ShardLoader
         if data.shards is None:
             self.parts = Whole(data.splits["train"])
@@ -108,11 +110,6 @@ class _Run:
         self.wrapped: MultiTaskModel | DistributedDataParallel = self.model
         self.shared: SharedGradients | None = None
         self.connected = False
-
-    @property
-    def weighting(self) -> Weighting:
-        assert self.model.weighting is not None
-        return self.model.weighting
 
     def prepare_features(self) -> Iterator[Event]:
         """Run what never learns once, when it is worth a file."""
@@ -151,7 +148,6 @@ class _Run:
     def _part(self, order: list[int], place: int) -> Iterator[Event]:
         """The rest of one part of the training texts: all of them, or a shard."""
         state, config = self.state, self.experiment.training
-        assert state.optimizer is not None
         number = order[place]
         self._take_up(order, place)
         if self.data.shards is not None:
@@ -164,7 +160,7 @@ class _Run:
         for index in range(state.step_in_part, len(steps)):
             done = before + share * (index + 0.5) / len(steps)
             factor = optim.set_rates(
-                state.optimizer, self.experiment.optim, (state.epoch + done) / config.epochs
+                self.optimizer, self.experiment.optim, (state.epoch + done) / config.epochs
             )
             self._step(steps[index], log)
             state.step += 1
@@ -224,13 +220,12 @@ class _Run:
 
     def _step(self, batches: list[Rows], log: _StepLog) -> None:
         """One optimiser step over one or more accumulated batches."""
-        state = self.state
-        assert state.optimizer is not None
         dropout = self._dropout()
         held = [{t: int(self.counts[t][rows].sum()) for t in self.tasks} for rows in batches]
         counts = {task: sum(labels[task] for labels in held) for task in self.tasks}
         started = time.perf_counter()
-        self.weighting.begin_step(Step(self.experiment.seed, state.step, counts), self.model)
+        step = Step(self.experiment.seed, self.state.step, counts)
+        self.weighting.begin_step(step, self.model.encoder, self.model.heads)
         for index, rows in enumerate(batches):
             share = {task: held[index][task] / max(counts[task], 1) for task in self.tasks}
             batch, tokens = self._micro_batch(rows)
@@ -257,8 +252,8 @@ class _Run:
         if not torch.isfinite(norm):
             raise self._not_finite(log.losses)
         self._clip(norm)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         log.seconds += time.perf_counter() - started
 
     def _dropout(self) -> contextlib.AbstractContextManager[Any]:
@@ -289,8 +284,7 @@ class _Run:
 
     def _norm(self) -> Tensor:
         """() of the whole gradient."""
-        assert self.state.optimizer is not None
-        groups = self.state.optimizer.param_groups
+        groups = self.optimizer.param_groups
         found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         return optim.total_norm(found)
 
@@ -301,8 +295,7 @@ class _Run:
         would take a few hundredths of a small encoder's step.
         """
         excess = norm / (self.experiment.optim.max_grad_norm or math.inf)
-        scale = excess if excess > 1 else None
-        self.state.optimizer.grad_scale = scale  # type: ignore[union-attr]
+        self.optimizer.grad_scale = excess if excess > 1 else None  # type: ignore[attr-defined]
 
     def _not_finite(self, losses: Mapping[str, Tensor]) -> TrainingError:
         """All ranks come here together: the gradient that was not finite is the summed one."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mtl_core.encoder import SentenceEncoder
 from mtl_core.heads import Head
-from mtl_core.weighting import Weighting
+from mtl_core.weighting import FixedWeighting, Weighting
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict()
         # Past the checks for attribute names: a task may be called `type`, `values` or `v1.2`.
         self.heads._modules.update(heads)
-        self.weighting = weighting
+        self.weighting = weighting or FixedWeighting({})
 
     def head(self, task: str) -> Head:
         head = self.heads[task]

@@ -53,7 +53,6 @@ class TrainState:
 
     def remembered(self) -> dict[str, Tensor]:
         """What the weighting strategy keeps from step to step besides parameters, by name."""
-        assert self.model.weighting is not None
         return dict(self.model.weighting.named_buffers(prefix="weighting"))
 
     def offer(self, score: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from mtl_core.config import Experiment, WeightingConfig
 from mtl_core.gradients import TaskGradients, cosines, surgery
 from mtl_core.world import World
-
-if TYPE_CHECKING:
-    from mtl_core.model import MultiTaskModel
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,11 @@ class Weighting(nn.Module):
         self.seen: dict[tuple[str, str], list[float]] = {}
         """Cosines since the last `report`."""
 
-    def begin_step(self, step: Step, model: MultiTaskModel) -> None:
+    def begin_step(self, step: Step, encoder: nn.Module, heads: nn.Module) -> None:
         self.gradients = None
         if self.asks_cosines(step):
             self.gradients = TaskGradients()
-            self.gradients.begin(_learning(model.encoder), step.present)
+            self.gradients.begin(_learning(encoder), step.present)
 
     def asks_cosines(self, step: Step) -> bool:
         every = self.config.gradient_cosines
@@ -179,8 +176,8 @@ class DynamicWeightAveraging(Weighting):
         self.register_buffer("labels", torch.zeros(num_tasks, dtype=double))
         self.register_buffer("factors", torch.ones(num_tasks))
 
-    def begin_step(self, step: Step, model: MultiTaskModel) -> None:
-        super().begin_step(step, model)
+    def begin_step(self, step: Step, encoder: nn.Module, heads: nn.Module) -> None:
+        super().begin_step(step, encoder, heads)
         self.counts = self.sums.new_tensor([step.counts[task] for task in self.loss_weights])
         self.losses = torch.zeros_like(self.sums)
 
@@ -220,8 +217,8 @@ class RandomLossWeighting(Weighting):
         super().__init__(loss_weights, config)
         self.factors = [1.0] * len(self.loss_weights)
 
-    def begin_step(self, step: Step, model: MultiTaskModel) -> None:
-        super().begin_step(step, model)
+    def begin_step(self, step: Step, encoder: nn.Module, heads: nn.Module) -> None:
+        super().begin_step(step, encoder, heads)
         raised = np.exp(step.random().standard_normal(len(self.factors)))
         self.factors = (len(raised) * raised / raised.sum()).tolist()
 
@@ -241,11 +238,11 @@ class GradientSurgery(Weighting):
     varies = False
     reduces_gradients = True
 
-    def begin_step(self, step: Step, model: MultiTaskModel) -> None:
-        shared = _learning(model.encoder)
+    def begin_step(self, step: Step, encoder: nn.Module, heads: nn.Module) -> None:
+        shared = _learning(encoder)
         self.num_shared = sum(parameter.numel() for parameter in shared)
         self.gradients = self.gradients or TaskGradients()
-        self.gradients.begin(shared + _learning(model.heads), step.present)
+        self.gradients.begin(shared + _learning(heads), step.present)
         self.random, self.asked = step.random(), self.asks_cosines(step)
 
     def backward(self, losses: Mapping[str, Tensor], share: Mapping[str, float]) -> None:

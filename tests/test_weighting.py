@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl_core import loop
 from mtl_core.build import begin
@@ -170,14 +170,10 @@ def test_dwa_weighs_by_the_rates_of_the_losses_that_were_told(
 
 
 def epoch_of(weighting: Weighting, losses: dict[str, float], counts: dict[str, int]) -> None:
-    weighting.begin_step(Step(0, 0, counts), ANY_MODEL)
+    weighting.begin_step(Step(0, 0, counts), nn.Module(), nn.Module())
     weighting.backward(tensors(losses, requires_grad=True), WHOLE)
     weighting.finish_step(World())
     weighting.end_epoch()
-
-
-ANY_MODEL: Any = None
-"""For strategies that do not look at it."""
 
 
 def test_dwa_has_no_rate_of_a_task_that_an_epoch_does_not_hold() -> None:
@@ -195,7 +191,7 @@ def test_dwa_has_no_rate_of_a_task_that_an_epoch_does_not_hold() -> None:
 
 
 def drawn(weighting: Weighting, seed: int, number: int) -> list[float]:
-    weighting.begin_step(Step(seed, number, {"a": 1, "b": 1}), ANY_MODEL)
+    weighting.begin_step(Step(seed, number, {"a": 1, "b": 1}), nn.Module(), nn.Module())
     return list(weighting.current().values())
 
 
