@@ -29,7 +29,7 @@ class Evaluation:
     def scores(self) -> dict[str, dict[str, float]]:
         """Task → metric → value; a task the split has no label of is left out."""
         return {
-            task: metrics.scores(self.kinds[task], counts, self.labels[task])
+            task: metrics.scores(self.kinds[task], counts)
             for task, counts in self.counts.items()
             if counts.any()
         }

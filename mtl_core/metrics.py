@@ -88,7 +88,7 @@ def word_tags(token_tags: Counts, word_tokens: NDArray[np.int32], num_types: int
     return np.where(continues, kind + num_types, kind).astype(np.int64)
 
 
-def scores(kind: TaskKind, counts: Counts, labels: Sequence[str]) -> dict[str, float]:
+def scores(kind: TaskKind, counts: Counts) -> dict[str, float]:
     """Metric name → value between 0 and 1."""
     if kind == "classification":
         return _classification_scores(counts)
@@ -114,7 +114,7 @@ def scores(kind: TaskKind, counts: Counts, labels: Sequence[str]) -> dict[str, f
 
 def metric_names(kind: TaskKind) -> list[str]:
     """What `scores` reports for a kind of task."""
-    return list(scores(kind, empty_counts(kind, 1), ["x"]))
+    return list(scores(kind, empty_counts(kind, 1)))
 
 
 def _classification_scores(counts: Counts) -> dict[str, float]:

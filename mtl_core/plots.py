@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from mtl_core.metrics import PRIMARY
 from mtl_core.plot_parts import (
     display_width,
     font_families,
@@ -38,7 +39,7 @@ Rows: TypeAlias = Sequence[Mapping[str, Any]]
 Curve: TypeAlias = list[tuple[float, float]]
 """Points of step and value."""
 
-PRIMARY_METRICS = ("f1", "micro_f1", "accuracy")
+PRIMARY_METRICS = tuple(reversed(PRIMARY.values()))
 """A task's score is the first of these that it has."""
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is faint on white.

@@ -169,7 +169,8 @@ class OpenVinoRuntime:
             while running:
                 request, layout = running[0]
                 request.wait()
-                yield self._result(request.get_output_tensor(0).data, layout)
+                states = request.get_output_tensor(0).data
+                yield states, pool(states.reshape(-1, states.shape[-1]), layout, self.pooling)
                 running.popleft()
                 for following in islice(waiting, 1):
                     request.start_async(inputs(following, self.num_inputs), share_inputs=True)
@@ -177,9 +178,6 @@ class OpenVinoRuntime:
         finally:
             for request, _ in running:
                 request.wait()
-
-    def _result(self, states: Float, layout: Layout) -> tuple[Float, Float]:
-        return states, pool(states.reshape(-1, states.shape[-1]), layout, self.pooling)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

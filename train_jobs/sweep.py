@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -136,6 +137,12 @@ class Plan:
     sweep: Sweep
     base: Experiment
 
+    @cached_property
+    def fields(self) -> dict[str, list[str]]:
+        """Path of the space → the base's fields that it names."""
+        raw = self.base.model_dump(mode="json")
+        return {path: expand(raw, path) for path in self.sweep.space}
+
     def experiment(self, values: Mapping[str, Any], seed: int | None = None) -> Experiment:
         """The base with values that a searcher drew.
 
@@ -151,17 +158,15 @@ class Plan:
 
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Concrete dotted path → the value it gets, as a person would write it."""
-        raw = self.base.model_dump(mode="json")
         found: dict[str, Any] = {}
         for path, parameter in self.sweep.space.items():
-            found |= parameter.decode(path, expand(raw, path), values)
+            found |= parameter.decode(path, self.fields[path], values)
         return found
 
     def logarithmic(self) -> set[str]:
         """The fields that are searched on a logarithmic scale."""
-        raw = self.base.model_dump(mode="json")
         steep = (path for path, range_ in self.sweep.space.items() if range_.kind == "loguniform")
-        return {field for path in steep for field in expand(raw, path)}
+        return {field for path in steep for field in self.fields[path]}
 
     def most_epochs(self) -> int:
         """The epochs of the longest trial that may be drawn."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -24,7 +25,6 @@ from train_jobs.cluster import cpu_share, ray_cluster, room_for, worker_resource
 from train_jobs.console import describe_data
 from train_jobs.rehearsal import rehearse
 from train_jobs.search import TimeBudget, comparison_options, search_options
-from train_jobs.space import expand
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_report import show_report, write_report
@@ -157,11 +157,10 @@ def _cases(phase: str, plan: Plan) -> dict[str, Any]:
 
 
 def _space(plan: Plan) -> dict[str, Any]:
-    raw = plan.base.model_dump(mode="json")
     every = plan.sweep.searcher.algorithm == "grid"
     space: dict[str, Any] = {}
     for path, parameter in plan.sweep.space.items():
-        space |= parameter.domains(path, expand(raw, path), every)
+        space |= parameter.domains(path, plan.fields[path], every)
     return space
 
 
@@ -223,7 +222,9 @@ def run_phase(
     rows = [row for row in rows if row["metrics"] or row["reason"]]  # the others never began
     if budget.is_over:
         print(f"{budget.minutes:g} minutes are over; with more the same command goes on")
-    expected = sweep.num_trials if searching else _count(space)
+    expected = sweep.num_trials
+    if not searching:
+        expected = math.prod(len(values["grid_search"]) for values in space.values())
     return rows, budget.is_over or _num_ended(rows) >= expected
 
 
@@ -301,13 +302,6 @@ def _scores_alone(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, fl
             if task not in scores:
                 raise ConfigError(f"objective: gain needs {task} alone, and no such run finished")
     return {task: sum(values) / len(values) for task, values in scores.items()}
-
-
-def _count(space: Mapping[str, Any]) -> int:
-    count = 1
-    for value in space.values():
-        count *= len(value["grid_search"])
-    return count
 
 
 if __name__ == "__main__":

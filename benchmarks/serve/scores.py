@@ -78,7 +78,7 @@ class Scored:
         return np.flatnonzero(self.encoded.present[task])
 
     def scores(self, counts: Mapping[str, metrics.Counts]) -> dict[str, dict[str, float]]:
-        return {t: metrics.scores(self.kinds[t], c, self.labels[t]) for t, c in counts.items()}
+        return {t: metrics.scores(self.kinds[t], c) for t, c in counts.items()}
 
     def count(self, runtime: str, answers: Sequence[Mapping[str, Any]]) -> Served:
         """Count answers, in the order of the split's texts."""
