@@ -11,8 +11,7 @@ import ray
 
 from mtl_core.config import Experiment
 from train_jobs.console import Progress
-from train_jobs.report import with_row
-from train_jobs.runs import RunFolder
+from train_jobs.runs import RunFolder, take
 from train_jobs.tensorboard import TensorBoard
 
 
@@ -71,6 +70,6 @@ class Follower:
 
     def _take(self, event: str, row: dict[str, Any]) -> None:
         self.progress.show(event, row)
-        self.history = with_row(self.history, event, row)
+        take(self.history, event, row)
         if event == "failed" and self.failure is None:
             self.failure = row["message"]

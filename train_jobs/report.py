@@ -36,19 +36,6 @@ MOST_LABELS_SHOWN = 12
 History = Sequence[dict[str, Any]]
 
 
-def with_row(
-    history: list[dict[str, Any]], event: str, row: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The history and one row more; changes the list that it is given.
-
-    What came after the checkpoint that workers go on from will come again.
-    """
-    if event == "start":
-        history = [earlier for earlier in history if earlier.get("step", 0) <= row["step"]]
-    history.append({"event": event, **row})
-    return history
-
-
 def build_artifact(
     weights: Path, experiment: Experiment, data: Data, folder: RunFolder, seconds: float
 ) -> None:

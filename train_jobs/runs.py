@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,3 +130,13 @@ class RunFolder(NamedFolder):
             for name in ("manifest.json", "report.json"):
                 self.filesystem.get_file(f"{self.artifact}/{name}", f"{folder}/{name}")
             yield folder
+
+
+def take(history: list[dict[str, Any]], event: str, row: Mapping[str, Any]) -> None:
+    """Add a progress event to a history's rows.
+
+    What came after the checkpoint that workers go on from will come again.
+    """
+    if event == "start":
+        history[:] = [earlier for earlier in history if earlier.get("step", 0) <= row["step"]]
+    history.append({"event": event, **row})

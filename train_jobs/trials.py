@@ -23,8 +23,7 @@ from mtl_core.world import World
 from train_jobs.cluster import worker_resources
 from train_jobs.driver import build_trainer
 from train_jobs.progress import progress_log
-from train_jobs.report import with_row
-from train_jobs.runs import RunFolder
+from train_jobs.runs import RunFolder, take
 from train_jobs.sweep import Plan
 from train_jobs.worker import WorkerSession
 
@@ -138,7 +137,7 @@ class TrialHistory:
         return next((row["message"] for row in self.rows if row["event"] == "failed"), None)
 
     def take(self, event: str, row: Mapping[str, Any]) -> None:
-        self.rows = with_row(self.rows, event, row)
+        take(self.rows, event, row)
         if event == "start":
             self.begun = True
             for earlier in self.rows:
