@@ -18,7 +18,7 @@ from mtl_core.storage import manifest_of, version_of
 from serve_app import launch
 from serve_app.auth import KEYS_VARIABLE, Keys
 from serve_app.loaded import fetch
-from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, LOOPBACK, parse_settings
+from serve_app.settings import ENCODER, ENCODER_CPUS, HEAD_CPUS, LOOPBACK, head_name, parse_settings
 
 EVERYWHERE = "0.0.0.0"
 
@@ -47,13 +47,13 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
     manifest = read_manifest(fetch(args["artifact"]))
     apps: list[dict[str, Any]] = [
         {
-            "name": "encoder",
+            "name": ENCODER,
             "route_prefix": "/",
             "import_path": "serve_app.deployments:encoder_app",
             "args": args,
             "deployments": [
                 {
-                    "name": "encoder",
+                    "name": ENCODER,
                     "num_replicas": options.encoder_replicas,
                     "ray_actor_options": {"num_cpus": ENCODER_CPUS, "num_gpus": options.gpus or 0},
                 }
@@ -82,13 +82,13 @@ def check_host(host: str) -> None:
 def head_config(task: str, replicas: int) -> dict[str, Any]:
     """A head's application."""
     return {
-        "name": f"head-{task}",
+        "name": head_name(task),
         "route_prefix": None,
         "import_path": "serve_app.deployments:head_app",
         "args": {"task": task},
         "deployments": [
             {
-                "name": f"head-{task}",
+                "name": head_name(task),
                 "num_replicas": replicas,
                 "ray_actor_options": {"num_cpus": HEAD_CPUS},
             }

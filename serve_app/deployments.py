@@ -29,11 +29,18 @@ from serve_app.ports import bind_replicas_to_their_node
 from serve_app.requestlog import RequestLog
 from serve_app.routes import Routes
 from serve_app.service import Service
-from serve_app.settings import ENCODER_CPUS, HEAD_CPUS, LOOPBACK, Settings, parse_settings
+from serve_app.settings import (
+    ENCODER,
+    ENCODER_CPUS,
+    HEAD_CPUS,
+    LOOPBACK,
+    Settings,
+    head_name,
+    parse_settings,
+)
 
 bind_replicas_to_their_node()  # at import: Serve opens the port before it calls a replica's code
 
-ENCODER = "encoder"
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's own lines for every call are left out: RequestLog says more and costs less."""
 RETRY_REFUSED_S = 60.0
@@ -41,11 +48,6 @@ READY_FOR_S = 1.0
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 10.0
 """A replica that died is replaced within seconds, before calls to it time out; one that hangs
 within half a minute."""
-
-
-def head_name(task: str) -> str:
-    """The name of a head's deployment and of its application."""
-    return f"head-{task}"
 
 
 def remote_call(task: str) -> Callable[..., Any]:

@@ -32,6 +32,9 @@ RETRY_FOR_S = 30.0
 class HeadUnavailable(RuntimeError):
     """A head gave no answer; its task is answered with 503."""
 
+    def __init__(self, task: str, detail: str) -> None:
+        super().__init__(f"the head of task {task!r} is not available: {detail}; try again")
+
 
 @dataclass(frozen=True)
 class StoredHead:
@@ -112,7 +115,7 @@ class LocalHead:
         try:
             output = await self.replica(head.version, features, all_tags, stored)
         except Exception as error:
-            raise unavailable(head.task, type(error).__name__) from error
+            raise HeadUnavailable(head.task, type(error).__name__) from error
         assert output is not None
         return output
 
@@ -188,11 +191,7 @@ class RemoteHead:
 
     def _unavailable(self, reason: str, detail: str) -> HeadUnavailable:
         self.metrics.head_failures.labels(self.task, reason).inc()
-        return unavailable(self.task, detail)
-
-
-def unavailable(task: str, detail: str) -> HeadUnavailable:
-    return HeadUnavailable(f"the head of task {task!r} is not available: {detail}; try again")
+        return HeadUnavailable(self.task, detail)
 
 
 def replica_died(error: BaseException) -> bool:

@@ -36,7 +36,7 @@ AS_JSON = (
     f"hdr Retry-After 1 string '{FAILED}'/"
 )
 """Where Ray has HAProxy say 500, in plain text."""
-LOOPBACK = (
+STATISTICS_ON_LOOPBACK = (
     "/^frontend prometheus/,/^frontend http/s/bind :/bind 127.0.0.1:/; "
     r"/^listen stats/,$s/bind \*:/bind 127.0.0.1:/"
 )
@@ -65,7 +65,7 @@ def haproxy_script(loopback: bool) -> str:
     script = cache_root() / ("haproxy-loopback.sh" if loopback else "haproxy.sh")
     script.parent.mkdir(parents=True, exist_ok=True)
     text = HAPROXY.format(
-        edit=shlex.quote(f"{AS_JSON}; {LOOPBACK}" if loopback else AS_JSON),
+        edit=shlex.quote(f"{AS_JSON}; {STATISTICS_ON_LOOPBACK}" if loopback else AS_JSON),
         without_application=shlex.quote(TRY_AGAIN),
         program=shlex.quote(program),
     )

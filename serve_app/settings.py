@@ -11,8 +11,15 @@ from mtl_core.runtime import RuntimeName
 
 ENCODER_CPUS, HEAD_CPUS = 1.0, 0.1
 """What Ray hands a replica, unless `ray_actor_options` of its deployment say otherwise."""
+ENCODER = "encoder"
+"""The name of the encoder's deployment and of its application."""
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches, of those that Serve's HAProxy can do with."""
+
+
+def head_name(task: str) -> str:
+    """The name of a head's deployment and of its application."""
+    return f"head-{task}"
 
 
 class Settings(Config):

@@ -77,7 +77,7 @@ def test_serve_deploy_and_the_command_bring_a_cluster_to_what_they_are_told(
 UNGUARDED = """
 import sys
 from serve_app import launch
-from serve_app.deployments import ENCODER
+from serve_app.settings import ENCODER
 
 artifact, port, scripts, folder = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 app = {"name": ENCODER, "route_prefix": "/", "deployments": [{"name": ENCODER}]}

@@ -49,7 +49,7 @@ class Raising:
     """A head in this process with a fault."""
 
     async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
-        raise HeadUnavailable("the head of task 'mood' is not available: test; try again")
+        raise HeadUnavailable("mood", "test")
 
 
 class Broken:
