@@ -27,7 +27,7 @@ from mtl_core.errors import ArtifactError as ArtifactError
 from mtl_core.folders import atomic_folder as atomic_folder
 from mtl_core.folders import copy_tree as copy_tree
 from mtl_core.folders import file_sha256
-from mtl_core.heads import HEADS, Head
+from mtl_core.heads import Head, build_head
 from mtl_core.model import MultiTaskModel
 
 SCHEMA_VERSION = 1
@@ -98,7 +98,7 @@ def build_stored_head(description: bytes, weights: bytes, origin: str) -> Head:
     try:
         spec = json.loads(description)
         config = TaskConfig.model_validate(spec["config"])
-        head = HEADS[config.kind](spec["hidden_size"], spec["labels"], config)
+        head = build_head(spec["hidden_size"], spec["labels"], config)
         head.load_state_dict(load(weights))
     except Exception as error:
         raise ArtifactError(f"{origin}: damaged head: {error}") from error

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 TaskKind = Literal["classification", "multilabel", "token_classification"]
 Split = Literal["train", "validation", "test"]
+Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "conll"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 RESERVED_COLUMNS = ("text", "words")
@@ -84,7 +85,7 @@ class SourceConfig(Config):
     """The Hub dataset's configuration, such as sst2 of nyu-mll/glue."""
     revision: str | None = None
     """The Hub dataset's branch, tag or commit."""
-    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "conll"] | None = None
+    format: Format | None = None
     """The files' format; told from the name when absent."""
     encoding: str = "utf-8"
     """Character encoding of text files."""

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve_app.errors import ApiError
-from serve_app.gate import TIMING_HEADERS, Gate, dump
+from serve_app.gate import TIMING_HEADERS, Gate, error_response
 from serve_app.routes import Routes
 
 NO_ROUTE = "none"
@@ -34,7 +34,7 @@ async def http_error(gate: Gate, request: Request, error: Exception) -> Response
         message = f"no route {request.url.path[:80]}; /docs lists them"
     known = ApiError(error.status_code, kind, message, dict(error.headers or {}))
     gate.finish(request, NO_ROUTE, known.status, started, None)
-    return Response(dump(known.body()), known.status, known.headers, media_type="application/json")
+    return error_response(known)
 
 
 def build_app(routes: Routes) -> Starlette:

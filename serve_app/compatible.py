@@ -9,6 +9,7 @@ import numpy as np
 from starlette.requests import Request
 
 from mtl_core.answers import TokenOutput
+from mtl_core.predictor import unit
 from serve_app import pipelines, schemas
 from serve_app.errors import invalid, unavailable
 from serve_app.gate import Gate, Reply
@@ -174,9 +175,7 @@ class CompatibleRoutes:
         if dimensions > width:
             raise invalid(f"dimensions: {dimensions} asked for; this model has {width}")
         cut = vectors[:, :dimensions]
-        if unit_length:
-            cut = cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
-        return np.ascontiguousarray(cut)
+        return np.ascontiguousarray(unit(cut) if unit_length else cut)
 
 
 def by_probability(scores: dict[str, float]) -> list[dict[str, Any]]:

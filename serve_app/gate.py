@@ -43,6 +43,12 @@ class Reply:
         return Response(body, media_type=self.media_type, headers=headers)
 
 
+def error_response(error: ApiError, openai: bool = False) -> Response:
+    """An error as it is sent."""
+    body = error.openai_body() if openai else error.body()
+    return Response(dump(body), error.status, error.headers, media_type="application/json")
+
+
 def dump(content: Any) -> bytes:
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
@@ -158,11 +164,7 @@ class Gate:
                 response = reply.response(started)
             except Exception as error:
                 known = self.failure(error, request, operation)
-                openai = operation.error is OpenAIErrorReply
-                body = known.openai_body() if openai else known.body()
-                response = Response(
-                    dump(body), known.status, known.headers, media_type="application/json"
-                )
+                response = error_response(known, openai=operation.error is OpenAIErrorReply)
             self.finish(request, route, response.status_code, started, reply)
             return response
 

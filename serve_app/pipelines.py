@@ -8,15 +8,15 @@ Words are pieces of the text as sent, so that offsets and words always agree.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from mtl_core.answers import TokenOutput
 from mtl_core.heads import tag_names
 from mtl_core.windows import Tokenized
+from serve_app.schemas import Strategy
 
-Strategy = Literal["none", "simple", "first", "average", "max"]
 Piece = tuple[int, float, int, int]
 """Tag, score, characters [start, end)."""
 OUTSIDE = "O"

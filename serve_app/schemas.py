@@ -36,6 +36,8 @@ def whole(value: Any) -> Any:
 
 Right = Literal["right", "Right"] | None
 """Where texts are cut; from the left is refused, not ignored."""
+Strategy = Literal["none", "simple", "first", "average", "max"]
+"""How the pipeline groups tokens."""
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 
 
@@ -191,7 +193,7 @@ class TokenReply(BaseModel):
 
 
 class PipelineParameters(Lenient):
-    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
+    aggregation_strategy: Strategy = "simple"
     ignore_labels: list[str] | None = None
     top_k: Count | None = None
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None

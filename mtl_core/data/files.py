@@ -7,17 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mtl_core.config import SourceConfig, Split, expand_path
+from mtl_core.config import Format, SourceConfig, Split, expand_path
 from mtl_core.data.examples import DataError
-from mtl_core.data.formats import (
-    SUFFIXES,
-    Column,
-    Format,
-    Table,
-    format_of,
-    parse_table,
-    there_is,
-)
+from mtl_core.data.formats import SUFFIXES, Column, Table, format_of, parse_table, there_is
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
+from mtl_core.config import Format
 from mtl_core.data.examples import DataError
 
-Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "conll"]
 Column: TypeAlias = str | int
 Row: TypeAlias = dict[Column, Any]
 
