@@ -76,6 +76,11 @@ def living_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in found if node["Alive"]]
 
 
+def total(resource: str) -> int:
+    """How much of it the nodes of now have together."""
+    return int(sum(node.get(resource, 0) for node in living_nodes()))
+
+
 def room_for(each: Mapping[str, float], nodes: Sequence[Mapping[str, float]] = ()) -> int:
     """How many processes that ask for this fit on nodes, or on those of now."""
     return sum(
@@ -102,12 +107,11 @@ def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, d
     Raises:
         ConfigError: no node could ever hold what is asked for, and nothing can add one.
     """
-    nodes = living_nodes()
-    cpus, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
+    cpus, gpus = total("CPU"), total("GPU")
     least, most = (
         (scale.workers, scale.workers) if isinstance(scale.workers, int) else scale.workers
     )
-    use_gpu = gpus > 0 if scale.gpu is None else scale.gpu
+    use_gpu = gpus >= least if scale.gpu is None else scale.gpu
     share = scale.cpus_per_worker or (1 if least != most else cpu_share(most, use_gpu))
     each = {"CPU": float(share)}
     if use_gpu:
@@ -125,3 +129,16 @@ def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, d
                 "lower scale.workers or scale.cpus_per_worker"
             )
     return (most if least == most else (least, most)), use_gpu, each
+
+
+def idle_gpus(scale: ScaleConfig) -> str | None:
+    """What to tell whoever has fewer GPUs than workers and did not say which to train on."""
+    workers, use_gpu, _ = worker_resources(scale)
+    gpus = total("GPU")
+    if use_gpu or scale.gpu is not None or not gpus:
+        return None
+    least = workers if isinstance(workers, int) else workers[0]
+    return (
+        f"{gpus} GPU(s) for {least} worker(s): training on CPUs; "
+        f"scale.workers={gpus} would use them"
+    )

@@ -25,7 +25,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from mtl_core.config import Experiment
 from mtl_core.data.prepare import Data
 from mtl_core.errors import TrainingError
-from train_jobs.cluster import is_own, worker_resources
+from train_jobs.cluster import idle_gpus, is_own, worker_resources
 from train_jobs.follower import Follower
 from train_jobs.nodes import wait_for_nodes
 from train_jobs.progress import progress_log
@@ -40,6 +40,8 @@ def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
         ConfigError: the workers that are asked for can never be had.
         TrainingError: training cannot go on.
     """
+    if hint := idle_gpus(experiment.scale):
+        print(hint)
     wait_for_nodes(experiment.scale, print)
     log = progress_log()
     trainer = build_trainer(experiment, folder, data, log)

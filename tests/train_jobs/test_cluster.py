@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import ray
 import yaml
 
 from mtl_core.config import ConfigError, ScaleConfig
-from train_jobs.cluster import worker_resources
+from train_jobs.cluster import idle_gpus, worker_resources
 from train_jobs.search import trials_at_once
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.tune import _with_resources
@@ -37,7 +38,8 @@ def cluster_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[int, int]) -> None
         ([SMALL, GPU], {"workers": 1}, 4),
         ([SMALL, GPU], {"workers": 1, "gpu": False}, 8),
         ([SMALL, GPU, GPU], {"workers": 2}, 4),
-        ([SMALL, GPU], {"workers": 2}, 1),  # the second GPU's node is to come
+        ([SMALL, GPU], {"workers": 2}, 4),  # one GPU is too few, and both train on CPUs
+        ([SMALL, GPU], {"workers": 2, "gpu": True}, 1),  # the second GPU's node is to come
         ([SMALL], {"workers": 1, "gpu": True}, 1),
         ([GPUS], {"workers": 4}, 12),
         ([SMALL, SMALL], {"workers": 1}, 8),
@@ -67,6 +69,37 @@ def test_this_machine_alone_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) 
         worker_resources(ScaleConfig(workers=9))
     with pytest.raises(ConfigError, match=r"1 GPU\(s\) asked for and this machine has 0"):
         worker_resources(ScaleConfig(workers=1, gpu=True))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scale", "use_gpu", "hint"),
+    [
+        ([GPU], {"workers": 1}, True, None),
+        ([GPU], {"workers": 2}, False, r"1 GPU\(s\) for 2 worker\(s\): training on CPUs"),
+        ([GPU], {"workers": [1, 2]}, True, None),
+        ([GPU], {"workers": [2, 3]}, False, r"scale\.workers=1 would use them"),
+        ([GPU], {"workers": 2, "gpu": False}, False, None),
+        ([GPUS], {"workers": 4}, True, None),
+        ([GPUS], {"workers": 5}, False, r"scale\.workers=4 would use them"),
+        ([SMALL], {"workers": 2}, False, None),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_unasked_workers_take_gpus_where_there_is_one_for_each(
+    nodes: list[tuple[int, int]],
+    scale: dict[str, Any],
+    use_gpu: bool,
+    hint: str | None,
+    alone: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster_of(monkeypatch, *nodes)
+    if alone:
+        monkeypatch.delenv("RAY_ADDRESS")
+    asked = ScaleConfig.model_validate(scale)
+    assert worker_resources(asked)[1] is use_gpu
+    said = idle_gpus(asked)
+    assert said is None if hint is None else re.search(hint, said or "")
 
 
 def plan_of(folder: Path, scale: dict[str, Any], budget: dict[str, Any]) -> Plan:
