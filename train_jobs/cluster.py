@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
+import torch
 from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 
@@ -42,6 +43,7 @@ def ray_cluster(scripts: str | None = None) -> Iterator[Callable[[], Any]]:
 
     Yields what may be called when Ray has done its part, to have it end beside what is left to do.
     With `scripts`, a folder of `forked_workers`, workers of the Ray that starts here are forks.
+    GPUs that torch cannot use are none to it.
     """
     if ray.is_initialized():
         yield lambda: None
@@ -51,7 +53,9 @@ def ray_cluster(scripts: str | None = None) -> Iterator[Callable[[], Any]]:
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"address": address}
     if not address:
-        options = {"address": "local", "include_dashboard": False}
+        # Ray counts GPUs with too old a driver, and with a torch without CUDA, too.
+        num_gpus = None if torch.cuda.is_available() else 0
+        options = {"address": "local", "include_dashboard": False, "num_gpus": num_gpus}
     try:
         with nullcontext() if address else own_node(Node, scripts):
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
@@ -120,8 +124,8 @@ def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, d
     if not autoscales:
         if use_gpu and gpus < least:
             raise ConfigError(
-                f"scale: {least} GPU(s) asked for and this machine has {gpus}; set scale.gpu: "
-                "false to train on CPU, or run on a cluster that has them"
+                f"scale: {least} GPU(s) asked for and this machine has {gpus} that PyTorch can "
+                "use; set scale.gpu: false to train on CPU, or run on a cluster that has them"
             )
         if least * each["CPU"] > cpus:
             raise ConfigError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import torch
 import yaml
 
 from mtl_core.config import ConfigError, ScaleConfig
-from train_jobs.cluster import idle_gpus, worker_resources
+from train_jobs.cluster import idle_gpus, ray_cluster, worker_resources
 from train_jobs.search import trials_at_once
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.tune import _with_resources
@@ -67,8 +69,28 @@ def test_this_machine_alone_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(ConfigError, match=r"9 worker\(s\) of 1 CPU\(s\) do not fit on 8 CPU"):
         worker_resources(ScaleConfig(workers=9))
-    with pytest.raises(ConfigError, match=r"1 GPU\(s\) asked for and this machine has 0"):
+    with pytest.raises(ConfigError, match=r"1 GPU\(s\) asked .* has 0 that PyTorch can use"):
         worker_resources(ScaleConfig(workers=1, gpu=True))
+
+
+@pytest.mark.parametrize(
+    ("address", "usable", "counted"),
+    [(None, True, "as Ray finds"), (None, False, 0), ("10.0.0.5:6379", False, "as Ray finds")],
+)
+def test_gpus_of_this_machine_count_if_torch_can_use_them(
+    address: str | None, usable: bool, counted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": address} if address else {})
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    with ray_cluster():
+        pass
+    (options,) = started
+    found = options.get("num_gpus")
+    assert ("as Ray finds" if found is None else found) == counted
 
 
 @pytest.mark.parametrize(
