@@ -20,7 +20,6 @@ from mtl_core.data.prepare import Data, prepare, reopen
 from mtl_core.metrics import PRIMARY, mean_score
 from mtl_core.state import FILES
 from mtl_core.world import World
-from train_jobs.cluster import worker_resources
 from train_jobs.driver import build_trainer
 from train_jobs.progress import progress_log
 from train_jobs.runs import RunFolder, take
@@ -162,8 +161,7 @@ class TrialSession(WorkerSession):
 
     def __init__(self, history: TrialHistory, keep_weights: bool, use_gpu: bool) -> None:
         # Ray Train's own context knows nothing of a trial.
-        on_gpu = use_gpu and torch.cuda.is_available()
-        self.world = World(device=torch.device("cuda" if on_gpu else "cpu"))
+        self.world = World(device=torch.device("cuda" if use_gpu else "cpu"))
         self.history, self.keep_weights = history, keep_weights
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
@@ -258,8 +256,8 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
             data.keys.pop("test", None)
         if experiment.scale.workers == 1:
             first = config.get("seed") == job.plan.base.seed
-            _, use_gpu, _ = worker_resources(experiment.scale)
-            session = TrialSession(history, keep_weights=case == BEST and first, use_gpu=use_gpu)
+            given = bool(ray.get_gpu_ids())  # by Tune, whatever other nodes have now
+            session = TrialSession(history, keep_weights=case == BEST and first, use_gpu=given)
             build_trainer(named, history.folder, data, None, session=session).fit()
         else:
             history = _train_with_workers(named, data, history)

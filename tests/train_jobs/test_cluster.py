@@ -16,7 +16,7 @@ from mtl_core.config import ConfigError, ScaleConfig
 from train_jobs.cluster import idle_gpus, ray_cluster, worker_resources
 from train_jobs.search import trials_at_once
 from train_jobs.sweep import Plan, load_plan
-from train_jobs.tune import _with_resources
+from train_jobs.tune import _resources, _with_resources
 
 SMALL, LARGE, GPU, GPUS = (8, 0), (16, 0), (4, 1), (48, 4)
 """CPUs and GPUs of a node."""
@@ -162,3 +162,12 @@ def test_trials_share_what_the_nodes_have_gpus_too(
     plan = _with_resources(plan_of(tmp_path, scale, budget))
     assert plan.base.scale.cpus_per_worker == cpus
     assert trials_at_once(plan) == at_once
+
+
+@pytest.mark.parametrize(("gpu", "asked"), [(None, 1.0), (True, 1.0), (False, 0.0)])
+def test_a_trial_asks_for_a_gpu_only_if_its_scale_has_one(
+    gpu: bool | None, asked: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_of(monkeypatch, GPU)
+    plan = plan_of(tmp_path, {"workers": 1, "gpu": gpu}, {"trials": 1})
+    assert _resources(plan).get("gpu", 0.0) == asked

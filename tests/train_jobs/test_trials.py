@@ -81,13 +81,13 @@ def test_a_frozen_encoder_runs_once_a_text_and_not_once_a_trial(
 
 
 def one_trial(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool | None = None
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...] = ()
 ) -> tuple[dict[str, float], Job]:
-    """What Tune calls a trial with, on a node with a GPU; its data are not read."""
+    """What Tune calls a trial with, given these GPUs of a node; its data are not read."""
     base = {
         "tasks": {"sentiment": {"kind": "classification"}},
         "data": [{"demo": True, "columns": {"text": "text", "sentiment": "sentiment"}}],
-        "scale": {"workers": 1, "gpu": gpu},
+        "scale": {"workers": 1},
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
     sweep = {"base": "base.yaml", "space": {"optim.learning_rate": {"loguniform": [1e-4, 1e-3]}}}
@@ -95,14 +95,15 @@ def one_trial(
     context = SimpleNamespace(get_trial_id=lambda: "trial")
     node = {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [node])
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: list(gpus))
     monkeypatch.setattr(tune, "get_context", lambda: context)
     monkeypatch.setattr(Job, "data", lambda *_: SimpleNamespace(splits={}, keys={}))
     return {"optim.learning_rate": 5e-4}, Job(load_plan(folder / "sweep.yaml"), str(folder), {}, {})
 
 
-@pytest.mark.parametrize(("gpu", "device"), [(None, "cuda"), (True, "cuda"), (False, "cpu")])
-def test_a_trial_trains_on_a_gpu_only_if_its_scale_has_one(
-    gpu: bool | None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("gpus", "device"), [(("3",), "cuda"), ((), "cpu")])
+def test_a_trial_trains_on_the_gpu_that_it_was_given_even_if_torch_finds_none(
+    gpus: tuple[str, ...], device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions = []
 
@@ -110,8 +111,8 @@ def test_a_trial_trains_on_a_gpu_only_if_its_scale_has_one(
         sessions.append(session)
         return SimpleNamespace(fit=lambda: None)
 
-    config, job = one_trial(tmp_path, monkeypatch, gpu=gpu)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config, job = one_trial(tmp_path, monkeypatch, gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(trials, "build_trainer", build)
     run_trial(config, job)
     assert [session.world.device.type for session in sessions] == [device]
