@@ -63,7 +63,8 @@ SERVE_ENVIRONMENT = {
     "RAY_ROTATION_BACKUP_COUNT": "4",
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
     "RAY_worker_niceness": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # What was given no GPU sees none; else torch may take memory of one for nothing.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Must be set where Ray itself is started: here for a local Ray, at `ray start` on a cluster.

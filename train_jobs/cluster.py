@@ -20,7 +20,8 @@ from mtl_core.forks import own_node
 LOCAL_SETTINGS = {
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
     "RAY_worker_niceness": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # What was given no GPU sees none; else torch may take memory of one for nothing.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Workers wait at a checkpoint until Ray Train has asked for the one before; by default it asks
     # every two seconds, so that a checkpoint a second would halve the speed of a run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from mtl_core.config import ConfigError, ScaleConfig
-from train_jobs.cluster import idle_gpus, ray_cluster, worker_resources
+from serve_app.launch import SERVE_ENVIRONMENT
+from train_jobs.cluster import LOCAL_SETTINGS, idle_gpus, ray_cluster, worker_resources
 from train_jobs.search import trials_at_once
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.tune import _resources, _with_resources
@@ -122,6 +123,18 @@ def test_unasked_workers_take_gpus_where_there_is_one_for_each(
     assert worker_resources(asked)[1] is use_gpu
     said = idle_gpus(asked)
     assert said is None if hint is None else re.search(hint, said or "")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_what_was_given_no_gpu_sees_none(ray_address: str) -> None:
+    @ray.remote
+    def visible() -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    assert ray.get(visible.remote()) == ""
+    name = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+    assert SERVE_ENVIRONMENT[name] == LOCAL_SETTINGS[name]  # nor does a head beside its encoder
 
 
 def plan_of(folder: Path, scale: dict[str, Any], budget: dict[str, Any]) -> Plan:
