@@ -79,6 +79,8 @@ class Batcher:
         self.unanswered = self.unanswered_tokens = 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.task: asyncio.Task[None] | None = None
+        self.last_failed = False
+        """Whether the last batch raised an error: its texts may be at fault, or the encoder."""
 
     async def submit(
         self,
@@ -152,7 +154,9 @@ class Batcher:
                     features = await loop.run_in_executor(self.thread, self.encode, jobs)
                     seconds = time.perf_counter() - started
                     self.done(Batch(jobs, features, started, seconds))
+                    self.last_failed = False
                 except Exception as error:
+                    self.last_failed = True
                     fail(jobs, error)
         finally:
             self.task = None

@@ -122,11 +122,19 @@ class EncoderReplica:
         return RemoteHead(remote_call(task), task, self.settings.head_timeout_s, self.metrics)
 
     async def check_health(self) -> None:
-        """Called by Serve from the start on: the first call warms up and starts watching."""
+        """Called by Serve from the start on: the first call warms up and starts watching.
+
+        After a batch that failed it tries a sentence. After some errors nothing runs on a GPU any
+        more: then this raises, too, and Serve puts another replica in this one's place.
+        """
+        service = self.service
         if self.watcher is None:
             self.watcher = asyncio.get_running_loop().create_task(self._watch())
-            await self.service.warm_up(self.service.model)
+            await service.warm_up(service.model)
             self._announce("loaded")
+        elif service.batcher.last_failed:
+            await service.warm_up(service.model, counts=(1,))
+            service.batcher.last_failed = False
 
     async def check_ready(self) -> None:
         """Raise ApiError unless every head answers.

@@ -186,10 +186,10 @@ class Service:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(None, windows.tokens, texts, special, most)
 
-    async def warm_up(self, model: Loaded, text: str = "A sentence to warm up with.") -> None:
+    async def warm_up(self, model: Loaded, counts: Sequence[int] = (1, 4, 16)) -> None:
         """Run a model's encoder through shapes before it answers anybody; heads: `reach_heads`."""
-        split = model.stage.windows.split
-        for count in (1, 4, 16):
+        split, text = model.stage.windows.split, "A sentence to warm up with."
+        for count in counts:
             items = split([" ".join([text] * repeat) for repeat in range(1, count + 1)])
             jobs = [self._job(item, model) for item in items]
             loop = asyncio.get_running_loop()

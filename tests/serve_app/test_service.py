@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,6 +262,41 @@ def test_a_replica_is_warm_when_serve_finds_it_healthy(replica: EncoderReplica) 
         replica.watcher.cancel()
 
     asyncio.run(looked_at_twice())
+
+
+@pytest.mark.parametrize("faults", [1, 1000])
+def test_a_replica_whose_encoder_fails_is_healthy_again_only_if_it_recovers(
+    faults: int, replica: EncoderReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = replica.service
+    stage, left = (
+        service.model.stage,
+        [RuntimeError("CUDA error: an illegal memory access")] * faults,
+    )
+    encode = stage.encode
+
+    def faulty(*texts: Any) -> Features:
+        if left:
+            raise left.pop()
+        return encode(*texts)
+
+    async def looked_at() -> None:
+        await replica.check_health()
+        assert replica.watcher is not None
+        replica.watcher.cancel()
+        monkeypatch.setattr(stage, "encode", faulty)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            await ask(service)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="CUDA error") if left else nullcontext():
+                await replica.check_health()
+        if not left:
+            before = stage.num_windows
+            await replica.check_health()  # as cheap as ever
+            assert stage.num_windows == before
+            assert not (await ask(service)).failures
+
+    asyncio.run(looked_at())
 
 
 def test_whoever_asks_whether_it_is_ready_a_replica_looks_once(replica: EncoderReplica) -> None:
