@@ -263,7 +263,7 @@ def _answers(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = int(have.get("CPU", 1)), int(have.get("GPU", 0))
+    cpus, gpus = int(have.get("CPU", 1)), free_gpus(workers or 1)
     pool = workers or max(1, gpus or cpus - 1)
     threads = 1 if gpus else max(1, (cpus - 1) // pool)
     where = artifact if "://" in artifact else str(fetch(artifact).absolute())
@@ -278,6 +278,12 @@ def _answers(
     for batch in dataset.iter_batches(batch_size=ROWS_AT_ONCE):
         for number, prediction in zip(batch["number"], batch["prediction"], strict=True):
             yield int(number), json.loads(prediction)
+
+
+def free_gpus(least: int) -> int:
+    """GPUs that nobody uses now; 0 if fewer than that, since others may keep theirs for days."""
+    free = int(ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    return free if free >= least else 0
 
 
 def _texts(source: Path, column: str) -> Dataset:
