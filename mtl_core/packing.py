@@ -15,6 +15,9 @@ Ids = NDArray[np.int64]
 Sequences = Sequence[Sequence[int]]
 PASS_TOKENS = 24
 """What starting a forward pass costs, in tokens of MiniLM on a CPU (about a millisecond)."""
+GPU_PASS_TOKENS = 1024
+"""The same on a GPU, where starting the kernels takes most of a small pass. Not measured: 10 ms a
+pass and 100,000 tokens a second are assumed."""
 ROW_TOKENS = 64
 """Columns of a row that holds several sequences: attention costs more in longer ones, and shorter
 ones have more rest."""
@@ -42,13 +45,18 @@ class Layout:
     """(n, W) places within the own sequence, from 0."""
 
 
-def pad(sequences: Sequences, pad_id: int, batch_tokens: int) -> Iterator[Layout]:
-    """A row each, by length, in rectangles of no more than `batch_tokens` unless one row is."""
+def pad(
+    sequences: Sequences, pad_id: int, batch_tokens: int, pass_tokens: int = PASS_TOKENS
+) -> Iterator[Layout]:
+    """A row each, by length, in rectangles of no more than `batch_tokens` unless one row is.
+
+    A pass more costs as much as `pass_tokens`.
+    """
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     lengths = [len(sequences[number]) for number in order]
     first = 0
     while first < len(order):
-        last = batch_end(lengths, first, batch_tokens)
+        last = batch_end(lengths, first, batch_tokens, pass_tokens)
         rows = [[number] for number in order[first:last]]
         yield layout(rows, lengths[last - 1], sequences, pad_id)
         first = last
@@ -111,7 +119,7 @@ def layout(rows: Sequence[Sequence[int]], width: int, sequences: Sequences, pad_
     return Layout(numbers, np.array(starts), np.array(lengths), input_ids, segments, positions)
 
 
-def batch_end(lengths: Sequence[int], first: int, batch_tokens: int) -> int:
+def batch_end(lengths: Sequence[int], first: int, batch_tokens: int, pass_tokens: int) -> int:
     """Where a padded batch that begins at `first` ends, given ascending lengths.
 
     It ends before it has too many padded tokens, or where one more row would add more padding
@@ -121,7 +129,7 @@ def batch_end(lengths: Sequence[int], first: int, batch_tokens: int) -> int:
     while last < len(lengths):
         rows, width = last - first, lengths[last]
         padding = rows * (width - lengths[last - 1])
-        if (rows + 1) * width > batch_tokens or padding > PASS_TOKENS:
+        if (rows + 1) * width > batch_tokens or padding > pass_tokens:
             break
         last += 1
     return last

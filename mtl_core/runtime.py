@@ -25,7 +25,7 @@ from mtl_core.config import ConfigError
 from mtl_core.encoder import Pooling, SentenceEncoder
 from mtl_core.folders import cache_root
 from mtl_core.model import MultiTaskModel
-from mtl_core.packing import Layout, Sequences, pack, pad
+from mtl_core.packing import GPU_PASS_TOKENS, PASS_TOKENS, Layout, Sequences, pack, pad
 
 RuntimeName = Literal[
     "auto", "torch-fp32", "torch-bf16", "openvino-fp32", "openvino-bf16", "openvino-int8"
@@ -61,6 +61,9 @@ class Runtime(Protocol):
     streams: int
     """Layouts it computes at a time; 0 if each sequence needs a row of its own."""
 
+    pass_tokens: int
+    """What starting a pass costs, in tokens."""
+
     def __call__(self, layouts: Sequence[Layout]) -> Iterator[tuple[Float, Float]]:
         """Token states (n, W, H) and pooled vectors (S, H), not normalised, of each layout.
 
@@ -79,7 +82,7 @@ def passes(
     if runtime.streams:
         layouts = list(pack(sequences, pad_id, batch_tokens, runtime.streams))
     else:
-        layouts = list(pad(sequences, pad_id, batch_tokens))
+        layouts = list(pad(sequences, pad_id, batch_tokens, runtime.pass_tokens))
     for layout, (states, pooled) in zip(layouts, runtime(layouts), strict=True):
         yield layout, states.reshape(-1, states.shape[-1]), pooled
 
@@ -100,6 +103,7 @@ class TorchRuntime:
         self.device = device
         self.bf16 = bf16
         self.threads = threads
+        self.pass_tokens = GPU_PASS_TOKENS if device.type == "cuda" else PASS_TOKENS
         self.exact = not bf16
         self.name = f"torch-{'bf16' if bf16 else 'fp32'}"
         bound_kernel_caches()
@@ -131,6 +135,8 @@ class OpenVinoRuntime:
         pooling: how the vectors are made of the states.
         threads: CPU threads; all when 0.
     """
+
+    pass_tokens = PASS_TOKENS
 
     def __init__(
         self, model: Path, name: str, precision: str, pooling: Pooling, threads: int = 0

@@ -18,11 +18,12 @@ from mtl_core import runtime as runtimes
 from mtl_core.artifact import ArtifactError, load_encoder, read_manifest
 from mtl_core.build import begin
 from mtl_core.config import ConfigError
-from mtl_core.packing import pack
+from mtl_core.packing import Layout, pack
 from mtl_core.predictor import EncodingStage, Predictor
 from mtl_core.runtime import (
     NUM_PACKED_INPUTS,
     PACKING,
+    TorchRuntime,
     choose_runtime,
     inputs,
     load_runtime,
@@ -238,6 +239,29 @@ def test_torch_takes_the_threads_it_is_given(expert: Path) -> None:
             assert pool.submit(run, own, 3).result() == (3, 3)
     finally:
         torch.set_num_threads(before)
+
+
+class Anywhere:
+    """Stands for an encoder, on a device that need not be there."""
+
+    def to(self, _: torch.device) -> Anywhere:
+        return self
+
+    def eval(self) -> Anywhere:
+        return self
+
+
+def test_a_gpu_takes_texts_of_more_lengths_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: Any, layout: Layout) -> tuple[Any, Any]:
+        return np.zeros((*layout.input_ids.shape, 1)), np.zeros((len(layout.numbers), 1))
+
+    def count(device: str) -> int:
+        encoder: Any = Anywhere()
+        runtime = TorchRuntime(encoder, torch.device(device))
+        return len(list(passes(runtime, [[5] * 8 * n for n in range(1, 33)], 0, 1 << 14)))
+
+    monkeypatch.setattr(TorchRuntime, "_run", run)
+    assert (count("cpu"), count("cuda")) == (8, 1)
 
 
 def test_what_cannot_be_had_is_said(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
