@@ -8,11 +8,16 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from mtl_core.config import Experiment
+from mtl_core.storage import storage_errors
 from train_jobs.console import Progress
 from train_jobs.runs import RunFolder, take
 from train_jobs.tensorboard import TensorBoard
+
+PAUSE_SECONDS = 5.0
+"""Before what could not be written is tried again."""
 
 
 class Follower:
@@ -24,6 +29,8 @@ class Follower:
         self.history = folder.history()
         self.board = TensorBoard(folder)
         self.failure: str | None = None
+        self.asked: Any = None
+        """The log's answer to come."""
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -36,7 +43,7 @@ class Follower:
         self.done.set()
         self.thread.join()
         self.progress.__exit__(*details)
-        with contextlib.suppress(OSError):  # the run itself says that the disk is full
+        with contextlib.suppress(*storage_errors()):  # the run itself says that the disk is full
             self.board.close()
 
     def _follow(self) -> None:
@@ -44,10 +51,9 @@ class Follower:
         last, rest = False, 0.0
         while not last:
             last = self.done.wait(0.5)
-            try:
-                new = ray.get(self.log.drain.remote(), timeout=10)
-            except Exception:
-                new = []
+            new = self._told()
+            if last:
+                new += self._told()  # since an answer that came late was asked for
             for event, row in new:
                 self._take(event, row)
             rows += new
@@ -55,17 +61,37 @@ class Follower:
             if rows and (last or time.monotonic() > rest):
                 started = time.monotonic()
                 self._store(rows)
-                rows, rest = [], time.monotonic() + 20 * (time.monotonic() - started)
+                rest = time.monotonic() + 20 * (time.monotonic() - started)
+                rest += PAUSE_SECONDS if rows else 0
+
+    def _told(self) -> list[tuple[str, dict[str, Any]]]:
+        """What the log has been told; it forgets that, so a late answer is waited for again."""
+        try:
+            if self.asked is None:
+                self.asked = self.log.drain.remote()
+            new: list[tuple[str, dict[str, Any]]] = ray.get(self.asked, timeout=10)
+        except GetTimeoutError:
+            return []
+        except Exception:
+            new = []
+        self.asked = None
+        return new
 
     def _store(self, rows: list[tuple[str, dict[str, Any]]]) -> None:
-        """A full disk must not end a run that may still have room for its checkpoints."""
+        """Write the history, and these rows, which stay in the list if they cannot be written.
+
+        Neither a full disk nor a store that does not answer must end a run that may still have room
+        for its checkpoints.
+        """
         try:
             self.folder.write_history(self.history)
-            for event, row in rows:
+            while rows:
+                event, row = rows[0]
                 if event in ("step", "validation"):
                     self.board.add(row)
+                del rows[0]
             self.board.flush()
-        except OSError as error:
+        except storage_errors() as error:
             self.progress.note(f"metrics.jsonl cannot be written ({error}); trying again later")
 
     def _take(self, event: str, row: dict[str, Any]) -> None:
