@@ -26,7 +26,7 @@ from mtl_core.forks import forked_workers
 from mtl_core.predictor import Predictor
 from mtl_core.runtime import RuntimeName
 from mtl_core.storage import download, exists, fetch, remove, upload
-from train_jobs.cluster import ray_cluster
+from train_jobs.cluster import cpu_share, ray_cluster, total
 from train_jobs.tables import (
     ROWS_AT_ONCE,
     Row,
@@ -247,6 +247,20 @@ def row_problem(row: Row, column: str) -> str | None:
     return None if text.strip() else f"column {column!r} is empty or only spaces"
 
 
+def model_processes(workers: int | None) -> tuple[int, int, int]:
+    """How many there are, the CPUs that each asks for as threads, and the GPUs to take.
+
+    A CPU is left to what feeds them, and none asks for more than a node has for it. GPUs that are
+    too few now are not waited for, since others may keep theirs for days.
+    """
+    cpus = total("CPU")
+    free = int(ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    gpus = free if free >= (workers or 1) else 0
+    pool = workers or max(1, gpus or cpus - 1)
+    threads = 1 if gpus else min(cpu_share(pool, use_gpu=False), max(1, (cpus - 1) // pool))
+    return pool, threads, gpus
+
+
 def _answers(
     artifact: str,
     source: Path,
@@ -262,10 +276,7 @@ def _answers(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = int(have.get("CPU", 1)), free_gpus(workers or 1)
-    pool = workers or max(1, gpus or cpus - 1)
-    threads = 1 if gpus else max(1, (cpus - 1) // pool)
+    pool, threads, gpus = model_processes(workers)
     where = artifact if "://" in artifact else str(fetch(artifact).absolute())
     dataset = _texts(source, column).map_batches(
         Predict,
@@ -278,12 +289,6 @@ def _answers(
     for batch in dataset.iter_batches(batch_size=ROWS_AT_ONCE):
         for number, prediction in zip(batch["number"], batch["prediction"], strict=True):
             yield int(number), json.loads(prediction)
-
-
-def free_gpus(least: int) -> int:
-    """GPUs that nobody uses now; 0 if fewer than that, since others may keep theirs for days."""
-    free = int(ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-    return free if free >= least else 0
 
 
 def _texts(source: Path, column: str) -> Dataset:

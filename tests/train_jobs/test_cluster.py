@@ -1,4 +1,4 @@
-"""What a run and the trials of a sweep ask of the nodes that there are."""
+"""What a run, the trials of a sweep and prediction ask of the nodes that there are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 from mtl_core.config import ConfigError, ScaleConfig
 from serve_app.launch import SERVE_ENVIRONMENT
 from train_jobs.cluster import LOCAL_SETTINGS, idle_gpus, ray_cluster, worker_resources
+from train_jobs.predict import model_processes
 from train_jobs.search import trials_at_once
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.tune import _resources, _with_resources
@@ -184,3 +185,33 @@ def test_a_trial_asks_for_a_gpu_only_if_its_scale_has_one(
     cluster_of(monkeypatch, GPU)
     plan = plan_of(tmp_path, {"workers": 1, "gpu": gpu}, {"trials": 1})
     assert _resources(plan).get("gpu", 0.0) == asked
+
+
+@pytest.mark.parametrize(
+    ("nodes", "free", "workers", "expected"),
+    [
+        ([SMALL], 0, None, (7, 1, 0)),
+        ([SMALL], 0, 1, (1, 7, 0)),
+        ([SMALL], 0, 2, (2, 3, 0)),
+        ([SMALL, SMALL], 0, None, (15, 1, 0)),
+        ([SMALL, SMALL], 0, 1, (1, 8, 0)),
+        ([SMALL, SMALL], 0, 2, (2, 7, 0)),
+        ([SMALL, SMALL], 0, 3, (3, 4, 0)),
+        ([SMALL, SMALL], 0, 40, (40, 1, 0)),
+        ([(0, 0)], 0, None, (1, 1, 0)),
+        ([SMALL, GPU, GPUS], 5, None, (5, 1, 5)),
+        ([SMALL, GPU, GPUS], 2, 2, (2, 1, 2)),
+        ([SMALL, GPU, GPUS], 2, 3, (3, 16, 0)),
+        ([SMALL, GPU], 0.5, None, (11, 1, 0)),
+    ],
+)
+def test_a_process_that_predicts_takes_free_gpus_or_no_more_threads_than_a_node_has_for_it(
+    nodes: list[tuple[int, int]],
+    free: float,
+    workers: int | None,
+    expected: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster_of(monkeypatch, *nodes)
+    monkeypatch.setattr("ray.available_resources", lambda: {"GPU": free})
+    assert model_processes(workers) == expected

@@ -13,7 +13,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
@@ -51,44 +50,6 @@ def test_sentences_are_answered_on_the_terminal_and_as_json(artifact: Path) -> N
     auto = Predictor.load(artifact, runtime="auto").predict([text])[0]
     assert auto["sentiment"] != expected["sentiment"]
     assert json.loads(fast.stdout)["sentiment"] == auto["sentiment"]
-
-
-class Recorded:
-    """Stands for a dataset: keeps what its model processes ask for, and holds no rows."""
-
-    def map_batches(self, *_: Any, **asked: Any) -> Recorded:
-        self.asked = asked
-        return self
-
-    def iter_batches(self, **_: Any) -> list[Any]:
-        return []
-
-
-@pytest.mark.parametrize(
-    ("free", "workers", "processes", "gpus"),
-    [
-        ({}, None, 7, 0),  # others have the GPUs
-        ({"GPU": 0.5}, None, 7, 0),
-        ({"GPU": 2.0}, None, 2, 1),
-        ({"GPU": 2.0}, 2, 2, 1),
-        ({"GPU": 2.0}, 3, 3, 0),
-    ],
-)
-def test_model_processes_wait_for_no_gpu_that_others_have(
-    free: dict[str, float],
-    workers: int | None,
-    processes: int,
-    gpus: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    dataset = Recorded()
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
-    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 8.0, **free})
-    monkeypatch.setattr(predict, "_texts", lambda *_: dataset)
-    where = ("s3://bucket/artifact", Path("in.jsonl"), "text")
-    assert not list(predict._answers(*where, None, workers, "torch-fp32"))
-    assert dataset.asked["compute"].max_size == processes
-    assert dataset.asked["num_gpus"] == gpus
 
 
 def test_a_file_keeps_columns_and_order_and_equals_the_predictor(
