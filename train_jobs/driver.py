@@ -116,6 +116,7 @@ def build_trainer(
             "keys": data.keys,
             "log": log,
             "session": session,
+            "folder": None if session else folder.storage_path,
         },
         torch_config=TorchConfig(timeout_s=PATIENCE_S),
         scaling_config=ScalingConfig(

@@ -96,6 +96,14 @@ class NamedFolder:
         return str(self.filesystem.cat_file(path).decode("utf-8"))
 
 
+def out_of_reach(node: str, folder: str, reason: str = "") -> ConfigError:
+    """What to say of a node that does not find in a folder what the driver wrote there."""
+    return ConfigError(
+        f"output_dir: node {node} of this cluster does not reach {folder}{reason}; give storage "
+        "that every node reaches: s3://bucket/runs, or a mounted folder"
+    )
+
+
 def check_bucket(filesystem: Any, path: str) -> None:
     """Raise FileNotFoundError if a path's bucket is not there.
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mtl_core.config import ConfigError, ScaleConfig
+from mtl_core.config import ScaleConfig
 from mtl_core.storage import storage_errors
+from train_jobs.folders import out_of_reach
 from train_jobs.nodes import wait_for_nodes
 from train_jobs.sweep import Sweep
 from train_jobs.sweep_folder import SweepFolder
@@ -43,11 +44,7 @@ def rehearse(scale: ScaleConfig, sweep: Sweep, tell: Callable[[str], None] = pri
     written = SweepFolder(sweep).read(PROOF)
     for node, content, reason in ray.get(asked):
         if content != written:
-            raise ConfigError(
-                f"output_dir: node {node} of this cluster does not reach {sweep.output_dir}"
-                f"{reason}; give storage that every node reaches: s3://bucket/runs, or a mounted "
-                "folder"
-            )
+            raise out_of_reach(node, sweep.output_dir, reason)
 
 
 def read_proof(sweep: Sweep) -> tuple[str, str | None, str]:

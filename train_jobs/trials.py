@@ -15,7 +15,7 @@ from pyarrow.fs import FileSelector, FileType
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mtl_core.config import Experiment, WeightingConfig
+from mtl_core.config import Experiment, WeightingConfig, dump_experiment
 from mtl_core.data.prepare import Data, prepare, reopen
 from mtl_core.metrics import PRIMARY, mean_score
 from mtl_core.state import FILES
@@ -268,6 +268,8 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
 def _train_with_workers(experiment: Experiment, data: Data, history: TrialHistory) -> TrialHistory:
     """Train with workers of their own; returns what they told."""
     folder, scorer, log = history.folder, history.scorer, progress_log()
+    history.store()
+    folder.write("experiment.yaml", dump_experiment(experiment))  # which its workers look for
     callbacks = [ReportToTune(history, log)]
     result = build_trainer(experiment, folder, data, log, callbacks=callbacks).fit()
     before, history = history.rows, TrialHistory(folder, scorer)  # what the callback's copy kept

@@ -25,7 +25,9 @@ from mtl_core.freezing import apply_freezing
 from mtl_core.loop import fit
 from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
+from mtl_core.storage import storage_errors
 from mtl_core.world import World
+from train_jobs.folders import NamedFolder, out_of_reach
 from train_jobs.runs import RESULT
 
 REFUSALS = (TrainingError, EncoderError, ArtifactError, DataError, ConfigError)
@@ -70,8 +72,8 @@ class WorkerSession:
 def train_worker(config: dict[str, Any]) -> None:
     """Train, evaluate and report the weights; `config` is plain so that it travels.
 
-    Keys: experiment (mapping), labels, keys (of encoded splits), log (handle of a ProgressLog), or
-    session in the place of log.
+    Keys: experiment (mapping), labels, keys (of encoded splits), folder (that of all runs, as this
+    node has to reach it) and log (handle of a ProgressLog), or session in the place of these two.
     """
     if threads := os.environ.get("OMP_NUM_THREADS"):
         # Set by Ray or the user, maybe after torch was loaded.
@@ -101,6 +103,8 @@ def _set_up(
     """Data, and the model where the last checkpoint left it; None if there is nothing to train."""
     world, checkpoint = session.world, session.checkpoint()
     try:
+        if config.get("folder"):
+            _check_reached(NamedFolder(config["folder"], experiment.name))
         data = reopen(experiment, config["labels"], config["keys"])
         state = begin(experiment, data, world.device)
         if checkpoint is not None:
@@ -112,6 +116,18 @@ def _set_up(
         session.tell("failed", {"message": str(error)})
         return None
     return data, state
+
+
+def _check_reached(folder: NamedFolder) -> None:
+    """See now that this node reaches the run's folder: Ray Train looks at the first checkpoint."""
+    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    try:
+        found = folder.read("experiment.yaml")
+    except storage_errors() as error:
+        reason = f" ({type(error).__name__}: {error})"
+        raise out_of_reach(node, folder.title, reason) from error
+    if found is None:
+        raise out_of_reach(node, folder.title)
 
 
 def _train(

@@ -22,6 +22,7 @@ from mtl_core.data.prepare import prepare
 from mtl_core.state import FILES
 from tests.s3_server import s3_server
 from train_jobs import trials
+from train_jobs.folders import NamedFolder
 from train_jobs.runs import RESULT, RunFolder
 from train_jobs.sweep import load_plan
 from train_jobs.trials import (
@@ -81,13 +82,16 @@ def test_a_frozen_encoder_runs_once_a_text_and_not_once_a_trial(
 
 
 def one_trial(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...] = ()
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: tuple[str, ...] = (),
+    workers: int = 1,
 ) -> tuple[dict[str, float], Job]:
     """What Tune calls a trial with, given these GPUs of a node; its data are not read."""
     base = {
         "tasks": {"sentiment": {"kind": "classification"}},
         "data": [{"demo": True, "columns": {"text": "text", "sentiment": "sentiment"}}],
-        "scale": {"workers": 1},
+        "scale": {"workers": workers},
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
     sweep = {"base": "base.yaml", "space": {"optim.learning_rate": {"loguniform": [1e-4, 1e-3]}}}
@@ -116,6 +120,29 @@ def test_a_trial_trains_on_the_gpu_that_it_was_given_even_if_torch_finds_none(
     monkeypatch.setattr(trials, "build_trainer", build)
     run_trial(config, job)
     assert [session.world.device.type for session in sessions] == [device]
+
+
+def test_workers_of_a_trial_find_in_its_folder_that_their_node_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str | None] = []
+
+    def build(_: Any, folder: RunFolder, *__: Any, **___: Any) -> SimpleNamespace:
+        def fit() -> SimpleNamespace:
+            found.append(NamedFolder(folder.storage_path, "trial").read("experiment.yaml"))
+            return SimpleNamespace(metrics=None)
+
+        return SimpleNamespace(fit=fit)
+
+    config, job = one_trial(tmp_path, monkeypatch, gpu=False, workers=2)
+    log = SimpleNamespace(drain=SimpleNamespace(remote=list))
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(trials, "progress_log", lambda: log)
+    monkeypatch.setattr(trials, "build_trainer", build)
+    monkeypatch.setattr(trials, "ReportToTune", lambda *_: None)
+    run_trial(config, job)
+    assert found
+    assert found[0]
 
 
 def test_a_task_that_validation_has_no_label_of_counts_for_no_objective() -> None:

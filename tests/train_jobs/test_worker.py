@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import torch
 import torch.distributed as dist
 
 from mtl_core import features
+from mtl_core.config import parse_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.data.shards import ElsewhereError
 from mtl_core.world import World
 from serve_app.ports import free_ports
 from tests.small_runs import examples, experiment, write_rows
 from train_jobs import worker
+from train_jobs.runs import RunFolder
 from train_jobs.worker import train_worker
 
 pytestmark = pytest.mark.slow
@@ -122,6 +125,23 @@ def test_a_variable_that_is_not_set_on_a_worker_s_machine_is_told_and_not_retrie
     ((event, row),) = session.told
     assert event == "failed"
     assert "the environment variable MTL_ELSEWHERE is not set" in row["message"]
+
+
+def test_a_node_that_does_not_reach_the_run_s_folder_says_so_before_it_begins(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(World())
+    monkeypatch.setattr(worker, "WorkerSession", lambda _: session)
+    for name in ("_train", "_report_result"):
+        monkeypatch.setattr(worker, name, lambda *_: None)
+    config = parse_experiment({**plain["experiment"], "output_dir": str(tmp_path / "runs")})
+    folder = RunFolder(config)
+    for begun in (False, True):
+        with folder.claim(config) if begun else nullcontext():
+            train_worker({**plain, "folder": folder.storage_path})
+    (failed, row), (started, _) = session.told
+    assert (failed, started) == ("failed", "start")
+    assert f"of this cluster does not reach {folder.path}; give storage" in row["message"]
 
 
 def test_a_rank_that_another_one_stopped_says_nothing(
