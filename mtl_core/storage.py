@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -13,6 +14,8 @@ from mtl_core.config import ConfigError
 from mtl_core.errors import ArtifactError
 from mtl_core.folders import cache_root, file_sha256
 
+LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+
 
 def storage_errors() -> tuple[type[Exception], ...]:
     """What reading or writing a path or URL raises; S3's own errors are no OSErrors."""
@@ -21,6 +24,19 @@ def storage_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return (OSError,)
     return (OSError, BotoCoreError, ClientError)
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether storage may do later what it did not do now.
+
+    Not what is missing, forbidden or full, nor what libraries call an OSError without a number: no
+    model of that name, no gzip file.
+    """
+    if not isinstance(error, storage_errors()) or isinstance(error, LASTING):
+        return False
+    if isinstance(error, OSError) and not isinstance(error, (TimeoutError, ConnectionError)):
+        return error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL)
+    return True
 
 
 def advise(error: Exception) -> str:

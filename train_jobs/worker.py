@@ -25,13 +25,13 @@ from mtl_core.freezing import apply_freezing
 from mtl_core.loop import fit
 from mtl_core.model import MultiTaskModel
 from mtl_core.state import TrainState
-from mtl_core.storage import storage_errors
+from mtl_core.storage import may_pass, storage_errors
 from mtl_core.world import World
 from train_jobs.folders import NamedFolder, out_of_reach
 from train_jobs.runs import RESULT
 
 REFUSALS = (TrainingError, EncoderError, ArtifactError, DataError, ConfigError)
-"""What no retry mends."""
+"""What no retry mends, unless storage that may answer the next time made it."""
 
 
 class WorkerSession:
@@ -92,7 +92,7 @@ def train_worker(config: dict[str, Any]) -> None:
     except ElsewhereError:
         return
     except REFUSALS as error:
-        session.tell("failed", {"message": str(error)})
+        _give_up(error, session)
         return
     _report_result(state, data, experiment, world, session)
 
@@ -113,9 +113,16 @@ def _set_up(
                     return None
                 state.load(Path(folder))
     except REFUSALS as error:
-        session.tell("failed", {"message": str(error)})
+        _give_up(error, session)
         return None
     return data, state
+
+
+def _give_up(error: Exception, session: WorkerSession) -> None:
+    """Tell why no retry mends it; a store that did not answer is raised, and so tried again."""
+    if may_pass(error.__cause__):
+        raise error
+    session.tell("failed", {"message": str(error)})
 
 
 def _check_reached(folder: NamedFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from botocore.exceptions import EndpointConnectionError
 
 from mtl_core import features
 from mtl_core.config import parse_experiment
+from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import prepare
 from mtl_core.data.shards import ElsewhereError
 from mtl_core.world import World
@@ -142,6 +145,35 @@ def test_a_node_that_does_not_reach_the_run_s_folder_says_so_before_it_begins(
     (failed, row), (started, _) = session.told
     assert (failed, started) == ("failed", "start")
     assert f"of this cluster does not reach {folder.path}; give storage" in row["message"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "again"),
+    [
+        (ConnectionError("refused"), True),
+        (OSError(errno.EBUSY, "reduce your request rate"), True),
+        (EndpointConnectionError(endpoint_url="http://store"), True),
+        (FileNotFoundError("gone"), False),
+        (PermissionError("forbidden"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (OSError("not a gzipped file"), False),
+        (ValueError("no number"), False),
+        (None, False),
+    ],
+)
+def test_a_store_that_does_not_answer_is_tried_again_and_what_it_lacks_is_told(
+    cause: Exception | None, again: bool, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise DataError("s3://bucket/train.jsonl: cannot be read") from cause
+
+    session = Session(World())
+    for stage in ("_train", "reopen"):
+        monkeypatch.setattr(worker, stage, refuse)
+        with pytest.raises(DataError) if again else nullcontext():
+            train_worker({**plain, "session": session})
+    events = [event for event, _ in session.told]
+    assert events == (["start"] if again else ["start", "failed", "failed"])
 
 
 def test_a_rank_that_another_one_stopped_says_nothing(
