@@ -72,7 +72,9 @@ def hold_object(filesystem: Any, path: str, renew: float = RENEW_SECONDS) -> Ite
     """
     try:
         filesystem.pipe_file(path, _owner().encode(), mode="create")
-    except FileExistsError:
+    except OSError as error:  # some stores say that it exists in words of their own
+        if not isinstance(error, FileExistsError) and not _content(filesystem, path):
+            raise
         _take_over(filesystem, path, renew)
     done = threading.Event()
 
@@ -121,22 +123,34 @@ def _content(filesystem: Any, path: str) -> str:
 
 def _owner() -> str:
     """Who holds a lock; differs at every call."""
-    here = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
-    return json.dumps(here)
+    here = {"pid": os.getpid(), "host": socket.gethostname(), "pids": _pids()}
+    return json.dumps({**here, "time": time.time_ns()})
 
 
-def _read_owner(content: str) -> tuple[str, int | None]:
+def _pids() -> str:
+    """Where a process number means the same process; "" if Linux does not tell.
+
+    Machines and containers may share a host name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _read_owner(content: str) -> tuple[str, int | None, str]:
     try:
         owner = json.loads(content)
-        return str(owner["host"]), int(owner["pid"])
+        return str(owner["host"]), int(owner["pid"]), str(owner.get("pids", ""))
     except (ValueError, KeyError, TypeError):
-        return "unknown", None  # the other one has not written it yet
+        return "unknown", None, ""  # the other one has not written it yet
 
 
 def _died_here(content: str) -> bool:
     """Whether the owner was a process of this machine that is gone."""
-    host, pid = _read_owner(content)
-    if pid is None or host != socket.gethostname():
+    _, pid, pids = _read_owner(content)
+    if pid is None or not pids or pids != _pids():
         return False
     try:
         os.kill(pid, 0)
@@ -148,7 +162,7 @@ def _died_here(content: str) -> bool:
 
 
 def _taken(folder: str, content: str) -> ConfigError:
-    host, pid = _read_owner(content)
+    host, pid, _ = _read_owner(content)
     who = f"process {pid} on host {host}" if pid is not None else "another process"
     return ConfigError(
         f"{folder} is in use by {who}, which trains the same name now. Wait for it to end or stop "

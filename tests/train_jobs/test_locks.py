@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import fsspec
 import pytest
 
 from mtl_core.config import ConfigError, parse_experiment
+from train_jobs import locks
 from train_jobs.locks import check_file, hold_file, hold_object
 from train_jobs.runs import RunFolder
 
@@ -103,8 +105,16 @@ def store(request: pytest.FixtureRequest) -> tuple[Any, str]:
     return filesystem, f"/{request.node.name}/run.lock"
 
 
-def leave(filesystem: Any, path: str, host: str, pid: int) -> None:
-    filesystem.pipe_file(path, json.dumps({"pid": pid, "host": host, "time": 1}).encode())
+def leave(filesystem: Any, path: str, host: str, pid: int, pids: str) -> None:
+    owner = {"pid": pid, "host": host, "pids": pids, "time": 1}
+    filesystem.pipe_file(path, json.dumps(owner).encode())
+
+
+def ended_process() -> int:
+    """A number that no process of this machine has any more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
 
 
 def test_on_an_object_store_a_living_driver_keeps_others_out(store: tuple[Any, str]) -> None:
@@ -116,11 +126,21 @@ def test_on_an_object_store_a_living_driver_keeps_others_out(store: tuple[Any, s
     assert not filesystem.exists(path)
 
 
+@pytest.mark.parametrize(
+    ("host", "pids"),
+    [
+        ("elsewhere", "of another machine"),
+        (socket.gethostname(), "of another container"),
+        (socket.gethostname(), ""),
+    ],
+)
 def test_on_an_object_store_a_dead_driver_of_another_machine_is_found_out_by_its_silence(
-    store: tuple[Any, str],
+    host: str, pids: str, store: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filesystem, path = store
-    leave(filesystem, path, "elsewhere", 1)
+    leave(filesystem, path, host, ended_process(), pids)
+    if not pids:
+        monkeypatch.setattr(locks, "_pids", str)  # no Linux
     started = time.monotonic()
     with hold_object(filesystem, path, renew=0.2):
         assert time.monotonic() - started > 0.6
@@ -131,9 +151,31 @@ def test_on_an_object_store_a_dead_driver_of_this_machine_costs_no_waiting(
     store: tuple[Any, str],
 ) -> None:
     filesystem, path = store
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    leave(filesystem, path, socket.gethostname(), ended.pid)
+    leave(filesystem, path, socket.gethostname(), ended_process(), locks._pids())
     started = time.monotonic()
     with hold_object(filesystem, path, renew=5):
         assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY])
+def test_a_store_that_says_otherwise_that_the_lock_is_there_is_understood(
+    number: int, store: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filesystem, path = store
+    write = filesystem.pipe_file
+
+    def refuse(path: str, value: bytes, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise OSError(number, "at least one of the preconditions did not hold")
+        write(path, value)
+
+    monkeypatch.setattr(filesystem, "pipe_file", refuse)
+    with pytest.raises(OSError, match="preconditions"):
+        hold_object(
+            filesystem, path
+        ).__enter__()  # nothing is there: the store means something else
+    leave(filesystem, path, socket.gethostname(), ended_process(), locks._pids())
+    with hold_object(filesystem, path, renew=0.1):
+        assert json.loads(filesystem.cat_file(path))["pid"] == os.getpid()
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on host"):
+            hold_object(filesystem, path, renew=0.3).__enter__()
