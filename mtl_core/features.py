@@ -6,14 +6,12 @@ machine and by later runs over the same data. Shapes: B texts, L tokens, H hidde
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import uuid
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from numpy.typing import NDArray
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, collate, evaluation_batches
 from mtl_core.data.encoding import EncodedSplit
-from mtl_core.folders import cache_root
+from mtl_core.folders import cache_root, one_at_a_time
 from mtl_core.freezing import frozen_layers
 from mtl_core.model import Batch, MultiTaskModel
 
@@ -103,12 +101,9 @@ def build_cache(
     """
     if is_built(path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        with suppress(OSError):  # a file system without locks only costs the work twice
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-            for left in path.parent.glob(f"{path.stem}.*.partial.npy"):  # by one that was killed
-                left.unlink()
+    with one_at_a_time(path.with_suffix(".lock")) as alone:
+        for left in path.parent.glob(f"{path.stem}.*.partial.npy") if alone else ():
+            left.unlink(missing_ok=True)  # by one that was killed
         if not is_built(path):
             yield from _write_states(model, split, path, depth, device, bf16)
 

@@ -1,13 +1,15 @@
-"""The cache's folder, folders that appear whole or not at all, copies without room, file hashes."""
+"""The cache's folder, one process at a time in it, folders that appear whole or not at all, copies
+without room, file hashes."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -39,6 +41,21 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[bool]:
+    """Wait for other processes that are in a block of this lock file; it goes with its holder.
+
+    Yields whether there are locks: a file system without them only costs the work twice.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        held = False
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            held = True
+        yield held
 
 
 def copy_tree(source: str | Path, target: Path) -> None:

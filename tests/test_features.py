@@ -195,7 +195,7 @@ def test_two_builds_of_one_cache_at_once_both_succeed(
     model = model_of(folders["bert"])
     split = split_for(model)
     monkeypatch.setattr(features, "evaluation_batches", lambda s: evaluation_batches(s, 32))
-    monkeypatch.setattr(features.fcntl, "lockf", without_locks)
+    monkeypatch.setattr("fcntl.lockf", without_locks)
     path = tmp_path / "states.npy"
     arguments: Any = (model, split, path, 3, CPU, False)
     slow, fast = features.build_cache(*arguments), features.build_cache(*arguments)

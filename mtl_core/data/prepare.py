@@ -20,6 +20,7 @@ from mtl_core.data.shards import ShardedCorpus, Shards
 from mtl_core.data.sources import read_corpus
 from mtl_core.data.tags import tag_names
 from mtl_core.encoder import tokenizer_of
+from mtl_core.folders import cache_root, one_at_a_time
 from mtl_core.storage import fetch
 
 
@@ -124,9 +125,20 @@ def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
 def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> Data:
     """What `prepare` made, in another process: mapped if it is on this machine, else made again.
 
+    One process of a machine makes it, and the others that want it wait.
+
     Raises:
         DataError: rows are not those that `prepare` found.
     """
+    found = _mapped(experiment, labels, keys)
+    if found is None:
+        with one_at_a_time(cache_root() / "encoded" / f"{keys['train']}.lock"):
+            found = _mapped(experiment, labels, keys) or _made_again(experiment, labels, keys)
+    return found
+
+
+def _mapped(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> Data | None:
+    """What `prepare` made, if all of it is on this machine."""
     sharded = experiment.training.shard_texts is not None
     shards = Shards.load(keys["train"]) if sharded else None
     whole = [name for name in keys if name != "train" or not sharded]
@@ -134,7 +146,12 @@ def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> D
     splits = {name: split for name, split in found.items() if split is not None}
     if len(splits) == len(whole) and (shards is not None) == sharded:
         return Data(splits, dict(keys), dict(labels), {}, shards)
-    if sharded:
+    return None
+
+
+def _made_again(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> Data:
+    """The same read and tokenised here, as long as it is the same."""
+    if experiment.training.shard_texts is not None:
         data = _prepare_shards(experiment, labels)
     else:
         corpus = read_corpus(experiment.data, experiment.tasks, experiment.seed, SPLITS)

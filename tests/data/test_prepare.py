@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ import numpy as np
 import pytest
 
 from mtl_core.config import Experiment, parse_experiment
+from mtl_core.data import cache
+from mtl_core.data.encoding import encode_split
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import prepare, reopen
 
@@ -97,6 +103,40 @@ def test_another_process_opens_the_same_data(
     for name, split in data.splits.items():
         assert np.array_equal(again.splits[name].input_ids, split.input_ids)
         assert np.array_equal(again.splits[name].targets["t"], split.targets["t"])
+
+
+def test_processes_of_another_machine_make_them_once_though_one_that_does_is_killed(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, made = prepare(experiment), tmp_path / "made"
+
+    def slowly(*arguments: Any) -> Any:
+        with made.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(1)
+        return encode_split(*arguments)
+
+    def makers() -> list[int]:
+        return [int(line) for line in made.read_text().splitlines()] if made.exists() else []
+
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(cache, "encode_split", slowly)
+    context = multiprocessing.get_context("fork")
+    arguments = (experiment, data.labels, data.keys)
+    processes = [context.Process(target=reopen, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    while not makers():
+        assert any(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    killed = makers()[0]
+    os.kill(killed, signal.SIGKILL)
+    for process in processes:
+        process.join()
+    assert sorted(process.exitcode or 0 for process in processes) == [-signal.SIGKILL, 0, 0]
+    train, validation, *more = [maker for maker in makers() if maker != killed]
+    assert train == validation
+    assert not more
 
 
 @pytest.mark.parametrize(

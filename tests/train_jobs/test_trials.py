@@ -134,7 +134,7 @@ def test_workers_of_a_trial_find_in_its_folder_that_their_node_reaches_it(
 
         return SimpleNamespace(fit=fit)
 
-    config, job = one_trial(tmp_path, monkeypatch, gpu=False, workers=2)
+    config, job = one_trial(tmp_path, monkeypatch, workers=2)
     log = SimpleNamespace(drain=SimpleNamespace(remote=list))
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     monkeypatch.setattr(trials, "progress_log", lambda: log)
