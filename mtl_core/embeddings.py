@@ -77,6 +77,14 @@ def learn_rows(transformer: Any, token_ids: NDArray[np.int32]) -> None:
     transformer.set_input_embeddings(RowsEmbedding(table, token_ids))
 
 
+def other_rows(transformer: Any) -> dict[str, Tensor]:
+    """The table's rows that `learn_rows` did not choose, by name; none without it."""
+    table = transformer.get_input_embeddings()
+    if not isinstance(table, RowsEmbedding):
+        return {}
+    return {"other_rows": table.fixed[table.places < 0]}
+
+
 def learned_rows(transformer: Any) -> str | None:
     """Fingerprint of the rows that `learn_rows` chose; a checkpoint fits no others."""
     table = transformer.get_input_embeddings()

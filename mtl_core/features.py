@@ -11,13 +11,14 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, collate, evaluation_batches
@@ -77,10 +78,15 @@ def cache_file(model: MultiTaskModel, split_key: str, depth: int, bf16: bool) ->
     """
     digest = hashlib.sha256(f"{split_key} {depth} {_dtype(bf16)}".encode())
     digest.update(model.encoder.transformer.config.to_json_string().encode())
-    for name, tensor in model.encoder.lower_part(depth).state_dict().items():
+    add_tensors(digest, model.encoder.lower_part(depth).state_dict())
+    return cache_root() / "features" / f"{digest.hexdigest()[:32]}.npy"
+
+
+def add_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Have a hash depend on names and bits, wherever the tensors are."""
+    for name, tensor in tensors.items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
-    return cache_root() / "features" / f"{digest.hexdigest()[:32]}.npy"
 
 
 def build_cache(

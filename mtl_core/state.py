@@ -5,8 +5,10 @@ Only what learns at some time of the run is stored; the rest comes from the same
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from mtl_core.config import Experiment
 from mtl_core.data.examples import DataError
-from mtl_core.embeddings import learned_rows
+from mtl_core.embeddings import learned_rows, other_rows
+from mtl_core.features import add_tensors
 from mtl_core.model import MultiTaskModel
 from mtl_core.optim import build_optimizer
 
@@ -50,6 +53,16 @@ class TrainState:
         assert self.optimizer is not None
         ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {name: p for name, p in self.model.named_parameters() if id(p) in ours}
+
+    @cached_property
+    def frozen(self) -> str:
+        """Fingerprint of what never learns, which no checkpoint holds; poolers feed no head."""
+        learning = self.learning()
+        named = self.model.named_parameters()
+        never = {n: p for n, p in named if n not in learning and ".pooler." not in n}
+        digest = hashlib.sha256()
+        add_tensors(digest, never | other_rows(self.model.encoder.transformer))
+        return digest.hexdigest()[:32]
 
     def remembered(self) -> dict[str, Tensor]:
         """What the weighting strategy keeps from step to step besides parameters, by name."""
@@ -96,6 +109,7 @@ class TrainState:
             "best_score": self.best_score if self.best else None,
             "learned_rows": learned_rows(self.model.encoder.transformer),
             "train_key": self.train_key,
+            "frozen": self.frozen,
             "pooling": self.model.encoder.pooling,
             "labels": self._labels(),
         }
@@ -106,7 +120,8 @@ class TrainState:
         """Take up what `save` wrote, on whatever device the model is.
 
         Raises:
-            DataError: labels, pooling or training texts are not those of the checkpoint.
+            DataError: labels, pooling, training texts or what never learns are not those of the
+                checkpoint.
         """
         assert self.optimizer is not None
         progress = json.loads((folder / FILES[2]).read_text())
@@ -138,7 +153,7 @@ class TrainState:
         return {task: list(head.labels) for task, head in self.model.head_items}
 
     def _check_data(self, progress: Mapping[str, Any]) -> None:
-        """Raise DataError unless a checkpoint fits the data; old ones tell no key and no labels."""
+        """Raise DataError unless a checkpoint fits; old ones tell no key, no labels, no frozen."""
         fix = "put them back, or start a run of another name"
         labels = self._labels()
         for task, known in progress.get("labels", labels).items():
@@ -156,6 +171,11 @@ class TrainState:
         rows = learned_rows(self.model.encoder.transformer)
         if len(keys) > 1 or progress["learned_rows"] != rows:
             raise DataError(f"the training texts have changed since the checkpoint; {fix}")
+        if progress.get("frozen") not in (None, self.frozen):
+            raise DataError(
+                "the weights that never learn, of init_from or encoder.model, have changed since "
+                f"the checkpoint; {fix}"
+            )
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

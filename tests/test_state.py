@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,49 @@ def test_a_checkpoint_of_other_labels_is_refused(bert: Path, tmp_path: Path) -> 
         begin(config, encode(corpus, config, renamed)).load(tmp_path)
 
 
-def test_a_checkpoint_that_tells_neither_texts_nor_labels_is_taken_up(
-    bert: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("freeze", "changed", "fits"),
+    [
+        ({"encoder": True}, "encoder.transformer.encoder.layer.2.output.dense.bias", False),
+        ({"layers": 1}, "encoder.transformer.embeddings.word_embeddings.weight", False),
+        ({"layers": 1}, "encoder.transformer.encoder.layer.0.output.dense.bias", False),
+        ({"layers": 1}, "encoder.transformer.encoder.layer.1.output.dense.bias", True),
+        ({"heads": ["mood"]}, "heads.mood.output.bias", False),
+        ({}, "heads.mood.output.bias", True),
+        ({}, "encoder.transformer.pooler.dense.bias", True),
+    ],
+)
+def test_a_checkpoint_is_refused_where_what_it_leaves_out_has_changed(
+    freeze: dict[str, Any], changed: str, fits: bool, bert: Path, tmp_path: Path
+) -> None:
+    half_way(bert, freeze=freeze).save(tmp_path)
+    other = half_way(bert, steps=0, freeze=freeze)
+    with torch.no_grad():
+        other.model.get_parameter(changed).add_(1)
+    refused = pytest.raises(DataError, match=r"weights that never learn, of init_from .* changed")
+    with nullcontext() if fits else refused:
+        other.load(tmp_path)
+    assert other.step == (13 if fits else 0)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_rows_of_the_table_that_do_not_learn_are_the_checkpoint_s_too(
+    learns: bool, bert: Path, tmp_path: Path
 ) -> None:
     half_way(bert).save(tmp_path)
+    other = half_way(bert, steps=0)
+    table = other.model.encoder.transformer.get_input_embeddings()
+    row = int(table.rows[0]) if learns else int((table.places < 0).nonzero()[-1])
+    table.fixed[row] += 1
+    with nullcontext() if learns else pytest.raises(DataError, match="never learn"):
+        other.load(tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_release_is_taken_up(bert: Path, tmp_path: Path) -> None:
+    half_way(bert).save(tmp_path)
     path = tmp_path / "progress.json"
-    progress = json.loads(path.read_text())
-    old = {name: progress[name] for name in progress.keys() - {"train_key", "labels"}}
+    progress, later = json.loads(path.read_text()), {"train_key", "labels", "frozen"}
+    old = {name: progress[name] for name in progress.keys() - later}
     path.write_text(json.dumps(old))
     state = half_way(bert, steps=0)
     state.load(tmp_path)
