@@ -17,7 +17,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_core.config import ConfigError, Experiment, Split
+from mtl_core.config import Experiment, Split
 from mtl_core.data.blocks import BlockReader, Blocks
 from mtl_core.data.cache import load_arrays, load_split, save_arrays, save_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, encode_split
@@ -264,14 +264,15 @@ class ShardLoader:
         Raises:
             DataError: rows that cannot be read, or labels that are not known.
             ConfigError: a variable of a path is not set here.
+            EncoderError, ArtifactError: the tokenizer cannot be had.
             OSError: the disk is full.
         """
-        failure: ConfigError | DataError | OSError | None = None
+        failure: Exception | None = None
         split = None
         if self.world.local_rank == 0:
             try:
                 self._make(number).result()
-            except (ConfigError, DataError, OSError) as error:
+            except Exception as error:  # whatever it is, the others must not wait for this rank
                 failure = error
         if self.world.any(failure is not None):
             raise failure or ElsewhereError("another worker could not read its texts")

@@ -24,6 +24,7 @@ from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, prepare, prepare_scored, reopen
 from mtl_core.data.shards import ShardLoader
 from mtl_core.encoder import tokenizer_of
+from mtl_core.errors import EncoderError
 from mtl_core.world import World
 from tests.commands import ROOT
 from tests.small_runs import write_artifact
@@ -410,6 +411,32 @@ def test_a_rank_hears_that_another_could_not_read_its_texts(encoder: Path, tmp_p
     with pytest.raises(DataError, match="another worker could not read its texts"):
         opened.open(0, 1)
     assert not opened.making
+
+
+@pytest.mark.parametrize("error", [EncoderError("no tokenizer"), RuntimeError("no thread")])
+def test_a_rank_tells_the_others_whatever_kept_it_from_its_texts(
+    error: Exception, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+
+    class Telling(World):
+        def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+            told.extend(tensor.tolist())
+            return tensor
+
+    def refuse(_: Any) -> None:
+        raise error
+
+    chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
+    data = prepare(chosen)
+    assert data.shards is not None
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr("mtl_core.data.shards.tokenizer_of", refuse)
+    world = Telling(rank=0, size=2)
+    opened = ShardLoader(chosen, data.shards, data.keys["train"], data.labels, world)
+    with pytest.raises(type(error), match=str(error)):
+        opened.open(0, 1)
+    assert told == [1.0]
 
 
 PREPARE = """
