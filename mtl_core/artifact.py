@@ -12,6 +12,7 @@ Weights are safetensors only and nothing is unpickled. A folder appears whole or
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -173,6 +174,12 @@ def _check_shape(manifest: Manifest, origin: str) -> None:
             raise ArtifactError(f"{origin}: damaged: {name!r} is no mapping")
     for name in {"pooling", "max_length"} - manifest.encoder.keys():
         raise ArtifactError(f"{origin}: damaged: 'encoder' has no {name!r}")
+
+
+def encoder_hash(manifest: Manifest) -> str:
+    """Of the names and hashes of the encoder's files: what `read_manifest` checked, not a claim."""
+    files = sorted(item for item in manifest.files.items() if item[0].startswith("encoder/"))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def load_parts(

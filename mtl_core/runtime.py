@@ -20,7 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtl_core.artifact import ArtifactError, Manifest, atomic_folder, read_manifest
+from mtl_core.artifact import (
+    ArtifactError,
+    Manifest,
+    atomic_folder,
+    encoder_hash,
+    read_manifest,
+)
 from mtl_core.config import ConfigError
 from mtl_core.encoder import Pooling, SentenceEncoder
 from mtl_core.folders import cache_root
@@ -329,18 +335,18 @@ def load_runtime(
 def converted(
     artifact: Path, manifest: Manifest, load_encoder: Callable[[], SentenceEncoder]
 ) -> Path:
-    """The encoder as OpenVINO IR in fp32, kept in the cache under its hash.
+    """The encoder as OpenVINO IR in fp32, kept in the cache under the hash of its files.
 
     Raises:
         ArtifactError: another one took its place since its manifest was read.
     """
     import openvino
 
-    version = openvino.__version__.split("-")[0]
-    folder = cache_root() / "openvino" / f"{manifest.encoder['sha256'][:16]}-rows-{version}"
+    version, wanted = openvino.__version__.split("-")[0], encoder_hash(manifest)
+    folder = cache_root() / "openvino" / f"{wanted[:32]}-rows-{version}"
     if not (folder / "encoder.xml").is_file():
         encoder = load_encoder()
-        if read_manifest(artifact).encoder != manifest.encoder:
+        if encoder_hash(read_manifest(artifact)) != wanted:
             raise ArtifactError(f"{artifact}: replaced while it was read; try again")
         model = convert(encoder)
         try:

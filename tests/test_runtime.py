@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,6 +173,25 @@ def test_an_encoder_is_converted_once(
     manifest = read_manifest(other)
     load_runtime("openvino-fp32", other, manifest, lambda: load_encoder(other, manifest), CPU)
     assert len(list((tmp_path / "cache" / "openvino").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", ["the other's", "../" * 5 + "elsewhere"])
+def test_an_artifact_that_claims_anothers_hash_gets_its_own_encoder(
+    claim: str, tiny_encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "a" / "b" / "cache"))
+    other = untrained(tiny_encoders["bert"], tmp_path / "other")
+    features(other, "openvino-fp32")
+    folder = untrained(tiny_encoders["distilbert"], tmp_path / "artifact")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    theirs = read_manifest(other).encoder["sha256"]
+    manifest["encoder"]["sha256"] = claim.replace("the other's", theirs)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found, expected = features(folder, "openvino-fp32"), features(folder, "torch-fp32")
+    np.testing.assert_allclose(found.pooled, expected.pooled, atol=1e-4)
+    assert len(list((tmp_path / "a" / "b" / "cache" / "openvino").iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.slow
