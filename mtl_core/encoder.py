@@ -81,7 +81,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
     with _explained(model):
         where = resolve_model(model, revision)
-        tokenizer = AutoTokenizer.from_pretrained(where, use_fast=True, **_revision(revision))
+        tokenizer = AutoTokenizer.from_pretrained(where, use_fast=True, **_safely(revision))
     if not tokenizer.is_fast:
         raise EncoderError(
             f"encoder.model: {model!r} has no fast tokenizer, and entities need the "
@@ -102,8 +102,9 @@ def tokenizer_of(experiment: Experiment) -> Any:
     return load_tokenizer(experiment.encoder.model, experiment.encoder.revision)
 
 
-def _revision(revision: str | None) -> dict[str, Any]:
-    return {"revision": revision} if revision else {}
+def _safely(revision: str | None) -> dict[str, Any]:
+    """Which revision to load; without the False transformers would ask on a terminal."""
+    return {"trust_remote_code": False} | ({"revision": revision} if revision else {})
 
 
 @contextmanager
@@ -114,6 +115,11 @@ def _explained(model: str) -> Iterator[None]:
     except EncoderError:
         raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise EncoderError(
+                f"encoder.model: {model!r} needs code of its own, and foreign code is never run: "
+                "choose an architecture that transformers has"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EncoderError(
             f"encoder.model: cannot load {model!r}: {reason}\n"
@@ -147,7 +153,7 @@ class SentenceEncoder(nn.Module):
         where = resolve_model(config.model, config.revision)
         tokenizer = load_tokenizer(config.model, config.revision)
         with _explained(config.model):
-            settings = AutoConfig.from_pretrained(where, **_revision(config.revision))
+            settings = AutoConfig.from_pretrained(where, **_safely(config.revision))
             for name in DROPOUT_FIELDS:
                 if config.dropout is not None and hasattr(settings, name):
                     setattr(settings, name, config.dropout)
@@ -156,7 +162,7 @@ class SentenceEncoder(nn.Module):
                 config=settings,
                 dtype=torch.float32,
                 use_safetensors=True,
-                **_revision(config.revision),
+                **_safely(config.revision),
             )
             pooling = config.pooling
             if pooling == "auto":

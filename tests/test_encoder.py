@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -221,6 +222,30 @@ def test_an_unknown_model_without_network_says_what_to_do(load_part: Any) -> Non
     assert "folder" in message
     assert "HF_HOME" in message
     assert MINILM in message
+
+
+@pytest.mark.parametrize("answer", ["", "y\n" * 9])
+@pytest.mark.parametrize("load_part", [load_tokenizer, lambda name: load(Path(name))])
+def test_code_that_comes_with_a_model_is_never_run(
+    load_part: Any,
+    answer: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = shutil.copytree(folders["bert"], tmp_path / "model")
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    own = {"AutoConfig": "evil.A", "AutoModel": "evil.B", "AutoTokenizer": ["evil.C", None]}
+    for file, change in {
+        "config.json": {"model_type": "evil"},
+        "tokenizer_config.json": {"tokenizer_class": "C"},
+    }.items():
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, **change, "auto_map": own}))
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    with pytest.raises(EncoderError, match="code of its own, and foreign code is never run"):
+        load_part(str(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture
