@@ -24,6 +24,8 @@ from serve_app.service import Answer, Service, TooLong
 from serve_app.settings import Settings
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
+MOST_ERRORS = 1_000
+"""Errors of a body that are looked at; only unknown keys can be so many."""
 
 
 @dataclass
@@ -217,6 +219,8 @@ def request_id(request: Request) -> str:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with a body, field by field, without repeating what it held."""
+    if (count := error.error_count()) > MOST_ERRORS:
+        return f"{count} things are wrong; known keys: {', '.join(model.model_fields)}"
     lines = []
     for item in error.errors(include_input=False, include_url=False)[:5]:
         where = ".".join(str(step)[:80] for step in item["loc"])

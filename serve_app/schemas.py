@@ -15,16 +15,22 @@ TEXT = {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"}  # what str.strip ca
 TEXTS = {"type": "array", "items": TEXT, "minItems": 1}
 ALONE = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 1}
 
-Inputs = Annotated[str | list[str], WithJsonSchema({"anyOf": [TEXT, TEXTS]})]
-Listed = Annotated[list[str], WithJsonSchema(TEXTS)]
-Blanks = Annotated[str | list[str], Field(json_schema_extra={"minItems": 1})]
+FIRST = Field(fail_fast=True)
+"""Ends at the first wrong item: each makes an error of a kilobyte, and a body has a million."""
+Strings = Annotated[list[str], FIRST]
+Integers = Annotated[list[int], FIRST]
+
+Inputs = Annotated[str | Strings, WithJsonSchema({"anyOf": [TEXT, TEXTS]})]
+Listed = Annotated[Strings, WithJsonSchema(TEXTS)]
+Blanks = Annotated[str | Strings, Field(json_schema_extra={"minItems": 1})]
 """Texts that may be blank."""
 Singles = Annotated[
-    str | list[str] | list[list[str]],
+    str | Strings | Annotated[list[Strings], FIRST],
     WithJsonSchema({"anyOf": [TEXT, TEXTS, {"type": "array", "items": ALONE, "minItems": 1}]}),
 ]
 TextsOrTokens = Annotated[
-    str | list[str] | list[int] | list[list[int]], WithJsonSchema({"anyOf": [TEXT, TEXTS]})
+    str | Strings | Integers | Annotated[list[Integers], FIRST],
+    WithJsonSchema({"anyOf": [TEXT, TEXTS]}),
 ]
 """Token ids are read only to say why they are refused."""
 
@@ -51,7 +57,7 @@ class Lenient(BaseModel):
 
 class PredictRequest(Strict):
     inputs: Inputs = Field(examples=["Maria Lopez loved the food in Lisbon."])
-    tasks: list[str] | None = Field(
+    tasks: Strings | None = Field(
         default=None,
         description="Tasks to answer; all when absent.",
         json_schema_extra={"minItems": 1},
@@ -194,7 +200,7 @@ class TokenReply(BaseModel):
 
 class PipelineParameters(Lenient):
     aggregation_strategy: Strategy = "simple"
-    ignore_labels: list[str] | None = None
+    ignore_labels: Strings | None = None
     top_k: Count | None = None
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
     truncation: bool = False

@@ -89,6 +89,26 @@ def test_texts_of_a_wrong_type_are_refused(path: str, wrong: Any, local_url: str
     assert f"{field}: Field required" in message(missing)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *((path, f'{{"{field}": [WRONG]}}') for path, field in BODIES.items()),
+        *((path, f'{{"{field}": [[WRONG]]}}') for path, field in BODIES.items()),
+        ("/v1/predict", '{"inputs": "a", "tasks": [WRONG]}'),
+        ("/tasks/entities", '{"inputs": "a", "parameters": {"ignore_labels": [WRONG]}}'),
+    ],
+)
+def test_the_first_wrong_item_is_named_however_many_there_are(
+    path: str, body: str, local_url: str
+) -> None:
+    one, many = (
+        call(local_url + path, body.replace("WRONG", ",".join(["0.5"] * count)).encode())
+        for count in (1, 400_000)
+    )
+    assert one.status == many.status == 422
+    assert message(one) == message(many)
+
+
 @pytest.mark.parametrize("path", BODIES)
 def test_no_text_is_refused_and_a_blank_one_named(path: str, local_url: str) -> None:
     field = BODIES[path]
@@ -229,6 +249,13 @@ def test_a_typo_in_a_key_is_refused_with_the_known_ones(path: str, local_url: st
     answer = call(local_url + path, {"inputs": [SECRET], "trunkate": True})
     assert answer.status == 422
     assert "trunkate: unknown key; known: inputs" in message(answer)
+
+
+def test_very_many_unknown_keys_are_counted_and_not_listed(local_url: str) -> None:
+    body = {"inputs": SECRET} | {f"{SECRET} {number}": 0 for number in range(2_000)}
+    answer = call(f"{local_url}/v1/similarity", body)
+    assert answer.status == 422
+    assert message(answer) == "2001 things are wrong; known keys: inputs, truncate"
 
 
 @pytest.mark.parametrize("path", sorted(set(BODIES) - set(OWN)))
