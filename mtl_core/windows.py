@@ -5,8 +5,8 @@ Shapes: T sub-words of a text that stand for characters of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,23 +32,12 @@ class Tokenized:
     """Which of the text's sub-words each window holds: places in `ranges`, -1 for specials."""
     ranges: Offsets
     """Characters [start, end) of each of the text's sub-words, as the tokenizer gives them."""
+    long: bool = False
+    """Whether the text goes beyond its first window, whether or not the others are here."""
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.windows))
-
-    @property
-    def beginning(self) -> Tokenized:
-        """The first window alone, which is all that is read where no states are wanted."""
-        if len(self.windows) == 1:
-            return self
-        numbers = self.numbers[0]
-        return replace(
-            self,
-            windows=self.windows[:1],
-            numbers=[numbers],
-            ranges=self.ranges[: max(numbers) + 1],
-        )
 
     @cached_property
     def placed(self) -> tuple[Offsets, NDArray[np.int64], NDArray[np.int64]]:
@@ -82,23 +71,50 @@ class Windows:
         self.backend.no_padding()
         self.advance = max_length - self.backend.num_special_tokens_to_add(False) - stride
 
-    def split(self, texts: Sequence[str]) -> list[Tokenized]:
+    def split(
+        self,
+        texts: Sequence[str],
+        most: int | None = None,
+        states: bool = True,
+        whole: bool = False,
+    ) -> list[Tokenized]:
         """Sub-words of each text, those beyond the model's reach in overlapping windows.
+
+        Args:
+            texts: any number.
+            most: how many sub-words are taken; what follows the text that exceeds it is not read.
+            states: keep every window; else the first alone, as where no states are wanted.
+            whole: refuse texts beyond the first window.
 
         Raises:
             TextError: a text is empty, blank or no valid Unicode.
+            TooLong: see `whole`.
+            TooMany: see `most`.
         """
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise TextError(f"text {number + 1} is empty or only spaces")
             if LONE_SURROGATE.search(text):
                 raise TextError(f"text {number + 1} is no valid Unicode: it holds half a character")
-        encodings = self.backend.encode_batch(list(texts))
-        return [self._tokenized(*pair) for pair in zip(texts, encodings, strict=True)]
+        items: list[Tokenized] = []
+        tokens = 0
+        encodings = encoded(self.backend, texts, most is None)
+        for text, encoding in zip(texts, encodings, strict=True):
+            more = encoding.overflowing
+            if whole and more:
+                raise TooLong(
+                    f"input {len(items) + 1} has more than the {self.max_length} tokens that the "
+                    "model reads at once"
+                )
+            kept = [encoding, *more] if states else [encoding]
+            tokens += sum(map(len, kept))
+            check_size(tokens, most)
+            items.append(self._tokenized(text, kept, bool(more)))
+        return items
 
-    def _tokenized(self, text: str, first: Encoding) -> Tokenized:
-        item = Tokenized(text, [], [], [])
-        for window, encoding in enumerate([first, *first.overflowing]):
+    def _tokenized(self, text: str, encodings: Sequence[Encoding], long: bool) -> Tokenized:
+        item = Tokenized(text, [], [], [], long)
+        for window, encoding in enumerate(encodings):
             number = self.advance * window
             numbers = []
             for special, span in zip(encoding.special_tokens_mask, encoding.offsets, strict=True):
@@ -130,10 +146,11 @@ class Windows:
         Raises:
             TooMany: they are more than `most`.
         """
-        rows = []
-        encodings = self.untruncated.encode_batch(list(texts), add_special_tokens=special)
-        check_size(sum(map(len, encodings)), most)
+        rows, tokens = [], 0
+        encodings = encoded(self.untruncated, texts, most is None, special)
         for source, encoding in zip(texts, encodings, strict=True):
+            tokens += len(encoding)
+            check_size(tokens, most)
             columns = (
                 encoding.ids,
                 encoding.tokens,
@@ -155,6 +172,24 @@ class Windows:
         return rows
 
 
+def encoded(
+    tokenizer: Tokenizer, texts: Sequence[str], at_once: bool, special: bool = True
+) -> Iterable[Encoding]:
+    """Each text's encoding, made when it is asked for unless `at_once`.
+
+    At once is faster where the tokenizer has several threads; but an encoding takes a hundred times
+    its text's memory.
+    """
+    if at_once:
+        found: list[Encoding] = tokenizer.encode_batch(list(texts), add_special_tokens=special)
+        return found
+    return (tokenizer.encode(text, add_special_tokens=special) for text in texts)
+
+
+class TooLong(ValueError):
+    """A text is longer than the model reads."""
+
+
 class TooMany(ValueError):
     """Texts have more sub-words than may be taken at once."""
 
@@ -162,4 +197,4 @@ class TooMany(ValueError):
 def check_size(tokens: int, most: int | None) -> None:
     """Raise TooMany if these are more than `most`."""
     if most is not None and tokens > most:
-        raise TooMany(f"the inputs have {tokens} tokens; at most {most} are taken")
+        raise TooMany(f"the inputs have at least {tokens} tokens; at most {most} are taken")

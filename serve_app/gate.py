@@ -13,14 +13,14 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mtl_core.windows import TextError, TooMany
+from mtl_core.windows import TextError, TooLong, TooMany
 from serve_app.auth import Keys, bearer
 from serve_app.batcher import Overloaded
 from serve_app.errors import ApiError, invalid, overloaded, too_large, unauthorized
 from serve_app.openapi import Operation
 from serve_app.requestlog import RequestLog
 from serve_app.schemas import OpenAIErrorReply
-from serve_app.service import Answer, Service, TooLong
+from serve_app.service import Answer, Service
 from serve_app.settings import Settings
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)

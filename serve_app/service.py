@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from mtl_core.answers import Features, Output, Prediction
 from mtl_core.predictor import EncodingStage, unit
-from mtl_core.windows import Tokenized, check_size
+from mtl_core.windows import Tokenized
 from serve_app.batcher import Batch, Batcher, Job, fail
 from serve_app.heads import HeadCall, HeadUnavailable
 from serve_app.loaded import Loaded
@@ -120,6 +121,8 @@ class Service:
             settings.batch_tokens,
             settings.max_waiting_tokens,
         )
+        self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        """One thread: for a moment long texts take hundreds of times their length in memory."""
         self.asking: set[asyncio.Task[None]] = set()
 
     async def answer(
@@ -147,25 +150,19 @@ class Service:
         """
         model = self.model
         started = time.perf_counter()
-        split = model.stage.windows.split
-        with self.batcher.held(len(texts)):
-            if sum(map(len, texts)) > INLINE_CHARACTERS:
-                items = await asyncio.get_running_loop().run_in_executor(None, split, texts)
-            else:
-                items = split(texts)
-        timings = Timings(tokenize=time.perf_counter() - started)
         want_states = any(model.heads[task].level == "token" for task in tasks)
         pooled = vectors or not tasks
         cut = pooled or any(model.heads[task].level == "sentence" for task in tasks)
-        beginnings = [number for number, item in enumerate(items) if cut and len(item.windows) > 1]
-        if whole and beginnings:
-            raise TooLong(
-                f"input {beginnings[0] + 1} has more than the {model.stage.windows.max_length} "
-                "tokens that the model reads at once"
-            )
-        if not want_states:
-            items = [item.beginning for item in items]
-        check_size(sum(item.num_tokens for item in items), self.max_tokens)
+        asked = (texts, self.max_tokens, want_states, whole and cut)
+        split = model.stage.windows.split
+        with self.batcher.held(len(texts)):
+            if sum(map(len, texts)) > INLINE_CHARACTERS:
+                loop = asyncio.get_running_loop()
+                items = await loop.run_in_executor(self.tokenizing, split, *asked)
+            else:
+                items = split(*asked)
+        timings = Timings(tokenize=time.perf_counter() - started)
+        beginnings = [number for number, item in enumerate(items) if cut and item.long]
         parts: list[Part] = await self.batcher.submit(
             items, tuple(tasks), want_states, all_tags, model
         )
@@ -184,7 +181,7 @@ class Service:
         windows, most = self.model.stage.windows, self.max_tokens
         with self.batcher.held(len(texts)):
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(None, windows.tokens, texts, special, most)
+            return await loop.run_in_executor(self.tokenizing, windows.tokens, texts, special, most)
 
     async def warm_up(self, model: Loaded, counts: Sequence[int] = (1, 4, 16)) -> None:
         """Run a model's encoder through shapes before it answers anybody; heads: `reach_heads`."""
@@ -292,10 +289,6 @@ class Service:
         self.metrics.texts.inc(texts)
         self.metrics.stage.labels("tokenise").observe(timings.tokenize)
         self.metrics.stage.labels("queue").observe(timings.queue)
-
-
-class TooLong(ValueError):
-    """A text is longer than the model reads."""
 
 
 def needed(features: Features, rows: Sequence[int], level: str) -> Features:

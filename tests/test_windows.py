@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 from mtl_core.artifact import load_encoder, read_manifest
 from mtl_core.build import begin
 from mtl_core.predictor import EncodingStage
-from mtl_core.windows import TextError, Windows
+from mtl_core.windows import TextError, TooLong, TooMany, Windows
 from tests.conftest import SENTENCES
 from tests.small_runs import data, experiment, write_artifact
 
@@ -84,7 +85,8 @@ def test_every_sub_word_is_in_a_window_and_has_one_place(
     )
     for window, place in zip(homes.tolist(), places.tolist(), strict=True):
         assert item.numbers[window][place] >= 0
-    first = item.beginning
+    (first,) = windows.split([text], states=False)
+    assert first.long == item.long == (len(item.windows) > 1)
     assert (first.windows, first.numbers) == (item.windows[:1], item.numbers[:1])
     assert first.ranges == [item.ranges[number] for number in first.numbers[0] if number >= 0]
 
@@ -96,6 +98,46 @@ def test_windows_leave_the_tokenizer_they_are_made_of_alone(bert: Tokenizer) -> 
     windows.tokens(["a b"])
     assert bert.to_str() == before
     assert len(windows.tokens(["a " * 40])[0]) == 42
+
+
+class Noted:
+    """A tokenizer that notes what it reads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.texts: list[str] = []
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.texts.append(text)
+        return self.tokenizer.encode(text, **options)
+
+
+def test_a_limit_changes_no_sub_word(bert: Tokenizer) -> None:
+    windows = Windows(bert, 16)
+    items, rows = windows.split(TEXTS), windows.tokens(TEXTS)
+    size, length = sum(item.num_tokens for item in items), sum(map(len, rows))
+    assert windows.split(TEXTS, size) == items
+    assert windows.tokens(TEXTS, most=length) == rows
+    with pytest.raises(TooMany, match=f"at least {size} tokens; at most {size - 1}"):
+        windows.split(TEXTS, size - 1)
+    with pytest.raises(TooMany, match=f"at least {length} tokens"):
+        windows.tokens(TEXTS, most=length - 1)
+
+
+def test_what_is_refused_is_not_read_to_its_end(bert: Tokenizer) -> None:
+    windows, texts, long = Windows(bert, 16), ["a b c"] * 50, "a b " * 100
+    windows.untruncated = untruncated = Noted(windows.untruncated)
+    windows.backend = backend = Noted(windows.backend)
+    with pytest.raises(TooMany, match="at least 15 tokens; at most 12"):
+        windows.split(texts, 12)
+    with pytest.raises(TooMany, match="at least 15 tokens; at most 12"):
+        windows.tokens(texts, most=12)
+    assert len(backend.texts) == len(untruncated.texts) == 3
+    with pytest.raises(TooLong, match="input 2 has more than the 16 tokens"):
+        windows.split(["a", long, *texts], 1_000, whole=True)
+    assert len(backend.texts) == 3 + 2
+    items = windows.split([long] * 9, 9 * 16, states=False)
+    assert [item.num_tokens for item in items] == [16] * 9
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_windows_that_nobody_reads_take_no_room(model: Loaded) -> None:
             assert answer.num_tokens == 4 * window
             assert answer.beginnings == [0, 1, 2, 3]
             assert len(answer.parts) == 1
-        with pytest.raises(TooMany, match=f"have {item.num_tokens} tokens"):
+        with pytest.raises(TooMany, match=f"at least {item.num_tokens} tokens"):
             await service.answer([long], ["topic", "entities"])
 
     asyncio.run(asked())
@@ -216,9 +216,9 @@ def test_texts_that_are_being_tokenised_count_as_waiting(
 ) -> None:
     gate, split = threading.Event(), model.stage.windows.split
 
-    def slow(texts: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
         assert gate.wait(10)
-        return split(texts)
+        return split(*arguments)
 
     monkeypatch.setattr(model.stage.windows, "split", slow)
     narrow = Settings(artifact="", max_waiting=1)
@@ -236,6 +236,35 @@ def test_texts_that_are_being_tokenised_count_as_waiting(
         assert await service.tokens(["a"], True)
 
     asyncio.run(crowd())
+
+
+def test_long_texts_are_tokenised_one_request_at_a_time(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most, windows = 0, 0, model.stage.windows
+
+    def watched(work: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.02)
+            running -= 1
+            return work(*arguments)
+
+        return run
+
+    for name in ("split", "tokens"):
+        monkeypatch.setattr(windows, name, watched(getattr(windows, name)))
+    service = Service(model, lambda _: LocalHead(), Metrics("test"), SETTINGS)
+    long = "a long text " * INLINE_CHARACTERS
+
+    async def crowd() -> None:
+        labels = [service.answer([long], ["mood"]) for _ in range(4)]
+        await asyncio.gather(*labels, *[service.tokens([long], True) for _ in range(4)])
+
+    asyncio.run(crowd())
+    assert most == 1
 
 
 @pytest.fixture
