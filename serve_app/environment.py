@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 
 from serve_app.launch import set_environment
-from serve_app.ports import HAPROXY_VARIABLE, haproxy_script
+from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script
 
 USAGE = """usage: python -m serve_app.environment COMMAND [ARGUMENT …]
 
@@ -21,6 +22,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(USAGE)
         raise SystemExit(0 if command else 2)
     set_environment()
+    if not haproxy_files("").keys() <= os.environ.keys():
+        # COMMAND takes this process's place, so nobody is left to remove it.
+        folder = tempfile.mkdtemp(prefix="mtl-", dir="/tmp")
+        for name, value in haproxy_files(folder).items():
+            os.environ.setdefault(name, value)
     if HAPROXY_VARIABLE not in os.environ:
         try:
             os.environ[HAPROXY_VARIABLE] = haproxy_script(loopback=False)

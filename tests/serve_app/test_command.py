@@ -25,7 +25,7 @@ from serve_app.application import share_gpus
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
 from serve_app.launch import SERVE_ENVIRONMENT
-from serve_app.ports import free_ports
+from serve_app.ports import free_ports, haproxy_files
 from tests import preloaded
 
 pytestmark = pytest.mark.slow
@@ -328,6 +328,7 @@ def test_ray_is_started_with_every_setting_of_serve() -> None:
     show = "import json, os; print(json.dumps(dict(os.environ)))"
     command = [sys.executable, "-m", "serve_app.environment", sys.executable, "-c", show]
     given = {k: v for k, v in os.environ.items() if k not in SERVE_ENVIRONMENT}
+    given |= haproxy_files("/tmp/none")
     given["RAY_SERVE_HAPROXY_NBTHREAD"] = "3"
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
     found = json.loads(done.stdout)
@@ -335,6 +336,29 @@ def test_ray_is_started_with_every_setting_of_serve() -> None:
         **SERVE_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_NBTHREAD": "3",
     }
+
+
+def test_on_a_cluster_haproxys_files_are_in_a_folder_that_others_cannot_read() -> None:
+    variable = "RAY_SERVE_HAPROXY_SOCKET_PATH"
+    show = "import json, os; print(json.dumps(dict(os.environ)))"
+    command = [sys.executable, "-m", "serve_app.environment", sys.executable, "-c", show]
+    given = {k: v for k, v in os.environ.items() if not k.startswith("RAY_SERVE_HAPROXY_")}
+    found = [
+        json.loads(subprocess.run(command, capture_output=True, check=True, env=env).stdout)
+        for env in (given, given | {variable: "/elsewhere/admin.sock"})
+    ]
+    folders = [Path(each["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent for each in found]
+    try:
+        assert folders[0] != folders[1]
+        assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+        chosen = haproxy_files(str(folders[0]))
+        assert {name: found[0][name] for name in chosen} == chosen
+        assert found[1][variable] == "/elsewhere/admin.sock"
+    finally:
+        for folder in folders:
+            folder.rmdir()
+    again = subprocess.run(command, capture_output=True, check=True, env=found[0])
+    assert {name: json.loads(again.stdout)[name] for name in chosen} == chosen
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -346,7 +370,7 @@ def test_ray_is_started_even_where_the_script_before_haproxy_cannot_be_written(
         cache.write_text("no folder", encoding="utf-8")
     show = "import os; print(os.environ.get('RAY_SERVE_HAPROXY_BINARY_PATH'))"
     command = [sys.executable, "-m", "serve_app.environment", sys.executable, "-c", show]
-    env = {**os.environ, "MTL_CACHE": str(cache)}
+    env = {**os.environ, **haproxy_files("/tmp/none"), "MTL_CACHE": str(cache)}
     env.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     if not writable:
