@@ -6,7 +6,8 @@ who reaches a replica's could run code. The statistics' numbers are the same in 
 is that of the proxy that HAProxy asks while no replica is up; both share a port with another server
 without a word, whose clients then get this one's answers. A HAProxy that has just started answers
 404 for any route until it is told of an application: at first, on a new node, and after another one
-died. And what it says itself when no replica answers is no JSON.
+died. What it says itself when no replica answers is no JSON. And by headers any client tells Serve
+how long to work for it, and has it answer 500 where it cannot decode them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ AS_JSON = (
     f"hdr Retry-After 1 string '{FAILED}'/"
 )
 """Where Ray has HAProxy say 500, in plain text."""
+FROM_CLIENTS = (
+    r"s/^frontend http_frontend$/&\n    http-request del-header "
+    "^(x-request-timeout-seconds|x-request-disconnect-disabled|x-session-id|"
+    r"serve.multiplexed.model.id)$ -m reg\n    "
+    "http-request del-header x-request-id if { req.fhdr(x-request-id) -m reg [^[:print:]] }/"
+)
+"""Headers that Serve itself reads and that nothing here has a use for; an id if it is ASCII."""
 STATISTICS_ON_LOOPBACK = (
     "/^frontend prometheus/,/^frontend http/s/bind :/bind 127.0.0.1:/; "
     r"/^listen stats/,$s/bind \*:/bind 127.0.0.1:/"
@@ -43,7 +51,7 @@ STATISTICS_ON_LOOPBACK = (
 HAPROXY = """#!/bin/sh
 for argument; do [ "$before" = -f ] && config=$argument; before=$argument; done
 if [ -n "$config" ]; then
-    sed -i {edit} "$config"
+    sed -i -e {headers} -e {edit} "$config"
     grep -q '^ *use_backend' "$config" || sed -i {without_application} "$config"
 fi
 exec {program} "$@"
@@ -65,6 +73,7 @@ def haproxy_script(loopback: bool) -> str:
     script = cache_root() / ("haproxy-loopback.sh" if loopback else "haproxy.sh")
     script.parent.mkdir(parents=True, exist_ok=True)
     text = HAPROXY.format(
+        headers=shlex.quote(FROM_CLIENTS),
         edit=shlex.quote(f"{AS_JSON}; {STATISTICS_ON_LOOPBACK}" if loopback else AS_JSON),
         without_application=shlex.quote(TRY_AGAIN),
         program=shlex.quote(program),

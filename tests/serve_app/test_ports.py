@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from serve_app.ports import free_ports, haproxy_script
@@ -18,7 +19,7 @@ CONFIG = """defaults
     timeout client 5s
     timeout server 5s
 {errors}
-frontend http
+frontend http_frontend
     bind 127.0.0.1:{port}
     {route}
     http-request return status 404 content-type text/plain string 'no application' if !known
@@ -40,21 +41,28 @@ def answers(folder: Path, known: bool) -> Answer:
     """What a HAProxy says that knows of an application without a replica, or of none."""
     port, nobody = free_ports(2)
     route = "acl known always_true\n    use_backend encoder" if known else "acl known always_false"
-    config = folder / "haproxy.cfg"
     written = CONFIG.format(errors=errors(folder), port=port, route=route, nobody=nobody)
+    return asked(folder, written, port)
+
+
+def asked(folder: Path, written: str, port: int, **headers: str) -> Answer:
+    """What a HAProxy of this configuration answers to one request."""
+    config = folder / "haproxy.cfg"
     config.write_text(written)
     with subprocess.Popen([haproxy_script(loopback=True), "-f", str(config)]) as process:
         found: list[Answer] = []
 
-        def asked() -> bool:
+        def answered() -> bool:
             try:
-                found.append(call(f"http://127.0.0.1:{port}/v1/predict", {"inputs": "a"}))
+                found.append(
+                    call(f"http://127.0.0.1:{port}/v1/predict", {"inputs": "a"}, **headers)
+                )
             except OSError:
                 return False
             return True
 
         try:
-            wait_for(asked, 20)
+            wait_for(answered, 20)
         finally:
             process.kill()
     return found[0]
@@ -72,3 +80,36 @@ def test_without_an_application_too(tmp_path: Path) -> None:
     answer = answers(tmp_path, known=False)
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert json.dumps(answer.body).startswith('{"error": "the server has just started')
+
+
+ECHO = """defaults
+    mode http
+    timeout client 5s
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    http-request return status 200 content-type text/plain lf-string "%[req.hdrs]"
+"""
+"""Says what would reach a replica."""
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "passes"),
+    [
+        ("x_request_timeout_seconds", "0.001", False),
+        ("x_request_disconnect_disabled", "?1", False),
+        ("serve_multiplexed_model_id", "a", False),
+        ("X_Session_Id", "\xff", False),
+        ("x_request_id", "caf\xe9", False),
+        ("x_request_id", "mine 42!", True),
+        ("authorization", "Bearer key", True),
+    ],
+)
+def test_headers_by_which_clients_would_steer_serve_do_not_reach_it(
+    header: str, value: str, passes: bool, tmp_path: Path
+) -> None:
+    assert "\nfrontend http_frontend\n" in HAPROXY_CONFIG_TEMPLATE
+    (port,) = free_ports(1)
+    answer = asked(tmp_path, ECHO.format(port=port), port, **{header: value})
+    assert answer.status == 200
+    name = header.replace("_", "-").lower()
+    assert (f"{name}: {value}" in answer.body) == (name in answer.body) == passes

@@ -173,6 +173,18 @@ def test_an_id_is_given_back_and_logged_and_texts_are_not(server: RealServer) ->
         assert piece not in everything
 
 
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [("x_request_timeout_seconds", "0.0001"), ("x_session_id", "\xff"), ("x_request_id", "\xff")],
+)
+def test_no_header_of_a_client_has_serve_answer_in_our_place(
+    header: str, value: str, server: RealServer
+) -> None:
+    answer = call(f"{server.url}/v1/predict", {"inputs": SECRET}, **{header: value})
+    assert answer.status == 200
+    assert answer.headers["x-request-id"].isascii()
+
+
 def test_a_replica_is_asked_only_when_its_artifact_is_loaded_and_warm(server: RealServer) -> None:
     assert call(f"{server.url}/health").status == 200
     asked: list[Any] = []
