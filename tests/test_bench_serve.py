@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from benchmarks.serve import corpus
@@ -177,9 +178,19 @@ def test_answers_are_counted_as_offline_evaluation_counts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fastapi", pytest.param("ray_serve", marks=pytest.mark.cluster)])
-def test_a_peer_gives_our_answers(
-    name: str, tiny_encoders: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("fastapi", None),
+        ("fastapi", {"WEB_CONCURRENCY": "2", "PASSES": "1", "THREADS": "1"}),
+        pytest.param("ray_serve", None, marks=pytest.mark.cluster),
+    ],
+)
+def test_a_peer_gives_our_answers_and_leaves_no_process(
+    name: str,
+    settings: dict[str, str] | None,
+    tiny_encoders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     # Greedy: peers have no Viterbi decoder, and on its own choice of tags nothing may differ.
     greedy = {"decoding": "greedy"}
@@ -189,8 +200,13 @@ def test_a_peer_gives_our_answers(
     texts = [example(number, {"topic"}).text for number in (0, 1, 2, 3, 10_000, 10_001)]
     tasks = ["topic", "entities"]
     body = json.dumps({"inputs": texts, "tasks": tasks}).encode()
-    with running(name, artifact, tmp_path) as server:
+    before = psutil.Process().children(recursive=True)
+    with running(name, artifact, tmp_path, settings) as server:
         theirs = server.post("/v1/predict", body)["results"]
+        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
+    assert len(started) > int((settings or {}).get("WEB_CONCURRENCY", "0"))
+    ended = psutil.STATUS_ZOMBIE
+    assert not [p for p in started if p.is_running() and p.status() != ended]
     ours = Predictor.load(artifact).predict(texts, tasks)
     assert any(row["entities"] for row in theirs)
     assert agreement({"ours": ours, name: theirs}) == {name: {"topic": 1.0, "entities": 1.0}}

@@ -1,8 +1,9 @@
-"""Peer (a): the server most people write first. One FastAPI process, transformers and torch, the
-encoder once and two heads; started as `ARTIFACT=DIR uvicorn benchmarks.serve.peer_fastapi:app`.
+"""Peer (a): the server most people write first. FastAPI, transformers and torch, in each process
+the encoder once and two heads; started as `ARTIFACT=DIR uvicorn benchmarks.serve.peer_fastapi:app`.
 
-PASSES (1) says how many requests go through the model at a time; they share the cores. DTYPE may be
-bfloat16. README.md of this folder has what each setting gave.
+PASSES (1) says how many requests go through the model of a process at a time, THREADS (the cores
+shared between them) how many threads torch takes for one. DTYPE may be bfloat16; WEB_CONCURRENCY is
+uvicorn's own, the number of processes. README.md of this folder has what each setting gave.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 ARTIFACT = Path(os.environ["ARTIFACT"])
 DTYPE = torch.bfloat16 if os.environ.get("DTYPE") == "bfloat16" else torch.float32
 PASSES = int(os.environ.get("PASSES", "1"))
+THREADS = int(os.environ.get("THREADS", max((os.cpu_count() or 1) // PASSES, 1)))
 
 tokenizer = AutoTokenizer.from_pretrained(ARTIFACT / "encoder")
 encoder = AutoModel.from_pretrained(ARTIFACT / "encoder", dtype=DTYPE).eval()
@@ -47,7 +49,7 @@ class Head:
 
 
 heads = {folder.name: Head(folder) for folder in sorted((ARTIFACT / "heads").iterdir())}
-torch.set_num_threads(max((os.cpu_count() or 1) // PASSES, 1))
+torch.set_num_threads(THREADS)
 
 
 @asynccontextmanager
@@ -127,8 +129,8 @@ def tag(
 
 
 @app.get("/health")
-def health() -> dict[str, str]:
-    return {"status": "ok"}
+def health() -> dict[str, Any]:
+    return {"status": "ok", "process": os.getpid()}
 
 
 @app.post("/v1/predict")

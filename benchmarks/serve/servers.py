@@ -72,15 +72,16 @@ def _infinity(_: Path, port: int) -> list[str]:
     return [*command, "--log-level", "warning"]
 
 
+THROUGHPUT = {"PASSES": str(CORES), "THREADS": "1"}
+"""The setting of (a) that peer_settings.py found to answer most requests a second."""
+
 SERVERS = {
     "ours": Server("serve_app", _ours, ready="/ready"),
     "ours_fp32": Server("serve_app, torch fp32", _fp32, ready="/ready"),
     "ours_in_process": Server("serve_app, heads in the encoder", _in_process, ready="/ready"),
-    "fastapi": Server("(a) FastAPI, torch fp32", _fastapi, settings={"PASSES": str(CORES)}),
+    "fastapi": Server("(a) FastAPI, torch fp32", _fastapi, settings=THROUGHPUT),
     "fastapi_latency": Server("(a) set for latency", _fastapi, settings={"PASSES": "1"}),
-    "fastapi_bf16": Server(
-        "(a) in bf16", _fastapi, settings={"PASSES": str(CORES), "DTYPE": "bfloat16"}
-    ),
+    "fastapi_bf16": Server("(a) in bf16", _fastapi, settings={**THROUGHPUT, "DTYPE": "bfloat16"}),
     "ray_serve": Server("(b) Ray Serve, textbook", _ray_serve),
     "infinity": Server(
         "(c) Infinity 0.0.78", _infinity, settings={"INFINITY_ANONYMOUS_USAGE_STATS": "0"}
@@ -106,20 +107,27 @@ class Running:
 
 
 @contextmanager
-def running(name: str, artifact: Path, logs: Path) -> Iterator[Running]:
+def running(
+    name: str, artifact: Path, logs: Path, settings: Mapping[str, str] | None = None
+) -> Iterator[Running]:
     """A server of SERVERS, alone, ready; every process of its session is gone afterwards.
+
+    Settings replace the server's own.
 
     Raises:
         ServerError: it ended or was not ready in time.
     """
     server, port = SERVERS[name], free_ports(1)[0]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **server.settings}
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    settings = server.settings if settings is None else settings
+    variables |= settings
     variables["ARTIFACT"] = str(artifact)
     log = logs / f"{name}.log"
+    command = server.command(artifact, port)  # it may install the server first
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            server.command(artifact, port),
+            command,
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -127,18 +135,26 @@ def running(name: str, artifact: Path, logs: Path) -> Iterator[Running]:
             start_new_session=True,
         )
     try:
-        _wait_until_ready(process, port, server.ready, log)
+        processes = int(settings.get("WEB_CONCURRENCY", "1"))
+        _wait_until_ready(process, port, server.ready, log, processes)
         yield Running(port, time.monotonic() - started)
     finally:
         _stop(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, route: str, log: Path) -> None:
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], port: int, route: str, log: Path, processes: int
+) -> None:
+    """Of several processes each gives an answer of its own, and all of them must have come."""
     deadline = time.monotonic() + START_SECONDS
+    answers: set[bytes] = set()
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(OSError, HTTPException):
-            if _request(port, "GET", route)[0] == 200:
-                return
+            status, answer = _request(port, "GET", route)
+            if status == 200:
+                answers.add(answer)
+        if len(answers) >= processes:
+            return
         time.sleep(0.2)
     ended = process.poll()
     reason = "was not ready in time" if ended is None else f"ended with {ended}"
