@@ -78,8 +78,7 @@ def measure(corpus: Path, shard_texts: int | None, folder: Path) -> Measured:
         command += ["--set", f"{name}={value}"]
     measured, started = Measured(), time.monotonic()
     env = {**os.environ, "MTL_CACHE": str(folder / "cache")}
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet) as process:
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
         for driver, worker in memory(process):
             rows = told(folder)
             shard = max((row.get("shard", 0) for row in rows), default=0)
@@ -91,10 +90,11 @@ def measure(corpus: Path, shard_texts: int | None, folder: Path) -> Measured:
             steps = sum(row["event"] == "step" for row in rows)
             if shard >= 3 if shard_texts else steps >= 20:
                 process.send_signal(signal.SIGINT)
+                process.wait(60)
                 break
-        process.wait(60)
-    if not measured.seconds:
-        sys.exit(f"training ended with {process.returncode}")
+        else:  # by itself
+            if process.wait() or not measured.seconds:
+                sys.exit(f"training ended with {process.returncode}")
     return measured
 
 

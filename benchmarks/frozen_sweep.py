@@ -46,7 +46,10 @@ def sweep(trials: int, folder: Path) -> tuple[dict[str, Any], pd.DataFrame, floa
     seconds = time.monotonic() - started
     summary = json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))
     table = pd.read_csv(folder / name / "trials.csv")
-    return summary, table[table["phase"] == "search"], seconds
+    search = table[table["phase"] == "search"]
+    if len(search) != trials or (search["status"] != "finished").any():
+        sys.exit(f"{name}: not every trial finished: {', '.join(search['status'])}")
+    return summary, search, seconds
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,21 @@ def fit(seconds: Mapping[int, float]) -> tuple[float, float]:
     return float(overhead), float(1 / slope)
 
 
-def dealt(workers: int, batch: int) -> list[list[int]]:
-    """Tokens that each worker gets in each step of an epoch."""
+def dealt(workers: int, batch: int) -> list[list[float]]:
+    """Tokens that each worker gets in each step of an epoch.
+
+    The last step, of the texts that are left, counts as if it were full: with many workers an epoch
+    has few steps.
+    """
     experiment = load_experiment(CONFIG, [f"training.batch_size={batch}"])
     train = prepare(experiment).splits["train"]
     schedule = Schedule(train, experiment.mixing, batch, None, experiment.seed)
     lengths = train.lengths
     return [
-        [int(lengths[deal(rows, lengths, rank, workers)].sum()) for rank in range(workers)]
+        [
+            int(lengths[deal(rows, lengths, rank, workers)].sum()) * batch / len(rows)
+            for rank in range(workers)
+        ]
         for rows in schedule.batches(0)
     ]
 
@@ -179,16 +187,21 @@ def all_reduce() -> tuple[float, float]:
     ]
     for process in processes:
         process.start()
-    small, large, num_bytes = answers.get()
     for process in processes:
         process.join()
+    if any(process.exitcode for process in processes):
+        codes = ", ".join(str(process.exitcode) for process in processes)
+        sys.exit(f"the processes that measure gloo ended with {codes}")
+    small, large, num_bytes = answers.get()
     # Two workers: a message in each of two phases, half of the bytes in each.
     return num_bytes / max(large - small, 1e-9), small / 2
 
 
 def _exchange(rank: int, address: str, answers: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=1)
+    )
     seconds = []
     for numel in (16, 15_000_000):
         tensor = torch.ones(numel)

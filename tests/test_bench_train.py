@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import corpus_size, frozen_sweep, scaling
 from benchmarks.scaling import Machine
 from benchmarks.train.__main__ import COMPARISONS, CONFIGS, HERE, command, table, write_rows
 from benchmarks.train.slices import in_turn
@@ -70,6 +73,62 @@ def test_workers_exchange_their_gradients_around_a_ring() -> None:
     assert many == pytest.approx(0.08 * 0.999 + 1998e-4)
     crowded = Machine(overhead=0.01, speed=1e5, bandwidth=np.inf, latency=0, cores=2)
     assert crowded.step(4, 1000, 40_000_000) == pytest.approx(2 * 0.02)
+
+
+def test_every_step_counts_as_full_however_many_workers(
+    mtl_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path))
+    alone = scaling.mean_tokens(64)
+    assert scaling.mean_tokens(64 * 64) == pytest.approx(64 * alone, rel=0.05)
+    assert scaling.mean_tokens(64 * 512) == pytest.approx(512 * alone, rel=0.05)
+
+
+def ends(*_: object) -> None:
+    """What a process does that cannot measure."""
+    sys.exit(3)
+
+
+def test_processes_that_cannot_exchange_end_the_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scaling, "_exchange", ends)
+    with pytest.raises(SystemExit, match="ended with 3, 3"):
+        scaling.all_reduce()
+
+
+def test_a_training_that_was_killed_is_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "python"
+    killed.write_text(
+        "#!/bin/sh\n"
+        'for word in "$@"; do case $word in output_dir=*) folder=${word#output_dir=};; esac; done\n'
+        'mkdir "$folder/demo"\n'
+        """echo '{"event": "step", "shard": 1}' > "$folder/demo/metrics.jsonl"\n"""
+        "sleep 1\nkill -9 $$\n",
+        encoding="utf-8",
+    )
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(SystemExit, match="training ended with -9"):
+        corpus_size.measure(tmp_path / "1000.jsonl", 10_000, tmp_path)
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_a_sweep_counts_only_if_every_trial_finished(
+    status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        folder = tmp_path / "heads-2"
+        folder.mkdir()
+        (folder / "summary.json").write_text("{}", encoding="utf-8")
+        rows = ["phase,status,seconds", "search,finished,1", f"search,{status},1", "final,failed,1"]
+        (folder / "trials.csv").write_text("\n".join(rows), encoding="utf-8")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with nullcontext() if status == "finished" else pytest.raises(SystemExit, match="failed"):
+        assert len(frozen_sweep.sweep(2, tmp_path)[1]) == 2
 
 
 def test_the_peers_named_in_the_table_exist() -> None:
