@@ -71,6 +71,14 @@ def test_only_the_push_of_a_tag_may_write() -> None:
     assert writer["if"] == "startsWith(github.ref, 'refs/tags/v') && vars.IMAGE_REGISTRY != ''"
 
 
+def test_any_change_builds_the_image_and_one_that_fails_stops_no_other() -> None:
+    image = WORKFLOWS["image.yml"]
+    assert image[True] == {"push": {"tags": ["v*"]}, "pull_request": None}, "`on`, in YAML 1.1"
+    runs = [step.get("run", "") for step in image["jobs"]["try"]["steps"]]
+    assert any("docker build" in run and "--target jupyter" in run for run in runs)
+    assert image["jobs"]["push"]["strategy"]["fail-fast"] is False
+
+
 @pytest.mark.parametrize("name", sorted(WORKFLOWS))
 def test_what_a_workflow_names_is_there(name: str) -> None:
     text = (ROOT / ".github/workflows" / name).read_text(encoding="utf-8")

@@ -88,6 +88,13 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
     assert not any(map(sent_to_the_builder, (".git", ".venv", "runs", "tests", "docker")))
 
 
+def test_packages_are_a_layer_that_other_code_leaves_as_it_is() -> None:
+    copies = [rest for stage in stages().values() for word, rest in stage if word == "COPY"]
+    packages = [copy for copy in copies if copy.endswith("/opt/venv")]
+    assert len(packages) == 3
+    assert all(copy.startswith("--link ") for copy in packages)
+
+
 def test_the_dockerfile_has_no_known_mistake() -> None:
     hadolint = [Path(sys.executable).with_name("hadolint"), ROOT / "docker/Dockerfile"]
     done = subprocess.run(hadolint, capture_output=True, text=True, check=False)
