@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from benchmarks.serve import corpus
+from benchmarks.serve import __main__ as bench
+from benchmarks.serve import corpus, servers
+from benchmarks.serve.__main__ import Benchmark
 from benchmarks.serve.checks import agreement, utilisation
 from benchmarks.serve.plan import OFFLINE, ROWS, Row, schedule
 from benchmarks.serve.report import compare, table
 from benchmarks.serve.scores import Scored, complaints
-from benchmarks.serve.servers import SERVERS, running
-from benchmarks.serve.wrk import LoadError, Sample, parse
+from benchmarks.serve.servers import SERVERS, Running, ServerError, running
+from benchmarks.serve.wrk import LoadError, Sample, drive, parse
 from mtl_core.build import begin
 from mtl_core.encoder import load_tokenizer
 from mtl_core.evaluation import evaluate
@@ -25,7 +35,7 @@ from tests.small_runs import data, example, examples, experiment, learned, write
 WRK = """Running 6s test @ http://127.0.0.1:8000
   1 threads and 32 connections
 Requests/sec:    123.45
-RESULT {"requests": 600, "seconds": 6.0, "p50_ms": 41.5, "p99_ms": 80.25, "errors": %d}
+RESULT {"requests": 600, "seconds": 6, "mean_ms": 40, "p50_ms": 41.5, "p99_ms": 80.25, "errors": %d}
 """
 
 
@@ -34,8 +44,8 @@ def rates(*values: float) -> list[dict[str, float]]:
 
 
 def test_what_wrk_prints_is_read() -> None:
-    sample = parse(WRK % 0)
-    assert sample == Sample(requests=600, seconds=6.0, p50_ms=41.5, p99_ms=80.25)
+    sample = parse(WRK % 0, connections=4)
+    assert sample == Sample(requests=600, seconds=6.0, mean_ms=40.0, p50_ms=41.5, p99_ms=80.25)
     assert sample.rate == 100.0
 
 
@@ -45,11 +55,107 @@ def test_what_wrk_prints_is_read() -> None:
         (WRK % 3, "3 errors"),
         ("unable to connect to 127.0.0.1:8000 Connection refused", "no result"),
         ((WRK % 0).replace('"requests": 600', '"requests": 0'), "no answer"),
+        ((WRK % 0).replace('"requests": 600', '"requests": 300'), "of 4 connections only 2.0"),
     ],
 )
 def test_a_measurement_with_errors_does_not_count(output: str, reason: str) -> None:
     with pytest.raises(LoadError, match=reason):
-        parse(output)
+        parse(output, connections=4)
+
+
+def test_a_load_that_does_not_end_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, timeout: float, **__: object) -> None:
+        raise subprocess.TimeoutExpired("wrk", timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(LoadError, match="did not end within 96 s"):
+        drive(8000, "/v1/predict", tmp_path, connections=1, seconds=6)
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_dropped_connection_is_the_server_s_error(listens: bool) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if listens:
+            listener.listen()
+            Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        with pytest.raises(ServerError, match="POST /v1/predict gave no answer"):
+            Running(listener.getsockname()[1], 0.0).post("/v1/predict", b"{}")
+
+
+class Unserved(Benchmark):
+    """A benchmark whose servers do not start."""
+
+    def __init__(self, *_: object) -> None:
+        self.values = {("torch", OFFLINE): rates(20.0), ("ours", OFFLINE): rates(100.0)}
+        self.starts, self.answers, self.failures = {}, {}, {}
+        self.lengths = {"offline": [10], "sentence": [10]}
+
+    def serve(self, name: str, loads: Sequence[str]) -> None:
+        raise ServerError(f"{name} did not start")
+
+    def offline(self, engine: str) -> None:
+        self.values["gemm", OFFLINE] = [{"square": 400.0, "minilm": 300.0}]
+
+
+@pytest.fixture
+def unserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs the command for some rows and reads what it wrote."""
+    config = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/config.json").write_text(json.dumps(config), encoding="utf-8")
+    output = tmp_path / "build/found.json"
+    monkeypatch.setattr(bench, "Benchmark", Unserved)
+    monkeypatch.setattr(bench, "require_wrk", lambda: None)
+    monkeypatch.setattr(bench, "versions", lambda rows: {})
+
+    def run(error: type[BaseException] | None, *rows: str) -> dict[str, Any]:
+        words = ["--rounds", "1", "--artifact", str(tmp_path), "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", ["bench", "--only", *rows, *words])
+        with pytest.raises(error) if error else nullcontext():
+            bench.main()
+        found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+        return found
+
+    return run
+
+
+def test_rows_that_were_to_be_measured_and_were_not_fail_the_command(
+    unserved: Callable[..., dict[str, Any]],
+) -> None:
+    assert unserved(None, "offline")["results"]["offline"]["result"] == 5.0
+    assert unserved(None, "predict-bf16")["results"] == {"predict-bf16": None}, "nothing was asked"
+    assert "did not start" in unserved(SystemExit, "predict", "offline")["failures"]["fastapi"]
+
+
+def test_what_was_measured_is_kept_when_a_check_fails(
+    unserved: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "agreement", lambda answers: answers["no such"])
+    assert unserved(KeyError, "offline")["samples"]["ours offline"] == rates(100.0)
+
+
+def test_versions_are_of_the_commit_and_of_each_side_s_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path))
+    found = bench.versions([ROWS["embeddings"]])
+    assert f"numpy=={np.__version__}" in found["ours"]
+    assert found.keys() == {"commit", "ours", "infinity"}
+    assert found["infinity"] is None, "it is not installed here"
+
+
+def test_infinity_serves_the_encoder_of_the_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "environment", lambda wanted: tmp_path)
+    command = SERVERS["infinity"].command(tmp_path / "artifact", 8000)
+    options = dict(pairwise(command))
+    assert options["--model-id"] == str(tmp_path / "artifact/encoder")
+    (body, *_) = corpus.write_bodies(tmp_path, ["a"] * 32)["embed"].read_text().splitlines()
+    assert json.loads(body)["model"] == options["--served-model-name"]
 
 
 def test_a_rate_is_compared_by_medians_and_its_spread_by_rounds() -> None:
@@ -125,6 +231,8 @@ def test_agreement_is_over_labels_and_places_not_scores() -> None:
     }
     vectors = {"offline ours": [[1.0, 0.0], [0.0, 1.0]], "offline torch": [[1.0, 0.0], [0.6, 0.8]]}
     assert agreement(vectors) == {"offline torch": {"least_cosine": 0.8}}
+    vectors = {"embeddings infinity": [[3.0, 4.0]], "embeddings ours": [[1.0, 0.0]]}
+    assert agreement(vectors) == {"embeddings infinity": {"least_cosine": 0.6}}
 
 
 def test_utilisation_counts_the_operations_of_the_encoder(tmp_path: Path) -> None:

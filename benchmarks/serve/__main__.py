@@ -16,19 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environments import environment
+from benchmarks.environments import environment, folder_of, packages
 from benchmarks.serve import artifacts, corpus, servers
 from benchmarks.serve.checks import agreement, utilisation
-from benchmarks.serve.plan import LOADS, OFFLINE, ROWS, schedule
+from benchmarks.serve.plan import LOADS, OFFLINE, ROWS, Load, Row, schedule
 from benchmarks.serve.report import compare, table
 from benchmarks.serve.wrk import LoadError, drive, require_wrk
 
 OFFLINE_SCRIPT = Path(__file__).with_name("offline.py")
+BACKENDS = Path(__file__).with_name("sentence_transformers.txt")
 OFFLINE_TITLES = {
     "torch": "(d) sentence-transformers, torch fp32",
     "openvino": "(d) its OpenVINO backend",
@@ -70,22 +71,33 @@ class Benchmark:
             for key in loads:
                 load = LOADS[key]
                 bodies = self.bodies[load.bodies]
-                if name not in self.answers and load.route == "/v1/predict":
-                    body = json.dumps({"inputs": self.texts[:NUM_COMPARED]}).encode()
-                    self.answers[name] = server.post(load.route, body)["results"]
+                self._ask(server, name, load)
                 server.post(load.route, bodies.read_bytes().splitlines()[0])
                 drive(server.port, load.route, bodies, load.connections, WARM_UP_SECONDS)
                 time.sleep(DRAIN_SECONDS)
                 sample = drive(server.port, load.route, bodies, load.connections, self.seconds)
                 self._add(name, key, {**asdict(sample), "rate": sample.rate})
 
+    def _ask(self, server: servers.Running, name: str, load: Load) -> None:
+        """Keep a server's answers of each kind, once."""
+        texts = self.texts[:NUM_COMPARED]
+        if load.bodies == "embed":
+            name = f"embeddings {name}"
+        if name in self.answers:
+            return
+        if load.bodies == "embed":
+            body = json.dumps({"input": texts, "model": corpus.MODEL}).encode()
+            rows = server.post(load.route, body)["data"]
+            self.answers[name] = [row["embedding"] for row in rows]
+        else:
+            body = json.dumps({"inputs": texts}).encode()
+            self.answers[name] = server.post(load.route, body)["results"]
+
     def offline(self, engine: str) -> None:
         """Run offline.py, in the environment that has the engine."""
         python = sys.executable
         if engine in ("openvino", "onnx"):
-            python = str(
-                environment(Path(__file__).with_name("sentence_transformers.txt")) / "bin/python"
-            )
+            python = str(environment(BACKENDS) / "bin/python")
         model = self.artifact if engine == "ours" else self.artifact / "encoder"
         texts = self.folder / "texts.json"
         command = [python, "-P", str(OFFLINE_SCRIPT), engine, str(model), str(texts)]
@@ -149,26 +161,50 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
         bench = Benchmark(artifact, Path(folder), options.seconds, options.texts)
         run_rounds(bench, options.only, options.rounds)
-        rows = {key: ROWS[key] for key in options.only}
-        values = {k: v for k, v in bench.values.items() if k[0] not in bench.failures}
-        results = {key: compare(row, values) for key, row in rows.items()}
-        titles = {name: server.title for name, server in servers.SERVERS.items()} | OFFLINE_TITLES
-        content = {
-            "machine": {"cpu": cpu_name(), "cores": servers.CORES, "load": os.getloadavg()},
-            "rounds": options.rounds,
-            "seconds": options.seconds,
-            "results": results,
-            "samples": {f"{name} {load}": v for (name, load), v in bench.values.items()},
-            "start_seconds": bench.starts,
-            "agreement": agreement(bench.answers),
-            "utilisation": utilisation(artifact, bench.lengths, bench.values),
-            "failures": bench.failures,
-        }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    rows = {key: ROWS[key] for key in options.only}
+    values = {k: v for k, v in bench.values.items() if k[0] not in bench.failures}
+    results = {key: compare(row, values) for key, row in rows.items()}
+    content = {
+        "machine": {"cpu": cpu_name(), "cores": servers.CORES, "load": os.getloadavg()},
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "results": results,
+        "samples": {f"{name} {load}": v for (name, load), v in bench.values.items()},
+        "start_seconds": bench.starts,
+        "failures": bench.failures,
+    }
+    write(options.output, content)  # what was measured first, whatever becomes of the rest
+    content["versions"] = versions(rows.values())
+    content["agreement"] = agreement(bench.answers)
+    content["utilisation"] = utilisation(artifact, bench.lengths, bench.values)
+    write(options.output, content)
+    titles = {name: server.title for name, server in servers.SERVERS.items()} | OFFLINE_TITLES
     print("\n".join(table(rows, results, titles)))
     for name in ("utilisation", "agreement", "failures"):
         print(f"\n{name}: {json.dumps(content[name], indent=2)}")
+    missing = [key for key, row in rows.items() if row.asked is not None and results[key] is None]
+    if missing:
+        sys.exit(f"not measured: {', '.join(missing)}")
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def versions(rows: Iterable[Row]) -> dict[str, Any]:
+    """The commit measured, and the packages on our side and on those that have their own."""
+    names = {row.peer for row in rows}
+    wanted = {"openvino": BACKENDS, "onnx": BACKENDS, "infinity": servers.INFINITY}
+    revision = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = {
+        "commit": subprocess.run(revision, capture_output=True, text=True).stdout.strip() or None,
+        "ours": packages(Path(sys.executable)),
+    }
+    for path in {path for name, path in wanted.items() if name in names}:
+        python = folder_of(path) / "bin/python"
+        found[path.stem] = packages(python) if python.is_file() else None
+    return found
 
 
 def cpu_name() -> str:

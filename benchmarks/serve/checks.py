@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -13,14 +14,19 @@ from benchmarks.serve.report import Values
 
 
 def agreement(answers: Mapping[str, Any]) -> dict[str, Any]:
-    """How often a peer's label and entities are ours; the least cosine of offline vectors."""
+    """How often a peer's label and entities are ours; the least cosine of vectors.
+
+    Vectors are of "offline" and of "embeddings", which the name of an engine or server follows.
+    """
     found: dict[str, Any] = {}
     for name, rows in answers.items():
-        ours = answers.get("offline ours" if name.startswith(OFFLINE) else "ours")
-        if rows is None or ours is None or name in ("ours", "offline ours"):
+        kind = name.rpartition(" ")[0]
+        mine = f"{kind} ours".strip()
+        ours = answers.get(mine)
+        if rows is None or ours is None or name == mine:
             continue
-        if name.startswith(OFFLINE):
-            found[name] = {"least_cosine": min(map(_dot, ours, rows))}
+        if kind:
+            found[name] = {"least_cosine": min(map(_cosine, ours, rows))}
         else:
             pairs = list(zip(ours, rows, strict=True))
             found[name] = {
@@ -30,8 +36,9 @@ def agreement(answers: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return sum(a * b for a, b in zip(left, right, strict=True))
+def _cosine(left: Sequence[float], right: Sequence[float]) -> float:
+    dot = sum(a * b for a, b in zip(left, right, strict=True))
+    return dot / (math.hypot(*left) * math.hypot(*right))
 
 
 def _essence(answer: Any) -> Any:

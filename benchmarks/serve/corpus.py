@@ -10,6 +10,8 @@ from typing import Any
 
 from mtl_core.data.demo import demo_corpus
 
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+"""What requests for embeddings call the encoder."""
 SEED = 2026
 NUM_BODIES = 2000
 SENTENCES_PER_LIST = 32
@@ -40,11 +42,10 @@ def write_bodies(folder: Path, texts: Sequence[str]) -> dict[str, Path]:
     """A file for each kind of request, a JSON body a line."""
     rng = random.Random(SEED)
     lists = [rng.sample(texts, SENTENCES_PER_LIST) for _ in range(NUM_BODIES // 10)]
-    model = "sentence-transformers/all-MiniLM-L6-v2"
     return {
         "sentence": _write(folder / "sentence.jsonl", ({"inputs": t} for t in texts)),
         "list": _write(folder / "list.jsonl", ({"inputs": texts} for texts in lists)),
-        "embed": _write(folder / "embed.jsonl", ({"input": t, "model": model} for t in texts)),
+        "embed": _write(folder / "embed.jsonl", ({"input": t, "model": MODEL} for t in texts)),
     }
 
 

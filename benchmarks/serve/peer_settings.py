@@ -8,6 +8,7 @@ prints medians over rounds: requests a second with 32 connections, median latenc
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -65,13 +66,21 @@ def main() -> None:
         bodies = corpus.write_bodies(Path(folder), texts)[LOADS["predict"].bodies]
         for number in range(options.rounds):
             for setting in settings[:: -1 if number % 2 else 1]:
-                found[setting].append(measure(setting, artifact, bodies, options.seconds))
+                try:
+                    found[setting].append(measure(setting, artifact, bodies, options.seconds))
+                except (LoadError, servers.ServerError) as error:
+                    print(f"{setting}: {error}", file=sys.stderr)
     print("| processes | requests in a model at a time | torch threads | fp32 | bf16 |")
     print("|---|---|---|---|---|")
     for shape in SHAPES:
-        cells = [map(median, zip(*found[shape, dtype], strict=True)) for dtype in DTYPES]
-        figures = " | ".join(f"{rate:.0f}/s, {p50:.1f} ms" for rate, p50 in cells)
-        print(f"| {' | '.join(shape)} | {figures} |")
+        print(f"| {' | '.join([*shape, *(cell(found[shape, dtype]) for dtype in DTYPES)])} |")
+
+
+def cell(rounds: list[tuple[float, float]]) -> str:
+    if not rounds:
+        return "not measured"
+    rate, p50 = map(median, zip(*rounds, strict=True))
+    return f"{rate:.0f}/s, {p50:.1f} ms"
 
 
 if __name__ == "__main__":

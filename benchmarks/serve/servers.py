@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environments import environment
-from mtl_core.encoder import resolve_model
+from benchmarks.serve import corpus
 from serve_app.ports import free_ports
 
-MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+INFINITY = Path(__file__).with_name("infinity.txt")
 START_SECONDS = 240
 STOP_SECONDS = 30
 CORES = os.cpu_count() or 1
 
 
 class ServerError(RuntimeError):
-    """A server that did not start; the message ends with what it printed last."""
+    """A server that did not start, with what it printed last, or gave no answer."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,15 @@ def _ray_serve(_: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "benchmarks.serve.peer_ray_serve", "--port", str(port)]
 
 
-def _infinity(_: Path, port: int) -> list[str]:
+def _infinity(artifact: Path, port: int) -> list[str]:
     command = [
-        str(environment(Path(__file__).with_name("infinity.txt")) / "bin/infinity_emb"),
+        str(environment(INFINITY) / "bin/infinity_emb"),
         "v2",
         "--engine",
         "torch",
     ]
-    command += ["--model-id", resolve_model(MODEL), "--device", "cpu", "--no-bettertransformer"]
+    command += ["--model-id", str(artifact / "encoder"), "--served-model-name", corpus.MODEL]
+    command += ["--device", "cpu", "--no-bettertransformer"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1"]
     return [*command, "--log-level", "warning"]
 
@@ -98,9 +99,12 @@ class Running:
         """One request.
 
         Raises:
-            ServerError: the status is not 200; a redirect is none either.
+            ServerError: no answer came, or its status is not 200; a redirect is none either.
         """
-        status, answer = _request(self.port, "POST", route, body)
+        try:
+            status, answer = _request(self.port, "POST", route, body)
+        except (OSError, HTTPException) as error:
+            raise ServerError(f"POST {route} gave no answer: {error!r}") from error
         if status != 200:
             raise ServerError(f"POST {route} gave {status}: {answer[:300]!r}")
         return json.loads(answer)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("requests.lua")
+LEAST_WAITING = 0.8
+"""Share of the connections; the rest may be requests under way when the time is over."""
 
 
 class LoadError(RuntimeError):
@@ -22,6 +24,7 @@ class Sample:
 
     requests: int
     seconds: float
+    mean_ms: float
     p50_ms: float
     p99_ms: float
 
@@ -41,22 +44,26 @@ def drive(port: int, route: str, bodies: Path, connections: int, seconds: int) -
     """Post the lines of a file in turn for some seconds.
 
     Raises:
-        LoadError: a request failed or was answered with another status than success.
+        LoadError: a request failed, was answered with a status of 400 or more, or not at all.
     """
     command = ["wrk", "--threads", "1", "--connections", str(connections)]
     command += ["--duration", f"{seconds}s", "--timeout", "60s", "--script", str(SCRIPT)]
     command += [f"http://127.0.0.1:{port}", "--", route, str(bodies)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 90)
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 90)
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(f"wrk did not end within {error.timeout:.0f} s") from error
     if run.returncode:
         raise LoadError(f"wrk ended with {run.returncode}: {(run.stderr or run.stdout).strip()}")
-    return parse(run.stdout)
+    return parse(run.stdout, connections)
 
 
-def parse(output: str) -> Sample:
+def parse(output: str, connections: int) -> Sample:
     """Read what requests.lua printed.
 
     Raises:
-        LoadError: it printed nothing, nothing was answered, or there were errors.
+        LoadError: it printed nothing, nothing was answered, there were errors, or requests were
+            never answered, which wrk does not count.
     """
     found = re.search(r"^RESULT (\{.*\})$", output, re.MULTILINE)
     if found is None:
@@ -67,4 +74,9 @@ def parse(output: str) -> Sample:
         raise LoadError(f"{errors} errors beside {result['requests']} answers")
     if not result["requests"]:
         raise LoadError("no answer arrived")
-    return Sample(**result)
+    sample = Sample(**result)
+    # Little's law: in a closed loop rate times latency is how many requests wait at a time.
+    waiting = sample.rate * sample.mean_ms / 1e3
+    if waiting < LEAST_WAITING * connections:
+        raise LoadError(f"of {connections} connections only {waiting:.1f} had answers")
+    return sample
