@@ -25,7 +25,7 @@ from benchmarks.serve.plan import OFFLINE, ROWS, Row, schedule
 from benchmarks.serve.report import compare, table
 from benchmarks.serve.scores import Scored, complaints
 from benchmarks.serve.servers import SERVERS, Running, ServerError, running
-from benchmarks.serve.wrk import LoadError, Sample, drive, parse
+from benchmarks.serve.wrk import LoadError, Sample, drive, parse, warm_up
 from mtl_core.build import begin
 from mtl_core.encoder import load_tokenizer
 from mtl_core.evaluation import evaluate
@@ -61,6 +61,16 @@ def test_what_wrk_prints_is_read() -> None:
 def test_a_measurement_with_errors_does_not_count(output: str, reason: str) -> None:
     with pytest.raises(LoadError, match=reason):
         parse(output, connections=4)
+
+
+def test_what_answers_nothing_while_warmed_up_may_still_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = subprocess.CompletedProcess("wrk", 0, (WRK % 0).replace("600", "0"), "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: silent)
+    warm_up(8000, "/v1/predict", tmp_path, connections=4, seconds=2)
+    with pytest.raises(LoadError, match="no answer"):
+        drive(8000, "/v1/predict", tmp_path, connections=4, seconds=2)
 
 
 def test_a_load_that_does_not_end_does_not_count(

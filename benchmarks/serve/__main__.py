@@ -26,7 +26,7 @@ from benchmarks.serve import artifacts, corpus, servers
 from benchmarks.serve.checks import agreement, utilisation
 from benchmarks.serve.plan import LOADS, OFFLINE, ROWS, Load, Row, schedule
 from benchmarks.serve.report import compare, table
-from benchmarks.serve.wrk import LoadError, drive, require_wrk
+from benchmarks.serve.wrk import LoadError, drive, require_wrk, warm_up
 
 OFFLINE_SCRIPT = Path(__file__).with_name("offline.py")
 BACKENDS = Path(__file__).with_name("sentence_transformers.txt")
@@ -73,7 +73,7 @@ class Benchmark:
                 bodies = self.bodies[load.bodies]
                 self._ask(server, name, load)
                 server.post(load.route, bodies.read_bytes().splitlines()[0])
-                drive(server.port, load.route, bodies, load.connections, WARM_UP_SECONDS)
+                warm_up(server.port, load.route, bodies, load.connections, WARM_UP_SECONDS)
                 time.sleep(DRAIN_SECONDS)
                 sample = drive(server.port, load.route, bodies, load.connections, self.seconds)
                 self._add(name, key, {**asdict(sample), "rate": sample.rate})

@@ -17,7 +17,7 @@ from statistics import median
 
 from benchmarks.serve import artifacts, corpus, servers
 from benchmarks.serve.plan import LOADS
-from benchmarks.serve.wrk import LoadError, Sample, drive, require_wrk
+from benchmarks.serve.wrk import LoadError, Sample, drive, require_wrk, warm_up
 from mtl_core.encoder import load_tokenizer
 
 WARM_UP_SECONDS = 2
@@ -34,16 +34,16 @@ def measure(setting: Setting, artifact: Path, bodies: Path, seconds: int) -> tup
     (processes, passes, threads), dtype = setting
     settings = {"WEB_CONCURRENCY": processes, "PASSES": passes, "THREADS": threads, "DTYPE": dtype}
 
-    def load(connections: int, seconds: int) -> Sample:
+    def load(connections: int) -> Sample:
         return drive(server.port, route, bodies, connections, seconds)
 
     route, many = LOADS["predict"].route, LOADS["predict"].connections
     with servers.running("fastapi", artifact, bodies.parent, settings) as server:
-        load(many, WARM_UP_SECONDS)
+        warm_up(server.port, route, bodies, many, WARM_UP_SECONDS)
         time.sleep(1)
-        rate = load(many, seconds).rate
+        rate = load(many).rate
         time.sleep(1)
-        return rate, load(1, seconds).p50_ms
+        return rate, load(1).p50_ms
 
 
 def main() -> None:

@@ -44,8 +44,17 @@ def drive(port: int, route: str, bodies: Path, connections: int, seconds: int) -
     """Post the lines of a file in turn for some seconds.
 
     Raises:
-        LoadError: a request failed, was answered with a status of 400 or more, or not at all.
+        LoadError: wrk failed, or a request did, was answered with a status of 400 or more, or not at all.
     """
+    return parse(_post(port, route, bodies, connections, seconds), connections)
+
+
+def warm_up(port: int, route: str, bodies: Path, connections: int, seconds: int) -> None:
+    """The same, of which nothing counts: first answers may take longer than it lasts."""
+    _post(port, route, bodies, connections, seconds)
+
+
+def _post(port: int, route: str, bodies: Path, connections: int, seconds: int) -> str:
     command = ["wrk", "--threads", "1", "--connections", str(connections)]
     command += ["--duration", f"{seconds}s", "--timeout", "60s", "--script", str(SCRIPT)]
     command += [f"http://127.0.0.1:{port}", "--", route, str(bodies)]
@@ -55,7 +64,7 @@ def drive(port: int, route: str, bodies: Path, connections: int, seconds: int) -
         raise LoadError(f"wrk did not end within {error.timeout:.0f} s") from error
     if run.returncode:
         raise LoadError(f"wrk ended with {run.returncode}: {(run.stderr or run.stdout).strip()}")
-    return parse(run.stdout, connections)
+    return run.stdout
 
 
 def parse(output: str, connections: int) -> Sample:
