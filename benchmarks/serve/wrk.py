@@ -44,7 +44,7 @@ def drive(port: int, route: str, bodies: Path, connections: int, seconds: int) -
     """Post the lines of a file in turn for some seconds.
 
     Raises:
-        LoadError: wrk failed, or a request did, was answered with a status of 400 or more, or not at all.
+        LoadError: wrk or a request failed, or one was answered with 400 or more, or not at all.
     """
     return parse(_post(port, route, bodies, connections, seconds), connections)
 
