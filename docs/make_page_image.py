@@ -23,7 +23,7 @@ def picture(url: str, scheme: str = "light") -> bytes:
             "no Chromium is installed (Debian: apt-get install chromium-headless-shell)"
         )
     with tempfile.TemporaryDirectory() as profile, Browser(binary, Path(profile)) as browser:
-        browser.open(url, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+        browser.open(url, prefers_color_scheme=scheme)
         for _ in range(2):  # the first answer of a fresh server is its slowest
             browser.js("document.querySelector('#results').replaceChildren()")
             browser.click("#examples button:last-of-type")

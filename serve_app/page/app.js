@@ -201,8 +201,9 @@ function highlighted(text, entities) {
     line.append(points.slice(end, entity.start).join(""));
     end = entity.end;
     const word = el("span", { class: "word" }, points.slice(entity.start, end).join(""));
-    const name = `${entity.entity_group} ${percent.format(entity.score)}`;
-    const type = el("bdi", { class: "type" }, hidden(" ("), name, hidden(") "));
+    const name = `${entity.entity_group}\u00a0${percent.format(entity.score)}`;
+    // The space is the sentence's, so that it parts them whichever way the words around run.
+    const type = el("span", { class: "type" }, "\u00a0", el("bdi", {}, hidden("("), name, hidden(") ")));
     line.append(el("mark", { class: `type-${colourOf(entity.entity_group)}` }, word, type));
   }
   line.append(points.slice(end).join(""));

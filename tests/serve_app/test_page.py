@@ -472,12 +472,57 @@ def test_the_scheme_is_the_one_that_the_system_prefers(browser: Browser, scheme:
     assert height == browser.js("document.documentElement.scrollHeight") > 900
 
 
+def entity(text: str, word: str, group: str) -> dict[str, Any]:
+    """An entity as the server says it, at the word's first place in the text."""
+    start = text.index(word)
+    found = {"word": word, "start": start, "end": start + len(word)}
+    return {"entity_group": group, "score": 0.99, **found}
+
+
 def test_a_phone_needs_no_sideways_scrolling(browser: Browser) -> None:
-    browser.size(360, 740)
+    browser.size(320, 640)
     ask(browser, *LINES, "W" * 44)
-    assert browser.js("document.documentElement.scrollWidth") == 360
+    assert browser.js("document.documentElement.scrollWidth") == 320
 
 
-def test_motion_stops_for_who_wants_it_reduced(browser: Browser) -> None:
-    browser.media(prefers_reduced_motion="reduce")
-    assert browser.js("getComputedStyle(document.querySelector('#results')).transition") == "none"
+@pytest.mark.parametrize(
+    ("word", "group"), [("W" * 44, "place"), ("Rush", "number_of_people_in_the_whole_party")]
+)
+def test_long_names_need_no_sideways_scrolling(
+    browser: Browser, page_url: str, word: str, group: str
+) -> None:
+    body = {"results": [{"entities": [entity(word, word, group)]}], "model": "m"}
+    browser.open(page_url, answering("/v1/predict", 200, body))
+    browser.size(320, 640)
+    ask(browser, word)
+    browser.js("document.querySelector('#model').textContent = 'Model ' + 'm'.repeat(64)")
+    assert marks(browser) == [(word, group, 0)]
+    assert browser.js("document.documentElement.scrollWidth") == 320
+
+
+@pytest.mark.parametrize("text", ["Maria in Berlin", "מריה נסעה ל Berlin אתמול", "משה in Rome"])
+def test_a_space_parts_each_word_from_its_type(browser: Browser, page_url: str, text: str) -> None:
+    entities = [entity(text, word, "place") for word in text.split()]
+    body = {"results": [{"entities": entities}], "model": "m"}
+    browser.open(page_url, answering("/v1/predict", 200, body))
+    ask(browser, text)
+    gaps = browser.js("""Array.from(document.querySelectorAll("mark"), (mark) => {
+      const parts = mark.querySelectorAll(".word, bdi");
+      const [word, type] = Array.from(parts, (part) => part.getBoundingClientRect());
+      return Math.max(type.left - word.right, word.left - type.right);
+    })""")
+    assert len(gaps) == len(entities)
+    assert min(gaps) > 3
+
+
+def test_old_answers_stay_readable_while_new_ones_are_awaited(
+    browser: Browser, page_url: str
+) -> None:
+    body = {"results": [{"topic": {"label": "a", "score": 0.5}}], "model": "m"}
+    replies = iter([(200, {}, json.dumps(body).encode()), HOLD])
+    browser.open(page_url, lambda r: next(replies) if "v1/predict" in r["url"] else None)
+    ask(browser, SENTENCE)
+    browser.click(RUN)
+    assert browser.js("document.querySelector('#results').ariaBusy") == "true"
+    assert "Running" in browser.text("#status")
+    assert browser.js("getComputedStyle(document.querySelector('#results')).opacity") == "1"
