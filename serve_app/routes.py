@@ -82,7 +82,11 @@ class Routes:
         )
         vectors = answer.vectors()
         cosines = np.clip(vectors @ vectors.T, -1.0, 1.0)
-        return Reply({"similarities": cosines, "model": answer.model.name}, answer)
+        content: dict[str, Any] = {"similarities": cosines}
+        if answer.beginnings:
+            content["truncated"] = answer.beginnings
+        content["model"] = answer.model.name
+        return Reply(content, answer)
 
     # About the server
 

@@ -129,6 +129,9 @@ class SimilarityRequest(Strict):
 
 class SimilarityReply(BaseModel):
     similarities: list[list[float]]
+    truncated: list[int] | None = Field(
+        default=None, description="Inputs, counted from 0, whose vectors are of their beginning."
+    )
     model: str
 
 

@@ -153,6 +153,15 @@ def test_similarities_are_the_offline_cosines(local_url: str, predictor: Predict
     np.testing.assert_allclose(answer.body["similarities"], predictor.similarity(MIXED), atol=1e-6)
 
 
+def test_similarities_say_whose_beginning_alone_counted(local_url: str) -> None:
+    def truncated(*inputs: str) -> Any:
+        asked = {"inputs": inputs, "truncate": True}
+        return call(f"{local_url}/v1/similarity", asked).body.get("truncated")
+
+    assert truncated(SENTENCE, LONG) == [1]
+    assert truncated(SENTENCE, SENTENCE) is None
+
+
 def test_many_at_once_get_the_offline_answers_from_one_pass_a_window(
     local_url: str, predictor: Predictor
 ) -> None:
