@@ -140,7 +140,8 @@ function el(name, attributes = {}, ...children) {
 }
 
 function show(inputs, predicted, compared) {
-  const { results, truncated = [], usage } = predicted.body;
+  const { results, usage } = predicted.body;
+  const truncated = predicted.body.truncated ?? compared?.body.truncated ?? [];
   const calls = { predict: predicted.times, ...(compared && { similarity: compared.times }) };
   const many = inputs.length > 1;
   const articles = results.map((answers, i) => article(inputs[i], answers, many && i + 1, truncated.includes(i)));
@@ -162,7 +163,8 @@ function summary(answers) {
     const found = Array.isArray(answer)
       ? answer.map((entity) => `${entity.word} (${entity.entity_group})`)
       : (answer.labels ?? [answer.label]);
-    return `${task}: ${found.join(", ") || "none"}`;
+    const few = found.length > NUM_BARS ? `${found.length} found` : found.join(", ");
+    return `${task}: ${few || "none"}`;
   });
   return said.join("; ");
 }
@@ -173,7 +175,7 @@ function article(text, answers, number, isCut) {
   const labelled = parts.filter(([, answer]) => !Array.isArray(answer));
   const node = el("article", { "aria-label": number ? `Sentence ${number}` : "Sentence" });
   if (number) node.append(el("h3", {}, `Sentence ${number}`));
-  if (isCut) node.append(el("p", { class: "quiet" }, cutNotice()));
+  if (isCut) node.append(el("p", { class: "quiet" }, cutNotice(labelled.length)));
   if (!marked.length) node.append(el("p", { class: "sentence", dir: "auto" }, text));
   const heading = number ? "h4" : "h3";
   for (const [task, entities] of marked) {
@@ -187,9 +189,10 @@ function article(text, answers, number, isCut) {
   return node;
 }
 
-function cutNotice() {
+function cutNotice(hasLabels) {
   const limit = info?.max_input_length ? `the ${info.max_input_length} sub-words` : "what";
-  return `Longer than ${limit} the model reads at once: labels and similarity are those of its beginning.`;
+  const what = hasLabels ? "labels and similarity are those" : "similarity is that";
+  return `Longer than ${limit} the model reads at once: ${what} of its beginning.`;
 }
 
 function highlighted(text, entities) {
@@ -219,21 +222,22 @@ function barsOf(task, answer, heading) {
   const chosen = new Set(answer.labels ?? [answer.label]);
   const scores = Object.entries(answer.scores ?? { [answer.label]: answer.score });
   scores.sort((a, b) => b[1] - a[1]);
+  const few = Math.max(NUM_BARS, chosen.size);
   const list = el("ul", { class: "bars", role: "list", "aria-label": task });
   const draw = (count) => {
     list.replaceChildren(...scores.slice(0, count).map(([name, p]) => bar(name, p, chosen.has(name))));
   };
-  draw(NUM_BARS);
+  draw(few);
   const node = el("section", {}, el(heading, {}, task), list);
-  if (scores.length > NUM_BARS) {
+  if (scores.length > few) {
     const more = el("button", { type: "button", class: "link", "aria-expanded": "false" });
-    const caption = (open) => (open ? `Show ${NUM_BARS} of ${task}` : `Show all ${scores.length} of ${task}`);
+    const caption = (open) => (open ? `Show ${few} of ${task}` : `Show all ${scores.length} of ${task}`);
     more.textContent = caption(false);
     more.addEventListener("click", () => {
       const open = more.ariaExpanded === "false";
       more.ariaExpanded = String(open);
       more.textContent = caption(open);
-      draw(open ? scores.length : NUM_BARS);
+      draw(open ? scores.length : few);
     });
     node.append(more);
   }

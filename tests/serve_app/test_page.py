@@ -179,6 +179,17 @@ def test_a_long_text_is_answered_and_said_to_be_cut(browser: Browser, predictor:
     assert "truncate" not in browser.text("details")
 
 
+def test_a_model_of_entities_alone_says_whose_beginning_is_compared(
+    browser: Browser, page_url: str
+) -> None:
+    body = {"results": [{"entities": []}] * 2, "model": "m"}
+    browser.open(page_url, answering("/v1/predict", 200, body))
+    ask(browser, SENTENCE, " and ".join([SENTENCE] * 20))
+    first, second = browser.texts("article")
+    assert "Longer" not in first
+    assert "reads at once: similarity is that of its beginning" in second
+
+
 def curl_and_json(browser: Browser) -> tuple[list[str], Any]:
     """The words of the command that the page shows, and what it says comes of it."""
     command, _, shown = browser.js("document.querySelector('details pre').textContent").partition(
@@ -299,6 +310,13 @@ def answering(path: str, status: int, body: Any, **headers: str) -> Intercept:
         return status, {"Content-Type": "application/json", **headers}, json.dumps(body).encode()
 
     return intercept
+
+
+def entity(text: str, word: str, group: str) -> dict[str, Any]:
+    """An entity as the server says it, at the word's first place in the text."""
+    start = text.index(word)
+    found = {"word": word, "start": start, "end": start + len(word)}
+    return {"entity_group": group, "score": 0.99, **found}
 
 
 def test_a_server_with_a_key_gets_it_asked_for(chromium: Browser, page_url: str) -> None:
@@ -431,6 +449,34 @@ def test_many_labels_show_the_likeliest_until_asked(chromium: Browser, page_url:
     assert chromium.texts(".sentence") == ["Where is my card?"]
 
 
+@pytest.mark.parametrize("num_chosen", [2, 8])
+def test_every_chosen_label_is_shown(browser: Browser, page_url: str, num_chosen: int) -> None:
+    scores = {f"mood_{i:02}": 0.99 - i / 20 for i in range(12)}
+    answer = {"mood": {"labels": list(scores)[:num_chosen], "scores": scores}}
+    browser.open(page_url, answering("/v1/predict", 200, {"results": [answer], "model": "m"}))
+    ask(browser, SENTENCE)
+    assert len(browser.texts(".chosen")) == num_chosen
+    assert len(browser.texts(".bars li")) == max(num_chosen, 5)
+    browser.click(".bars ~ button")
+    assert len(browser.texts(".bars li")) == 12
+    assert browser.text(".bars ~ button") == f"Show {max(num_chosen, 5)} of mood"
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(2, "places: Rome0 (place), Rome1 (place)"), (300, "places: 300 found")]
+)
+def test_the_status_names_few_entities_and_counts_many(
+    browser: Browser, page_url: str, count: int, said: str
+) -> None:
+    words = [f"Rome{i}" for i in range(count)]
+    text = " ".join(words)
+    places = [entity(text, word, "place") for word in words]
+    body = {"results": [{"places": places}], "model": "m"}
+    browser.open(page_url, answering("/v1/predict", 200, body))
+    ask(browser, text)
+    assert browser.text("#status").startswith(f"{said}, ")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_contrast_in_both_schemes(
     browser: Browser, page_url: str, scheme: str
@@ -470,13 +516,6 @@ def test_the_scheme_is_the_one_that_the_system_prefers(browser: Browser, scheme:
     assert picture.startswith(b"\x89PNG")
     height = int.from_bytes(picture[20:24], "big")
     assert height == browser.js("document.documentElement.scrollHeight") > 900
-
-
-def entity(text: str, word: str, group: str) -> dict[str, Any]:
-    """An entity as the server says it, at the word's first place in the text."""
-    start = text.index(word)
-    found = {"word": word, "start": start, "end": start + len(word)}
-    return {"entity_group": group, "score": 0.99, **found}
 
 
 def test_a_phone_needs_no_sideways_scrolling(browser: Browser) -> None:
