@@ -60,7 +60,6 @@ function reason(response, content) {
 }
 
 async function describeModel(signal) {
-  if (info) return;
   info = (await call("info", null, signal)).body;
   const tasks = Object.entries(info.tasks ?? {});
   tasks.forEach(([, task]) => {
@@ -71,26 +70,47 @@ async function describeModel(signal) {
   $("model").textContent = `Model ${info.model_id}: ${names || "embeddings"}.${limit}`;
 }
 
-async function run() {
-  const inputs = $("text").value.split("\n").filter((line) => line.trim());
-  if (!inputs.length) return fail("Type a sentence first.", $("text"));
+// Only the newest counts: what came before is aborted, and says nothing any more.
+async function newest(work) {
   running?.abort();
   const mine = (running = new AbortController());
-  $("results").ariaBusy = "true";
   $("error").textContent = "";
-  $("status").textContent = "Running …";
   try {
-    await describeModel(mine.signal);
-    const requests = [call("v1/predict", { inputs, return_scores: true, truncate: true }, mine.signal)];
-    if (inputs.length > 1) requests.push(call("v1/similarity", { inputs, truncate: true }, mine.signal));
-    const [predicted, compared] = await Promise.all(requests);
-    if (mine === running) show(inputs, predicted, compared);
+    await work(mine.signal);
   } catch (error) {
-    if (mine !== running) return;
+    if (mine.signal.aborted) return;
     mine.abort();
     report(error);
   } finally {
     if (mine === running) $("results").ariaBusy = "false";
+  }
+}
+
+async function run() {
+  const inputs = $("text").value.split("\n").filter((line) => line.trim());
+  if (!inputs.length) {
+    running?.abort();
+    return fail("Type a sentence first.", $("text"));
+  }
+  $("results").ariaBusy = "true";
+  $("status").textContent = "Running …";
+  await newest(async (signal) => {
+    const [predicted, compared] = await Promise.all([
+      call("v1/predict", { inputs, return_scores: true, truncate: true }, signal),
+      inputs.length > 1 ? compare(inputs, signal) : null,
+      describeModel(signal), // each time: a server may have another model by now
+    ]);
+    if (!signal.aborted) show(inputs, predicted, compared);
+  });
+}
+
+// Answers are shown even if they could not be compared; only a missing key is for `report`.
+async function compare(inputs, signal) {
+  try {
+    return await call("v1/similarity", { inputs, truncate: true }, signal);
+  } catch (error) {
+    if (error instanceof Refused && error.status === 401) throw error;
+    return { failure: said(error) };
   }
 }
 
@@ -102,7 +122,11 @@ function report(error) {
     $("unlock").hidden = false;
     return fail(message, $("key"));
   }
-  fail(error instanceof Refused ? error.message : `No answer from the server: ${error.message}`);
+  fail(said(error));
+}
+
+function said(error) {
+  return error instanceof Refused ? error.message : `No answer from the server: ${error.message}`;
 }
 
 function fail(message, focus) {
@@ -140,22 +164,27 @@ function el(name, attributes = {}, ...children) {
 }
 
 function show(inputs, predicted, compared) {
-  const { results, usage } = predicted.body;
-  const truncated = predicted.body.truncated ?? compared?.body.truncated ?? [];
-  const calls = { predict: predicted.times, ...(compared && { similarity: compared.times }) };
+  const { results, errors = {}, usage } = predicted.body;
+  const truncated = predicted.body.truncated ?? compared?.body?.truncated ?? [];
+  const similarities = compared?.body?.similarities;
+  const calls = { predict: predicted.times, ...(similarities && { similarity: compared.times }) };
   const many = inputs.length > 1;
   const articles = results.map((answers, i) => article(inputs[i], answers, many && i + 1, truncated.includes(i)));
   $("results").replaceChildren(
     el("h2", {}, many ? "Answers" : "Answer"),
     el("div", { class: "answers" }, ...articles),
-    ...(compared ? [el("h2", {}, "Similarity"), heatmap(inputs, compared.body.similarities)] : []),
+    ...(similarities ? [el("h2", {}, "Similarity"), heatmap(inputs, similarities)] : []),
     el("h2", {}, "Timings"),
     timings(calls),
     details(inputs, predicted.body),
   );
-  const what = many ? `${inputs.length} sentences answered and compared` : summary(results[0]);
+  const done = similarities ? "answered and compared" : "answered";
+  const what = many ? `${inputs.length} sentences ${done}` : summary(results[0]);
   const tokens = usage?.tokens ? `, ${usage.tokens} tokens` : "";
   $("status").textContent = `${what}${tokens}, ${Math.round(predicted.times.roundTrip)} ms.`;
+  const failures = Object.values(errors).map(({ error }) => `${error}.`);
+  if (compared?.failure) failures.push(`Similarity: ${compared.failure}`);
+  $("error").textContent = failures.join(" ");
 }
 
 function summary(answers) {
@@ -335,7 +364,7 @@ $("unlock").addEventListener("submit", (event) => {
   $("unlock").hidden = true;
   $("text").focus();
   if ($("text").value.trim()) run();
-  else greet();
+  else newest(describeModel);
 });
 $("forget").addEventListener("click", () => {
   remember(null);
@@ -343,14 +372,5 @@ $("forget").addEventListener("click", () => {
   $("status").textContent = "The key is forgotten.";
 });
 
-async function greet() {
-  $("error").textContent = "";
-  try {
-    await describeModel();
-  } catch (error) {
-    if (!running) report(error);
-  }
-}
-
 $("forget").hidden = !key;
-greet();
+newest(describeModel);

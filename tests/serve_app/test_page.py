@@ -347,7 +347,7 @@ def test_a_server_with_a_key_gets_it_asked_for(chromium: Browser, page_url: str)
     chromium.type(SENTENCE)
     chromium.press("Enter", control=True)
     chromium.wait(DONE)
-    assert seen == [None, "Bearer guess", "Bearer open-sesame", "Bearer open-sesame"]
+    assert seen == [None, "Bearer guess", *["Bearer open-sesame"] * 3]
     command, _ = curl_and_json(chromium)
     assert "Authorization: Bearer KEY" in command
     assert "open-sesame" not in chromium.text("details")
@@ -383,6 +383,94 @@ def test_a_refusal_says_what_to_change(
     assert ("Try again in 2 s." in chromium.text("#error")) == bool(headers)
     assert chromium.js("document.querySelector('#results').ariaBusy") == "false"
     assert chromium.complaints() == []
+
+
+def test_a_task_that_failed_is_named_beside_the_answers(chromium: Browser, page_url: str) -> None:
+    error = "the head of task 'entities' is not available: it died; try again"
+    errors = {"entities": {"error": error, "error_type": "Unhealthy"}}
+    body = {"results": [{"topic": {"label": "travel", "score": 0.5}}], "model": "m"}
+    replies = iter([{**body, "errors": errors}, body])
+
+    def failing_once(request: dict[str, Any]) -> Reply | None:
+        if not request["url"].endswith("/v1/predict"):
+            return None
+        return 200, {}, json.dumps(next(replies)).encode()
+
+    chromium.open(page_url, failing_once)
+    ask(chromium, SENTENCE)
+    assert error in chromium.text("#error")
+    assert "topic: travel" in chromium.text("#status")
+    ask(chromium, SENTENCE)
+    assert chromium.text("#error") == ""
+    assert chromium.complaints() == []
+
+
+def test_answers_stay_where_their_comparison_is_refused(browser: Browser, page_url: str) -> None:
+    body = {"error": "257 texts are waiting", "error_type": "Overloaded"}
+    headers = {"Retry-After": "2"}
+    browser.open(page_url, answering("/v1/similarity", 429, body, **headers))
+    ask(browser, *LINES)
+    assert len(browser.texts("article")) == len(LINES)
+    assert browser.texts(".heat") == []
+    assert browser.text("#error").startswith("Similarity: 257 texts are waiting")
+    assert browser.text("#status").startswith("3 sentences answered, ")
+    assert browser.texts(".times th[scope=row]") == ["predict"]
+
+
+def test_a_key_that_only_the_comparison_misses_is_asked_for(
+    chromium: Browser, page_url: str
+) -> None:
+    body = {"error": "an API key is needed", "error_type": "Unauthorized"}
+    chromium.open(page_url, answering("/v1/similarity", 401, body))
+    fill(chromium, *LINES)
+    chromium.click(RUN)
+    chromium.wait(REFUSED)
+    assert not chromium.js("document.querySelector('#unlock').hidden")
+
+
+def test_a_wrong_key_is_said_to_be_wrong_after_a_run_too(chromium: Browser, page_url: str) -> None:
+    def locked(request: dict[str, Any]) -> Reply | None:
+        if not request["url"].endswith(("/info", "/v1/predict")):
+            return None
+        return 401, {}, json.dumps({"error": "the API key is not valid"}).encode()
+
+    chromium.open(page_url, locked)
+    chromium.wait(REFUSED)
+    fill(chromium, SENTENCE)
+    chromium.click(RUN)
+    chromium.wait("document.querySelector('#results').ariaBusy === 'false'")
+    fill(chromium, "")
+    chromium.js("document.querySelector('#key').value = 'guess'")
+    chromium.click("#unlock button")
+    chromium.wait(f"{REFUSED}.includes('not valid')")
+    assert not chromium.js("document.querySelector('#unlock').hidden")
+
+
+def test_the_header_is_of_the_model_that_answers(browser: Browser, page_url: str) -> None:
+    lengths = iter([64, 128])
+
+    def changing(request: dict[str, Any]) -> Reply | None:
+        if not request["url"].endswith("/info"):
+            return None
+        told = {"model_id": "demo", "tasks": {}, "max_input_length": next(lengths)}
+        return 200, {}, json.dumps(told).encode()
+
+    browser.open(page_url, changing)
+    browser.wait("document.querySelector('#model').textContent.includes('64 sub-words')")
+    ask(browser, SENTENCE)
+    assert "128 sub-words" in browser.text("#model")
+
+
+def test_an_empty_box_takes_back_what_was_asked_before(browser: Browser, page_url: str) -> None:
+    browser.open(page_url, lambda r: HOLD if "v1/predict" in r["url"] else None)
+    fill(browser, SENTENCE)
+    browser.click(RUN)
+    assert browser.js("document.querySelector('#results').ariaBusy") == "true"
+    fill(browser, "")
+    browser.click(RUN)
+    assert browser.js("document.querySelector('#results').ariaBusy") == "false"
+    assert browser.text("#status") == ""
+    assert browser.text("#error") == "Type a sentence first."
 
 
 def test_an_empty_box_is_not_sent(browser: Browser) -> None:
@@ -427,8 +515,15 @@ def test_only_the_newest_request_is_shown(
     ask(chromium, newer)
     expected: Any = predictor.predict([newer])[0]["entities"]
     assert marks(chromium) == [(e["word"], e["entity_group"], e["start"]) for e in expected]
-    failed = [e["params"] for e in chromium.events if e["method"] == "Network.loadingFailed"]
-    assert [event["canceled"] for event in failed] == [True]
+    told = [(e["method"], e["params"]) for e in chromium.events]
+    failed = [params for method, params in told if method == "Network.loadingFailed"]
+    assert all(params["canceled"] for params in failed)
+    stale = next(
+        params["requestId"]
+        for method, params in told
+        if method == "Network.requestWillBeSent" and params["request"]["url"].endswith("/predict")
+    )
+    assert stale in [params["requestId"] for params in failed]
     assert chromium.text("#error") == ""
 
 
