@@ -659,4 +659,5 @@ def test_old_answers_stay_readable_while_new_ones_are_awaited(
     browser.click(RUN)
     assert browser.js("document.querySelector('#results').ariaBusy") == "true"
     assert "Running" in browser.text("#status")
+    browser.js("document.getAnimations().forEach((fade) => fade.finish())")
     assert browser.js("getComputedStyle(document.querySelector('#results')).opacity") == "1"
