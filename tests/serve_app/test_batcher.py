@@ -172,6 +172,8 @@ def test_a_full_queue_refuses_single_texts_and_lists_alike(texts: list[str]) -> 
         await asyncio.sleep(0.01)
         with pytest.raises(Overloaded, match="3 texts are waiting, of at most 3"):
             await ask(batcher, *texts)
+        with pytest.raises(Overloaded), batcher.held(len(texts)):
+            pytest.fail("they would be tokenised only to be refused")
         encoder.gate.set()
         await asyncio.gather(first, rest)
         assert await ask(batcher, *texts) == [[text.upper() for text in texts]]
@@ -179,16 +181,18 @@ def test_a_full_queue_refuses_single_texts_and_lists_alike(texts: list[str]) -> 
     run(scenario, max_waiting=3)
 
 
-def test_few_long_texts_fill_the_queue_as_many_short_ones_do() -> None:
+@pytest.mark.parametrize(("texts", "tokens"), [(["a"], 99), (["a", "b"], 50)])
+def test_few_long_texts_fill_the_queue_as_many_short_ones_do(texts: list[str], tokens: int) -> None:
     async def scenario(batcher: Batcher, encoder: Encoder) -> None:
-        first, rest = await busy(batcher, encoder), ask(batcher, "b", tokens=99)
+        first, rest = await busy(batcher, encoder), ask(batcher, *texts, tokens=tokens)
         await asyncio.sleep(0.01)
-        with pytest.raises(Overloaded, match="100 tokens are waiting, of 100"):
+        with pytest.raises(Overloaded, match=f"{1 + waiting} tokens are waiting, of 100"):
             await ask(batcher, "c")
         encoder.gate.set()
         await asyncio.gather(first, rest)
         assert await ask(batcher, "c") == [["C"]]
 
+    waiting = len(texts) * tokens
     run(scenario, max_waiting_tokens=100)
 
 
