@@ -68,6 +68,7 @@ def test_more_passes_over_a_small_task_are_not_taken_for_sharing(mixing: str) ->
     assert not caveat({"intent": {"shared": [0.6]}}, {"intent": "test"}, mixing)
     chosen = {"intent": {**both["intent"], "best": [0.6]}}
     assert "flatters it there" in caveat(chosen, {"intent": "validation"}, mixing)
+    assert "flatters" not in caveat(chosen, {"intent": "test"}, mixing)
 
 
 def test_a_statement_names_task_points_and_seeds() -> None:

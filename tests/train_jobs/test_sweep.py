@@ -114,12 +114,33 @@ def test_every_sweep_that_ships_is_sound(path: Path, monkeypatch: pytest.MonkeyP
             r"need several fields",
         ),
         (
+            {"space": {"tasks.*.loss_weight": {"sample_from": "dirichlet"}}},
+            r"sweep.yaml:3: .*sample_from knows 'simplex' only",
+        ),
+        (
+            {
+                "space": {
+                    "freeze": {
+                        "choice": [
+                            {"layers": 1, "embeddings": True},
+                            {"embeddings": True, "layers": 1},
+                        ]
+                    }
+                }
+            },
+            r"sweep.yaml:3: .*choice names a value twice",
+        ),
+        (
             {"space": {"freeze.layers": {"uniform": [0, 4]}}},
             r"sweep.yaml:3: space.freeze.layers: freeze.layers = 1.48: .*valid integer",
         ),
         (
             {"space": {"encoder.dropout": {"quniform": [0.05, 0.5, 0.1]}}},
             r"sweep.yaml:3: .*low and high must be multiples of step",
+        ),
+        (
+            {"space": {"encoder.dropout": {"quniform": [0.0, 0.5, 0.6]}}},
+            r"sweep.yaml:3: .*step must be above 0 and fit between low and high",
         ),
         ({"budget": {"trials": 0}}, r"sweep.yaml:5: budget.trials: .*greater than 0"),
         (
@@ -183,6 +204,20 @@ def test_what_is_drawn_lies_within_the_range(range_: dict[str, Any]) -> None:
     assert max(draws) - 1e-9 <= 0.4
     assert min(draws) < 0.15
     assert max(draws) > 0.35
+
+
+@pytest.mark.parametrize(
+    "range_",
+    [
+        {"loguniform": [0.1, 0.4]},
+        {"quniform": [0.0, 0.5, 0.5]},
+        {"choice": [{}, {"layers": 1}]},
+        {"sample_from": "simplex"},
+    ],
+    ids=lambda range_: next(iter(range_)),
+)
+def test_a_range_is_written_as_it_was_read(range_: dict[str, Any]) -> None:
+    assert Parameter.parse(range_).plain() == range_
 
 
 def test_whole_numbers_are_drawn_with_both_ends() -> None:
@@ -281,6 +316,7 @@ def test_what_is_compared_as_shared_and_alone_has_fixed_weights(
         ("set.scale={workers: 1}", True),
         ("set.training.epochs=3", False),
         ("seeds=2", False),
+        ("space.optim.learning_rate={loguniform: [0.00001, 0.01]}", False),
     ],
 )
 def test_a_sweep_goes_on_with_more_time_or_another_scale_and_is_else_another_one(
