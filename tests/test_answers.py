@@ -92,6 +92,7 @@ def test_a_part_says_what_the_whole_says(all_tags: bool) -> None:
         for last in range(first, len(LENGTHS) + 1):
             part = output.part(first, last)
             assert list(part.predictions(texts[first:last])) == every[first:last]
+            assert part.lengths.tolist() == LENGTHS[first:last]
             if part.scores is not None:
                 assert part.scores.shape == (sum(LENGTHS[first:last]), NUM_TAGS)
                 chosen = part.scores[np.arange(len(part.tags)), part.tags]
@@ -122,7 +123,10 @@ def test_chosen_texts_are_answered_as_among_all(rows: list[int]) -> None:
     np.testing.assert_allclose(
         mine.scores, np.concatenate([part.scores for part in parts]), atol=1e-6
     )
-    np.testing.assert_array_equal(chosen.pooled, whole.pooled[rows])
+    sentences = Features(whole.pooled, whole.states[:0], whole.lengths).select(rows)
+    assert len(sentences.states) == 0
+    for found in (chosen, sentences):
+        np.testing.assert_array_equal(found.pooled, whole.pooled[rows])
 
 
 def test_half_precision_states_change_little() -> None:
@@ -153,6 +157,16 @@ def test_probabilities_are_softmax_or_sigmoid_and_best_is_the_highest_logit() ->
                     assert answer["labels"] == [
                         n for n, p in zip("abc", row, strict=True) if p >= 0.5
                     ]
+
+
+def test_a_label_whose_probability_is_the_threshold_is_given() -> None:
+    built = head("multilabel", threshold=0.5)
+    for parameter in built.output.parameters():
+        torch.nn.init.zeros_(parameter)
+    output = run_head(built, features(LENGTHS))
+    assert (output.scores == 0.5).all()
+    for answer in output.predictions(items(LENGTHS)):
+        assert answer["labels"] == list(TYPES)
 
 
 def test_answers_become_columns() -> None:
