@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mtl_core.data.sources import read_corpus
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.heads import tag_names
 from mtl_core.model import MultiTaskModel
+from mtl_core.world import World
 from tests.small_runs import data, experiment, learned, train
 
 Tags = list[list[str]]
@@ -172,6 +174,25 @@ def test_a_task_without_labels_in_a_split_has_no_score(bert: Path) -> None:
     assert set(result.scores()) == set(result.losses) == {"topic", "entities"}
     assert result.score("mood/micro_f1") == 0.0
     assert not [name for name in result.flat("validation") if "mood" in name]
+
+
+class Alone(World):
+    """A rank whose sums over ranks are its own part."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def test_ranks_count_every_batch_once(
+    expert: tuple[MultiTaskModel, EncodedSplit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = partial(evaluation_batches, batch_tokens=64)
+    monkeypatch.setattr(evaluation, "evaluation_batches", small)
+    whole = evaluate(*expert)
+    parts = [evaluate(*expert, Alone(rank, 3)) for rank in range(3)]
+    for task, counts in whole.counts.items():
+        assert all(part.counts[task].any() for part in parts)
+        np.testing.assert_array_equal(sum(part.counts[task] for part in parts), counts)
 
 
 def test_only_the_tasks_asked_for_are_scored(bert: Path) -> None:

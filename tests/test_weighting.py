@@ -59,6 +59,7 @@ def test_fixed_weights_multiply_the_losses() -> None:
     assert weighting.combine(losses, WHOLE).item() == pytest.approx(0.5 * 2.5 + 2.0 * 0.3)
     assert [loss.grad.item() for loss in losses.values() if loss.grad is not None] == [0.5, 2.0]
     assert weighting.current() == {"a": 0.5, "b": 2.0}
+    assert weighting.report() == {}
     assert not list(weighting.parameters())
 
 
@@ -355,6 +356,27 @@ def test_where_nothing_learns_ranks_have_nothing_to_exchange() -> None:
     gradients.begin([], ["a", "b"])
     gradients.reduce(World(rank=0, size=2))  # and there is no second one
     assert cosines(gradients.tasks, gradients.gram()) == {}
+
+
+class Unequal(World):
+    """Stands for two ranks of which the other has three times what this one has."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(4)
+
+
+def test_the_rows_of_a_step_are_the_means_over_ranks() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    gradients = TaskGradients()
+    gradients.begin([parameter], ["a", "b"])
+    gradients.add({"a": 3 * parameter[0], "b": parameter.sum()}, keep_graph=False)
+    gradients.reduce(Unequal(rank=0, size=2))
+    assert gradients.rows.tolist() == [[6, 0], [2, 2]]
+
+
+@pytest.mark.parametrize("norms", [[1, 0], [0, 1]])
+def test_a_task_without_a_gradient_has_no_cosine(norms: list[float]) -> None:
+    assert cosines(["a", "b"], np.diag(norms).astype(float)) == {}
 
 
 def test_an_event_tells_the_mean_over_the_steps_that_were_asked_for(
