@@ -36,7 +36,7 @@ def test_the_asked_share_is_dropped_and_the_rest_scaled_up(p: float, dtype: torc
 
 def test_neighbours_are_dropped_independently() -> None:
     with quick():
-        kept = F.dropout(torch.ones(400_000), 0.5) > 0
+        kept = F.dropout(torch.ones(400_000)) > 0  # half, as PyTorch's
     for distance in range(1, 9):
         together = (kept[distance:] == kept[:-distance]).float().mean().item()
         assert together == pytest.approx(0.5, abs=0.005)
@@ -77,23 +77,24 @@ def test_nothing_is_dropped_outside_of_training_or_of_the_context() -> None:
     assert torch.equal(F.dropout(x, 0.5), expected)
 
 
+@pytest.mark.parametrize("scale", [0.4, None])
 @pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
-def test_attention_is_pytorchs_but_for_what_is_dropped(kind: str) -> None:
+def test_attention_is_pytorchs_but_for_what_is_dropped(kind: str, scale: float | None) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
     mask = torch.rand(2, 1, 5, 5) < 0.7
     mask[..., 0] = True
     additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
     chosen = {"none": None, "boolean": mask, "additive": additive}[kind]
-    whole = F.scaled_dot_product_attention(q, k, v, attn_mask=chosen, scale=0.4)
+
+    def attend(**dropout: float) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=chosen, scale=scale, **dropout)
+
+    whole = attend()
     with quick():
-        same = F.scaled_dot_product_attention(q, k, v, attn_mask=chosen, dropout_p=1e-9, scale=0.4)
-        many = torch.stack(
-            [
-                F.scaled_dot_product_attention(q, k, v, attn_mask=chosen, dropout_p=0.2, scale=0.4)
-                for _ in range(3000)
-            ]
-        )
+        plain, same = attend(), attend(dropout_p=1e-9)
+        many = torch.stack([attend(dropout_p=0.2) for _ in range(3000)])
+    torch.testing.assert_close(plain, whole)
     torch.testing.assert_close(same, whole)
     assert not torch.equal(many[0], many[1])
     torch.testing.assert_close(many.mean(0), whole, rtol=0, atol=0.1)

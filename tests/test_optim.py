@@ -101,6 +101,13 @@ def test_only_matrices_decay(tiny_encoders: dict[str, Path]) -> None:
     assert {group["weight_decay"] for group in groups.values()} == {0.0, 0.1}
 
 
+def test_every_parameter_has_the_moments_that_were_asked_for(
+    tiny_encoders: dict[str, Path],
+) -> None:
+    groups = groups_of(model_of(tiny_encoders["bert"]), OptimConfig(betas=(0.8, 0.95)))
+    assert {group["betas"] for group in groups.values()} == {(0.8, 0.95)}
+
+
 @pytest.mark.parametrize(
     ("freeze", "epochs"),
     [
