@@ -85,7 +85,7 @@ def evaluate(
         tasks: which to score; all that the split has when absent.
     """
     world = world or World()
-    tasks = tasks or [task for task in split.targets if task in model.heads]
+    tasks = tasks or list(split.targets)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     heads = {task: model.head(task) for task in tasks}
