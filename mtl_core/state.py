@@ -91,7 +91,7 @@ class TrainState:
         parameters = self.learning()
         tensors = {f"now.{n}": p.detach().cpu().contiguous() for n, p in parameters.items()}
         tensors |= {f"kept.{name}": tensor.cpu() for name, tensor in self.remembered().items()}
-        if self.best_epoch != self.epoch or self.part or self.step_in_part:
+        if self.best_epoch != self.epoch or self.step_in_part:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         moments = {
             f"{key}.{name}": value.detach().cpu().contiguous()
