@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mtl_core.packing import CACHED_TOKENS, PASS_TOKENS, ROW_TOKENS, STEP, pack, pad
@@ -61,6 +61,7 @@ def test_a_padded_batch_ends_only_where_one_row_more_would_cost_more(
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=4, max_size=80), streams=st.integers(1, 4))
+@example(lengths=[60] * 40, streams=2)
 def test_no_stream_is_left_without_work(lengths: list[int], streams: int) -> None:
     layouts = list(pack([[1] * length for length in lengths], 0, 4096, streams))
     rows = [len(layout.input_ids) for layout in layouts]
