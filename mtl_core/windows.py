@@ -178,12 +178,12 @@ def encoded(
     """Each text's encoding, made when it is asked for unless `at_once`.
 
     At once is faster where the tokenizer has several threads; but an encoding takes a hundred times
-    its text's memory.
+    its text's memory. One by one they are batches, too: for those Python's other threads go on.
     """
     if at_once:
         found: list[Encoding] = tokenizer.encode_batch(list(texts), add_special_tokens=special)
         return found
-    return (tokenizer.encode(text, add_special_tokens=special) for text in texts)
+    return (tokenizer.encode_batch([text], add_special_tokens=special)[0] for text in texts)
 
 
 class TooLong(ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -124,8 +125,9 @@ class EncoderReplica:
     async def check_health(self) -> None:
         """Called by Serve from the start on: the first call warms up and starts watching.
 
-        After a batch that failed it tries a sentence. After some errors nothing runs on a GPU any
-        more: then this raises, too, and Serve puts another replica in this one's place.
+        After a batch that failed, until one succeeds, it tries a sentence. After some errors
+        nothing runs on a GPU any more: then this raises, too, and Serve puts another replica in
+        this one's place. A busy one is left to finish.
         """
         service = self.service
         if self.watcher is None:
@@ -133,8 +135,9 @@ class EncoderReplica:
             await service.warm_up(service.model)
             self._announce("loaded")
         elif service.batcher.last_failed:
-            await service.warm_up(service.model, counts=(1,))
-            service.batcher.last_failed = False
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_TIMEOUT_S / 2):
+                    await service.warm_up(service.model, counts=(1,))
 
     async def check_ready(self) -> None:
         """Raise ApiError unless every head answers.

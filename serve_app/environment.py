@@ -22,16 +22,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(USAGE)
         raise SystemExit(0 if command else 2)
     set_environment()
-    if not haproxy_files("").keys() <= os.environ.keys():
-        # COMMAND takes this process's place, so nobody is left to remove it.
-        folder = tempfile.mkdtemp(prefix="mtl-", dir="/tmp")
-        for name, value in haproxy_files(folder).items():
-            os.environ.setdefault(name, value)
-    if HAPROXY_VARIABLE not in os.environ:
-        try:
+    try:
+        if not haproxy_files("").keys() <= os.environ.keys():
+            # COMMAND takes this process's place, so nobody is left to remove it.
+            folder = tempfile.mkdtemp(prefix="mtl-", dir="/tmp")
+            for name, value in haproxy_files(folder).items():
+                os.environ.setdefault(name, value)
+        if HAPROXY_VARIABLE not in os.environ:
             os.environ[HAPROXY_VARIABLE] = haproxy_script(loopback=False)
-        except OSError as error:
-            print(f"note: HAProxy says 404 at first, and not 503: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"note: HAProxy has no files of its own: {error}", file=sys.stderr)
     try:
         os.execvp(command[0], command)
     except OSError as error:

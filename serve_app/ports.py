@@ -39,7 +39,7 @@ AS_JSON = (
 """Where Ray has HAProxy say 500, in plain text."""
 FROM_CLIENTS = (
     r"s/^frontend http_frontend$/&\n    http-request del-header "
-    "^(x-request-timeout-seconds|x-request-disconnect-disabled|x-session-id|"
+    "^(x-request-timeout-seconds|x-request-disconnect-disabled|x.session.id|"
     r"serve.multiplexed.model.id)$ -m reg\n    "
     "http-request del-header x-request-id if { req.fhdr(x-request-id) -m reg [^[:print:]] }/"
 )

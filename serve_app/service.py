@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,9 @@ from serve_app.loaded import Loaded
 from serve_app.metrics import Metrics
 from serve_app.settings import Settings
 
+T = TypeVar("T")
 INLINE_CHARACTERS = 4_000
-"""Texts up to this length in all are tokenised on the event loop: it takes under a millisecond."""
+"""Texts up to this length in all are tokenised on the event loop: it takes a millisecond or two."""
 
 
 @dataclass
@@ -153,14 +154,8 @@ class Service:
         want_states = any(model.heads[task].level == "token" for task in tasks)
         pooled = vectors or not tasks
         cut = pooled or any(model.heads[task].level == "sentence" for task in tasks)
-        asked = (texts, self.max_tokens, want_states, whole and cut)
-        split = model.stage.windows.split
-        with self.batcher.held(len(texts)):
-            if sum(map(len, texts)) > INLINE_CHARACTERS:
-                loop = asyncio.get_running_loop()
-                items = await loop.run_in_executor(self.tokenizing, split, *asked)
-            else:
-                items = split(*asked)
+        asked = (self.max_tokens, want_states, whole and cut)
+        items = await self._tokenize(model.stage.windows.split, texts, *asked)
         timings = Timings(tokenize=time.perf_counter() - started)
         beginnings = [number for number, item in enumerate(items) if cut and item.long]
         parts: list[Part] = await self.batcher.submit(
@@ -178,10 +173,19 @@ class Service:
         Raises:
             TextError, TooMany, Overloaded: as `answer`.
         """
-        windows, most = self.model.stage.windows, self.max_tokens
+        return await self._tokenize(
+            self.model.stage.windows.tokens, texts, special, self.max_tokens
+        )
+
+    async def _tokenize(
+        self, tokenize: Callable[..., list[T]], texts: Sequence[str], *more: Any
+    ) -> list[T]:
+        """What it makes of texts, which count as waiting meanwhile; long ones in their thread."""
         with self.batcher.held(len(texts)):
+            if sum(map(len, texts)) <= INLINE_CHARACTERS:
+                return tokenize(texts, *more)
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.tokenizing, windows.tokens, texts, special, most)
+            return await loop.run_in_executor(self.tokenizing, tokenize, texts, *more)
 
     async def warm_up(self, model: Loaded, counts: Sequence[int] = (1, 4, 16)) -> None:
         """Run a model's encoder through shapes before it answers anybody; heads: `reach_heads`."""

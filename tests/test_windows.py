@@ -107,9 +107,9 @@ class Noted:
         self.tokenizer = tokenizer
         self.texts: list[str] = []
 
-    def encode(self, text: str, **options: Any) -> Any:
-        self.texts.append(text)
-        return self.tokenizer.encode(text, **options)
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self.texts += texts
+        return self.tokenizer.encode_batch(texts, **options)
 
 
 def test_a_limit_changes_no_sub_word(bert: Tokenizer) -> None:

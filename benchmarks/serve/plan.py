@@ -45,6 +45,9 @@ ROWS = {
     "predict": Row("predict, 32 connections", "predict", "ours", "fastapi", "rate", 10.0),
     "predict-ray": Row("predict, 32 connections", "predict", "ours", "ray_serve", "rate", 10.0),
     "predict-bf16": Row("predict, 32 connections", "predict", "ours", "fastapi_bf16", "rate", None),
+    "predict-processes": Row(
+        "predict, 32 connections", "predict", "ours", "fastapi_processes", "rate", None
+    ),
     "latency": Row("predict, 1 connection", "predict_alone", "ours", "fastapi_latency", "p50", 1.0),
     "lists": Row("predict, 32 sentences a request", "predict_list", "ours", "fastapi", "rate", 3.0),
     "embeddings": Row("embeddings, 32 connections", "embed", "ours", "infinity", "rate", 4.0),

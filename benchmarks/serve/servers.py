@@ -74,7 +74,8 @@ def _infinity(artifact: Path, port: int) -> list[str]:
 
 
 THROUGHPUT = {"PASSES": str(CORES), "THREADS": "1"}
-"""The setting of (a) that peer_settings.py found to answer most requests a second."""
+"""Of (a)'s settings in one process the one with most requests a second, by peer_settings.py."""
+PROCESSES = {"WEB_CONCURRENCY": str(CORES), "PASSES": "1", "THREADS": "1"}
 
 SERVERS = {
     "ours": Server("serve_app", _ours, ready="/ready"),
@@ -83,6 +84,7 @@ SERVERS = {
     "fastapi": Server("(a) FastAPI, torch fp32", _fastapi, settings=THROUGHPUT),
     "fastapi_latency": Server("(a) set for latency", _fastapi, settings={"PASSES": "1"}),
     "fastapi_bf16": Server("(a) in bf16", _fastapi, settings={**THROUGHPUT, "DTYPE": "bfloat16"}),
+    "fastapi_processes": Server("(a) a process a core", _fastapi, settings=PROCESSES),
     "ray_serve": Server("(b) Ray Serve, textbook", _ray_serve),
     "infinity": Server(
         "(c) Infinity 0.0.78", _infinity, settings={"INFINITY_ANONYMOUS_USAGE_STATS": "0"}

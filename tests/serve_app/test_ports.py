@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from ray.serve._private.constants import SERVE_MULTIPLEXED_MODEL_ID, SERVE_SESSION_ID
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from serve_app.ports import free_ports, haproxy_script
+from serve_app.ports import FROM_CLIENTS, free_ports, haproxy_script
 from tests.servers import Answer, call, wait_for
 
 CONFIG = """defaults
@@ -113,3 +115,10 @@ def test_headers_by_which_clients_would_steer_serve_do_not_reach_it(
     assert answer.status == 200
     name = header.replace("_", "-").lower()
     assert (f"{name}: {value}" in answer.body) == (name in answer.body) == passes
+
+
+@pytest.mark.parametrize("name", [SERVE_SESSION_ID, SERVE_MULTIPLEXED_MODEL_ID])
+@pytest.mark.parametrize("joint", "-_")
+def test_they_are_known_in_each_spelling_that_serve_reads(name: str, joint: str) -> None:
+    (names,) = re.findall(r"del-header (\^\S+\$) -m reg", FROM_CLIENTS)
+    assert re.search(names, re.sub("[-_]", joint, name.lower()))

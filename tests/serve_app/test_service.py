@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -320,12 +321,46 @@ def test_a_replica_whose_encoder_fails_is_healthy_again_only_if_it_recovers(
             with pytest.raises(RuntimeError, match="CUDA error") if left else nullcontext():
                 await replica.check_health()
         if not left:
+            assert not (await ask(service)).failures
             before = stage.num_windows
             await replica.check_health()  # as cheap as ever
             assert stage.num_windows == before
-            assert not (await ask(service)).failures
 
     asyncio.run(looked_at())
+
+
+def test_a_replica_whose_encoder_failed_and_is_busy_is_left_to_finish(
+    replica: EncoderReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments, "HEALTH_TIMEOUT_S", 0.2)
+    busy = threading.Event()
+
+    async def looked_at() -> None:
+        await replica.check_health()
+        assert replica.watcher is not None
+        replica.watcher.cancel()
+        replica.service.batcher.last_failed = True
+        replica.service.batcher.thread.submit(busy.wait, 30)
+        await replica.check_health()
+        busy.set()
+
+    asyncio.run(looked_at())
+
+
+def test_other_requests_go_on_while_a_long_text_is_tokenised(model: Loaded) -> None:
+    service = Service(model, lambda _: LocalHead(), Metrics("test"), SETTINGS)
+
+    async def gaps() -> list[float]:
+        turns = [time.perf_counter()]
+        tokens = asyncio.create_task(service.tokens(["wonderfulness " * 14_000], special=True))
+        while not tokens.done():
+            await asyncio.sleep(0)
+            turns.append(time.perf_counter())
+        assert len(tokens.result()[0]) > 14_000
+        return [later - earlier for earlier, later in pairwise(turns)]
+
+    found = asyncio.run(gaps())
+    assert max(found) < sum(found) / 3
 
 
 def test_whoever_asks_whether_it_is_ready_a_replica_looks_once(replica: EncoderReplica) -> None:
