@@ -15,6 +15,14 @@ from mtl_core.errors import ArtifactError
 from mtl_core.folders import cache_root, file_sha256
 
 LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+LASTING_NUMBERS = (
+    None,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EINVAL,
+    errno.ENAMETOOLONG,
+)
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
@@ -30,13 +38,27 @@ def may_pass(error: BaseException | None) -> bool:
     """Whether storage may do later what it did not do now.
 
     Not what is missing, forbidden or full, nor what libraries call an OSError without a number: no
-    model of that name, no gzip file.
+    model of that name, no gzip file. Of S3's own errors what the network or the service may mend,
+    not keys or settings that are missing.
     """
-    if not isinstance(error, storage_errors()) or isinstance(error, LASTING):
+    if isinstance(error, (TimeoutError, ConnectionError, *_passing_s3_errors())):
+        return True
+    if not isinstance(error, OSError) or isinstance(error, LASTING):
         return False
-    if isinstance(error, OSError) and not isinstance(error, (TimeoutError, ConnectionError)):
-        return error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL)
-    return True
+    return error.errno not in LASTING_NUMBERS
+
+
+def _passing_s3_errors() -> tuple[type[Exception], ...]:
+    try:
+        from botocore import exceptions
+    except ImportError:
+        return ()
+    return (
+        exceptions.HTTPClientError,
+        exceptions.ConnectionError,
+        exceptions.CredentialRetrievalError,
+        exceptions.ClientError,
+    )
 
 
 def advise(error: Exception) -> str:

@@ -86,7 +86,9 @@ def _load(source: SourceConfig) -> dict[str, Any]:
         fix = "Check the id and revision; for a private one log in: `hf auth login`"
         raise DataError(f"{source.title}: {error} {fix}") from error
     except ConnectionError as error:
-        raise DataError(f"{source.title}: {error}; {OFFLINE}") from error
+        # Without a cause nobody tries again: offline mode is no failure that passes.
+        cause = None if datasets.config.HF_HUB_OFFLINE else error
+        raise DataError(f"{source.title}: {error}; {OFFLINE}") from cause
     except ValueError as error:
         raise DataError(f"{source.title}: {error}; set `subset:` to one that there is") from error
     except Exception as error:  # builders raise what their files made them raise

@@ -11,6 +11,7 @@ import pytest
 from mtl_core.config import SourceConfig, TaskConfig
 from mtl_core.data.examples import Corpus, DataError, Example, Span
 from mtl_core.data.sources import read_source
+from mtl_core.storage import may_pass
 
 TASKS = {
     "topic": TaskConfig(kind="classification"),
@@ -207,8 +208,22 @@ def test_without_the_hub_the_message_says_how_to_work_offline(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"nobody/no: .*save_to_disk.* HF_HOME .* `path:`"):
+    with pytest.raises(DataError, match=r"nobody/no: .*save_to_disk.* HF_HOME .* `path:`") as told:
         read("nobody/no", SST2, subset="sst2")
+    assert not may_pass(told.value.__cause__)
+
+
+def test_a_hub_that_does_not_answer_now_may_do_so_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError, match="Couldn't reach") as told:
+        read("a/b", SST2)
+    assert may_pass(told.value.__cause__)
 
 
 def test_an_id_that_the_hub_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:

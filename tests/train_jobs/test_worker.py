@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import (
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ProfileNotFound,
+)
 
 from mtl_core import features
 from mtl_core.config import parse_experiment
@@ -153,9 +159,14 @@ def test_a_node_that_does_not_reach_the_run_s_folder_says_so_before_it_begins(
         (ConnectionError("refused"), True),
         (OSError(errno.EBUSY, "reduce your request rate"), True),
         (EndpointConnectionError(endpoint_url="http://store"), True),
+        (ConnectTimeoutError(endpoint_url="http://store"), True),
+        (ClientError({"Error": {"Code": "SlowDown"}}, "GetObject"), True),
+        (NoCredentialsError(), False),
+        (ProfileNotFound(profile="team"), False),
         (FileNotFoundError("gone"), False),
         (PermissionError("forbidden"), False),
         (OSError(errno.ENOSPC, "No space left on device"), False),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), False),
         (OSError("not a gzipped file"), False),
         (ValueError("no number"), False),
         (None, False),
