@@ -29,7 +29,7 @@ from mtl_core.artifact import (
 )
 from mtl_core.config import ConfigError
 from mtl_core.encoder import Pooling, SentenceEncoder
-from mtl_core.folders import cache_root
+from mtl_core.folders import cache_root, one_at_a_time
 from mtl_core.model import MultiTaskModel
 from mtl_core.packing import GPU_PASS_TOKENS, PASS_TOKENS, Layout, Sequences, pack, pad
 
@@ -344,7 +344,12 @@ def converted(
 
     version, wanted = openvino.__version__.split("-")[0], encoder_hash(manifest)
     folder = cache_root() / "openvino" / f"{wanted[:32]}-rows-{version}"
-    if not (folder / "encoder.xml").is_file():
+    path = folder / "encoder.xml"
+    if path.is_file():
+        return path
+    with one_at_a_time(folder.with_name(f"{folder.name}.lock")):
+        if path.is_file():  # another process was first
+            return path
         encoder = load_encoder()
         if encoder_hash(read_manifest(artifact)) != wanted:
             raise ArtifactError(f"{artifact}: replaced while it was read; try again")
@@ -353,9 +358,9 @@ def converted(
             with atomic_folder(folder) as partial:
                 openvino.save_model(model, partial / "encoder.xml", compress_to_fp16=False)
         except OSError:
-            if not (folder / "encoder.xml").is_file():  # else another process was first
+            if not path.is_file():  # else it was, where there are no locks
                 raise
-    return folder / "encoder.xml"
+    return path
 
 
 def convert(encoder: SentenceEncoder) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from mtl_core import runtime as runtimes
 from mtl_core.artifact import ArtifactError, load_encoder, read_manifest
 from mtl_core.build import begin
 from mtl_core.config import ConfigError
+from mtl_core.folders import one_at_a_time
 from mtl_core.packing import Layout, pack
 from mtl_core.predictor import EncodingStage, Predictor
 from mtl_core.runtime import (
@@ -172,7 +175,28 @@ def test_an_encoder_is_converted_once(
     other = untrained(tiny_encoders["roberta"], tmp_path / "other")
     manifest = read_manifest(other)
     load_runtime("openvino-fp32", other, manifest, lambda: load_encoder(other, manifest), CPU)
-    assert len(list((tmp_path / "cache" / "openvino").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "openvino").glob("*/encoder.xml"))) == 2
+
+
+@pytest.mark.slow
+def test_what_another_process_converts_is_waited_for(
+    tiny_encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+    folder = untrained(tiny_encoders["bert"], tmp_path / "artifact")
+    manifest = read_manifest(folder)
+
+    def load() -> Any:
+        return load_encoder(folder, manifest)
+
+    @contextmanager
+    def after_another(lock: Path) -> Iterator[bool]:
+        monkeypatch.setattr(runtimes, "one_at_a_time", one_at_a_time)
+        load_runtime("openvino-fp32", folder, manifest, load, CPU, 1)
+        yield lock.is_file()
+
+    monkeypatch.setattr(runtimes, "one_at_a_time", after_another)
+    load_runtime("openvino-fp32", folder, manifest, lambda: pytest.fail("twice"), CPU, 1)
 
 
 @pytest.mark.slow
@@ -190,7 +214,7 @@ def test_an_artifact_that_claims_anothers_hash_gets_its_own_encoder(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     found, expected = features(folder, "openvino-fp32"), features(folder, "torch-fp32")
     np.testing.assert_allclose(found.pooled, expected.pooled, atol=1e-4)
-    assert len(list((tmp_path / "a" / "b" / "cache" / "openvino").iterdir())) == 2
+    assert len(list((tmp_path / "a" / "b" / "cache" / "openvino").glob("*/encoder.xml"))) == 2
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -221,7 +245,7 @@ def test_an_encoder_that_is_replaced_while_it_is_read_is_not_kept_as_the_other_o
     monkeypatch.setattr(predictor, loads, replaced)
     with pytest.raises(ArtifactError, match="replaced while it was read"):
         kind.load(folder, runtime="openvino-fp32")
-    assert not (tmp_path / "cache" / "openvino").exists()
+    assert not list(tmp_path.glob("cache/openvino/*/encoder.xml"))
 
 
 def never() -> Any:
