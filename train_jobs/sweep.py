@@ -217,6 +217,26 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     return Plan(sweep, base)
 
 
+def check_baselines(plan: Plan) -> None:
+    """No task alone leaves a head of `init_from` to an encoder that learns: training refuses it.
+
+    Raises:
+        ConfigError: one would.
+        ArtifactError: `init_from` is no sound artifact.
+    """
+    base = plan.base
+    if not plan.sweep.baselines or base.init_from is None or base.freeze.encoder:
+        return
+    heads = read_manifest(fetch(base.init_from), check_files=False).tasks
+    for task, head in itertools.product(base.tasks, heads):
+        if task != head:
+            raise ConfigError(
+                f"baselines: {task!r} alone would start from an encoder that has learned {head!r} "
+                f"too, whose head in {base.init_from} cannot be kept once the encoder learns; set "
+                "baselines: false, or freeze.encoder: true in the base"
+            )
+
+
 class SpaceError(ConfigError):
     """A mistake at one place of the sweep file."""
 
@@ -232,7 +252,6 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
         raise SpaceError(["base"], f"there is no file {sweep.base!r} beside {path} or here")
     experiment = inherit(_changed(found, sweep.settings))
     _check_objective(sweep, experiment)
-    _check_baselines(sweep, experiment)
     # Mid-epoch checkpoints would only cost: a trial is resumed at its last epoch.
     training = {**experiment.training.model_dump(), "checkpoint_every": None}
     if "/" in sweep.objectives[0] and len(sweep.objectives) == 1:
@@ -268,21 +287,6 @@ def _check_objective(sweep: Sweep, base: Experiment) -> None:
         if metric not in names:
             raise SpaceError(
                 ["objective"], f"{task} reports no {metric!r}; it reports {', '.join(names)}"
-            )
-
-
-def _check_baselines(sweep: Sweep, base: Experiment) -> None:
-    """No task alone leaves a head of `init_from` to an encoder that learns: training refuses it."""
-    if not sweep.baselines or base.init_from is None or base.freeze.encoder:
-        return
-    heads = read_manifest(fetch(base.init_from), check_files=False).tasks
-    for task, head in itertools.product(base.tasks, heads):
-        if task != head:
-            raise SpaceError(
-                ["baselines"],
-                f"{task!r} alone would start from an encoder that has learned {head!r} too, whose "
-                f"head in {base.init_from} cannot be kept once the encoder learns; set "
-                "baselines: false, or freeze.encoder: true in the base",
             )
 
 

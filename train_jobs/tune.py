@@ -25,7 +25,7 @@ from train_jobs.cluster import cpu_share, ray_cluster, room_for, worker_resource
 from train_jobs.console import describe_data
 from train_jobs.rehearsal import rehearse
 from train_jobs.search import TimeBudget, comparison_options, search_options
-from train_jobs.sweep import Plan, load_plan
+from train_jobs.sweep import Plan, check_baselines, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_report import show_report, write_report
 from train_jobs.sweep_table import SweepTable, reason_of
@@ -76,10 +76,11 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     """Run every phase of a sweep and write its report; False if it was interrupted.
 
     Raises:
-        ConfigError: the cluster cannot hold a trial, not all of its nodes reach the folder, or
-            another process works on this sweep.
+        ConfigError: training would refuse a baseline, the cluster cannot hold a trial, not all of
+            its nodes reach the folder, or another process works on this sweep.
         DataError: the data cannot be used, or has no score that the search is to go by.
     """
+    check_baselines(plan)
     data = prepare(plan.base)
     for objective in plan.sweep.objectives:
         if "/" in objective:
