@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,12 +121,12 @@ class TrainState:
         """Take up what `save` wrote, on whatever device the model is.
 
         Raises:
-            DataError: labels, pooling, training texts or what never learns are not those of the
-                checkpoint.
+            DataError: labels, pooling, names of parameters, training texts or what never learns are
+                not those of the checkpoint.
         """
         assert self.optimizer is not None
         progress = json.loads((folder / FILES[2]).read_text())
-        self._check_data(progress)
+        self._check_data(progress, folder / FILES[0])
         tensors = load_file(folder / FILES[0])
         moments = load_file(folder / FILES[1])
         for name, tensor in self.remembered().items():
@@ -152,7 +153,7 @@ class TrainState:
     def _labels(self) -> dict[str, list[str]]:
         return {task: list(head.labels) for task, head in self.model.head_items}
 
-    def _check_data(self, progress: Mapping[str, Any]) -> None:
+    def _check_data(self, progress: Mapping[str, Any], weights: Path) -> None:
         """Raise DataError unless a checkpoint fits; old ones tell no key, no labels, no frozen."""
         fix = "put them back, or start a run of another name"
         labels = self._labels()
@@ -167,6 +168,7 @@ class TrainState:
                 f"the checkpoint's encoder pools by {progress['pooling']}, this one by {pooling}: "
                 "set encoder.pooling"
             )
+        self._check_names(weights)
         keys = {progress.get("train_key"), self.train_key} - {None}
         rows = learned_rows(self.model.encoder.transformer)
         if len(keys) > 1 or progress["learned_rows"] != rows:
@@ -175,6 +177,18 @@ class TrainState:
             raise DataError(
                 "the weights that never learn, of init_from or encoder.model, have changed since "
                 f"the checkpoint; {fix}"
+            )
+
+    def _check_names(self, weights: Path) -> None:
+        """Raise DataError unless a file holds what learns here, and nothing else."""
+        expected = {f"now.{name}" for name in self.learning()}
+        expected |= {f"kept.{name}" for name in self.remembered()}
+        with safe_open(weights, "pt") as file:
+            names = set(file.keys())
+        found = {name for name in names if not name.startswith("best.")}
+        if found != expected:
+            raise DataError(
+                "the checkpoint is of another version of this software: start a run of another name"
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mtl_core.build import begin
 from mtl_core.data.examples import Corpus, DataError
@@ -125,6 +126,22 @@ def test_a_checkpoint_of_another_pooling_is_refused(bert: Path, tmp_path: Path) 
     config = experiment(bert, encoder={"pooling": "max"})
     with pytest.raises(DataError, match=r"pools by cls, this one by max: set encoder\.pooling"):
         begin(config, data(config)).load(tmp_path)
+
+
+@pytest.mark.parametrize("theirs", ["now.heads.mood.norm.bias", "kept.weighting.seen", None])
+def test_a_checkpoint_of_parameters_of_other_names_is_refused(
+    theirs: str | None, bert: Path, tmp_path: Path
+) -> None:
+    half_way(bert).save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    moved = tensors.pop("now.heads.mood.output.bias")
+    save_file(tensors if theirs is None else tensors | {theirs: moved}, path)
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    (tmp_path / "progress.json").write_text(json.dumps(progress | {"learned_rows": "others"}))
+    other = half_way(bert, steps=0)
+    with pytest.raises(DataError, match=r"another version of this software: start a run of anoth"):
+        other.load(tmp_path)
 
 
 def test_a_checkpoint_of_other_labels_is_refused(bert: Path, tmp_path: Path) -> None:
