@@ -261,6 +261,17 @@ def model_processes(workers: int | None) -> tuple[int, int, int]:
     return pool, threads, gpus
 
 
+def idle_gpus(workers: int | None) -> str | None:
+    """What to tell whoever has GPUs of which no model process takes one."""
+    pool, _, taken = model_processes(workers)
+    gpus = total("GPU")
+    if taken or not gpus:
+        return None
+    free = int(ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    advice = f"--workers {free} would use the {free} free" if free else "others use them now"
+    return f"{gpus} GPU(s) for {pool} model process(es): predicting on CPUs; {advice}"
+
+
 def _answers(
     artifact: str,
     source: Path,
@@ -276,6 +287,8 @@ def _answers(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    if hint := idle_gpus(workers):
+        print(hint)
     pool, threads, gpus = model_processes(workers)
     where = artifact if "://" in artifact else str(fetch(artifact).absolute())
     dataset = _texts(source, column).map_batches(

@@ -21,7 +21,7 @@ from mtl_core.config import ConfigError
 from mtl_core.data.prepare import check_metric, prepare
 from mtl_core.errors import TrainingError
 from mtl_core.forks import forked_workers
-from train_jobs.cluster import cpu_share, ray_cluster, room_for, worker_resources
+from train_jobs.cluster import cpu_share, idle_gpus, ray_cluster, room_for, worker_resources
 from train_jobs.console import describe_data
 from train_jobs.rehearsal import rehearse
 from train_jobs.search import TimeBudget, comparison_options, search_options
@@ -94,6 +94,8 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     with forked_workers("train_jobs.preload") as scripts, ray_cluster(scripts):
         plan = _with_resources(plan)  # what this machine cannot hold leaves no folder
+        if hint := idle_gpus(plan.base.scale):
+            print(hint)
         with folder.claim(plan):
             rehearse(plan.base.scale, plan.sweep)
             return run_phases(Job(plan, folder.title, data.labels, data.keys), folder)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ import yaml
 
 from mtl_core.config import ConfigError, ScaleConfig
 from serve_app.launch import SERVE_ENVIRONMENT
+from train_jobs import predict, tune
 from train_jobs.cluster import LOCAL_SETTINGS, idle_gpus, ray_cluster, worker_resources
 from train_jobs.predict import model_processes
 from train_jobs.search import trials_at_once
 from train_jobs.sweep import Plan, load_plan
+from train_jobs.sweep_folder import SweepFolder
 from train_jobs.tune import _resources, _with_resources
 
 SMALL, LARGE, GPU, GPUS = (8, 0), (16, 0), (4, 1), (48, 4)
@@ -215,3 +219,33 @@ def test_a_process_that_predicts_takes_free_gpus_or_no_more_threads_than_a_node_
     cluster_of(monkeypatch, *nodes)
     monkeypatch.setattr("ray.available_resources", lambda: {"GPU": free})
     assert model_processes(workers) == expected
+    said = predict.idle_gpus(workers)
+    assert (said is None) == (expected[2] > 0 or not any(gpus for _, gpus in nodes))
+    if said:
+        advice = f"--workers {int(free)} would" if free >= 1 else "others use them now"
+        assert "predicting on CPUs; " + advice in said
+
+
+@pytest.mark.parametrize(("node", "told"), [(GPU, True), (SMALL, False)])
+def test_a_sweep_says_once_that_its_trials_leave_gpus_idle(
+    node: tuple[int, int],
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cluster_of(monkeypatch, node)
+    data = SimpleNamespace(labels={}, keys={})
+    for name, stand_in in {
+        "prepare": lambda _: data,
+        "describe_data": lambda _: None,
+        "forked_workers": nullcontext,
+        "ray_cluster": nullcontext,
+        "rehearse": lambda *_: None,
+        "run_phases": lambda *_: True,
+    }.items():
+        monkeypatch.setattr(tune, name, stand_in)
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(tmp_path, {"workers": 2}, {"trials": 3})
+    assert tune.sweep(plan, SweepFolder(plan.sweep))
+    assert capsys.readouterr().out.count("training on CPUs") == told
