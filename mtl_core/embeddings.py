@@ -77,12 +77,12 @@ def learn_rows(transformer: Any, token_ids: NDArray[np.int32]) -> None:
     transformer.set_input_embeddings(RowsEmbedding(table, token_ids))
 
 
-def other_rows(transformer: Any) -> dict[str, Tensor]:
-    """The table's rows that `learn_rows` did not choose, by name; none without it."""
+def fixed_table(transformer: Any) -> dict[str, Tensor]:
+    """The whole table as `learn_rows` found it, by name and without a copy; none without it."""
     table = transformer.get_input_embeddings()
     if not isinstance(table, RowsEmbedding):
         return {}
-    return {"other_rows": table.fixed[table.places < 0]}
+    return {"fixed_table": table.fixed}
 
 
 def learned_rows(transformer: Any) -> str | None:

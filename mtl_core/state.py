@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtl_core.config import Experiment
 from mtl_core.data.examples import DataError
-from mtl_core.embeddings import learned_rows, other_rows
+from mtl_core.embeddings import fixed_table, learned_rows
 from mtl_core.features import add_tensors
 from mtl_core.model import MultiTaskModel
 from mtl_core.optim import build_optimizer
@@ -62,7 +62,7 @@ class TrainState:
         named = self.model.named_parameters()
         never = {n: p for n, p in named if n not in learning and ".pooler." not in n}
         digest = hashlib.sha256()
-        add_tensors(digest, never | other_rows(self.model.encoder.transformer))
+        add_tensors(digest, never | fixed_table(self.model.encoder.transformer))
         return digest.hexdigest()[:32]
 
     def remembered(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mtl_core import build
 from mtl_core.build import begin
 from mtl_core.config import EncoderConfig
-from mtl_core.embeddings import RowsEmbedding, learn_rows, learned_rows
+from mtl_core.embeddings import RowsEmbedding, fixed_table, learn_rows, learned_rows
 from mtl_core.encoder import SentenceEncoder
 from mtl_core.loop import fit
 from mtl_core.state import TrainState
@@ -155,3 +156,9 @@ def test_embeddings_that_never_learn_stay_the_ordinary_table(
     build.fit_to_data(model, config, encoded.splits["train"])
     table = model.encoder.transformer.get_input_embeddings()
     assert isinstance(table, RowsEmbedding) == compact
+
+
+def test_the_table_is_fingerprinted_without_a_copy() -> None:
+    _, part = tables()
+    transformer = SimpleNamespace(get_input_embeddings=lambda: part)
+    assert fixed_table(transformer)["fixed_table"].data_ptr() == part.fixed.data_ptr()
