@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
@@ -31,10 +31,6 @@ from train_jobs.nodes import wait_for_nodes
 from train_jobs.progress import progress_log
 from train_jobs.runs import RunFolder
 from train_jobs.worker import WorkerSession, train_worker
-
-PATIENCE_S = 24 * 3600
-"""Of ranks with each other: one machine may read texts or compute features for hours that others
-have in their caches. Ray notices a worker or node that dies."""
 
 
 def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
@@ -118,7 +114,6 @@ def build_trainer(
             "session": session,
             "folder": None if session else folder.storage_path,
         },
-        torch_config=TorchConfig(timeout_s=PATIENCE_S),
         scaling_config=ScalingConfig(
             num_workers=0 if session else workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,

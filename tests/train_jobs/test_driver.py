@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import pytest
-import ray
 from ray.exceptions import RayActorError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from tests.small_runs import experiment
-from train_jobs.driver import build_trainer, explain, stop_as_interrupt
+from train_jobs.driver import explain, stop_as_interrupt
 from train_jobs.runs import RunFolder
 
 
@@ -41,13 +37,3 @@ def test_what_leads_the_workers_may_die_too(tmp_path: Path) -> None:
     message = explain(RayActorError(error_msg="the actor died:\nkilled for want of memory"), folder)
     assert "killed for want of memory" in message
     assert "retries" not in message
-
-
-def test_ranks_wait_for_one_that_reads_or_computes_for_hours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not for the half hour after which Ray Train's process group gives up."""
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
-    config, data = experiment("none", output_dir=str(tmp_path)), SimpleNamespace(labels={}, keys={})
-    trainer: Any = build_trainer(config, RunFolder(config), data, None)
-    assert trainer.backend_config.timeout_s >= 12 * 3600

@@ -38,7 +38,7 @@ from train_jobs.worker import train_worker
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 6
-"""Of ranks with each other; that of a run is a day."""
+"""Of ranks with each other; Ray Train's is half an hour."""
 
 
 class Session:
