@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         if HAPROXY_VARIABLE not in os.environ:
             os.environ[HAPROXY_VARIABLE] = haproxy_script(loopback=False)
     except OSError as error:
-        print(f"note: HAProxy has no files of its own: {error}", file=sys.stderr)
+        print(f"note: HAProxy starts as by Ray, and says 404 at first: {error}", file=sys.stderr)
     try:
         os.execvp(command[0], command)
     except OSError as error:

@@ -375,7 +375,7 @@ def test_ray_is_started_even_where_the_script_before_haproxy_cannot_be_written(
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     if not writable:
         assert done.stdout == "None\n"
-        assert done.stderr.startswith("note: HAProxy says 404 at first")
+        assert done.stderr.startswith("note: HAProxy starts as by Ray, and says 404 at first")
         return
     found = subprocess.run(
         [done.stdout.strip(), "-v"], stdout=subprocess.PIPE, text=True, check=True
