@@ -247,29 +247,23 @@ def row_problem(row: Row, column: str) -> str | None:
     return None if text.strip() else f"column {column!r} is empty or only spaces"
 
 
-def model_processes(workers: int | None) -> tuple[int, int, int]:
-    """How many there are, the CPUs that each asks for as threads, and the GPUs to take.
+def model_processes(workers: int | None, free: int) -> tuple[int, int, int]:
+    """How many there are, the CPUs that each asks for as threads, and the free GPUs to take.
 
     A CPU is left to what feeds them, and none asks for more than a node has for it. GPUs that are
     too few now are not waited for, since others may keep theirs for days.
     """
     cpus = total("CPU")
-    free = int(ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     gpus = free if free >= (workers or 1) else 0
     pool = workers or max(1, gpus or cpus - 1)
     threads = 1 if gpus else min(cpu_share(pool, use_gpu=False), max(1, (cpus - 1) // pool))
     return pool, threads, gpus
 
 
-def idle_gpus(workers: int | None) -> str | None:
+def untaken_gpus(processes: int, free: int) -> str:
     """What to tell whoever has GPUs of which no model process takes one."""
-    pool, _, taken = model_processes(workers)
-    gpus = total("GPU")
-    if taken or not gpus:
-        return None
-    free = int(ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     advice = f"--workers {free} would use the {free} free" if free else "others use them now"
-    return f"{gpus} GPU(s) for {pool} model process(es): predicting on CPUs; {advice}"
+    return f"{total('GPU')} GPU(s) for {processes} model process(es): predicting on CPUs; {advice}"
 
 
 def _answers(
@@ -287,9 +281,10 @@ def _answers(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    if hint := idle_gpus(workers):
-        print(hint)
-    pool, threads, gpus = model_processes(workers)
+    free = int(ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    pool, threads, gpus = model_processes(workers, free)
+    if total("GPU") and not gpus:
+        print(untaken_gpus(pool, free))
     where = artifact if "://" in artifact else str(fetch(artifact).absolute())
     dataset = _texts(source, column).map_batches(
         Predict,

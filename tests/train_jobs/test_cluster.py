@@ -18,7 +18,6 @@ from mtl_core.config import ConfigError, ScaleConfig
 from serve_app.launch import SERVE_ENVIRONMENT
 from train_jobs import predict, tune
 from train_jobs.cluster import LOCAL_SETTINGS, idle_gpus, ray_cluster, worker_resources
-from train_jobs.predict import model_processes
 from train_jobs.search import trials_at_once
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
@@ -215,12 +214,21 @@ def test_a_process_that_predicts_takes_free_gpus_or_no_more_threads_than_a_node_
     workers: int | None,
     expected: tuple[int, int, int],
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cluster_of(monkeypatch, *nodes)
+    asked: dict[str, Any] = {}
+    dataset = SimpleNamespace(iter_batches=lambda **_: [])
+    dataset.map_batches = lambda _, **more: asked.update(more) or dataset
     monkeypatch.setattr("ray.available_resources", lambda: {"GPU": free})
-    assert model_processes(workers) == expected
-    said = predict.idle_gpus(workers)
-    assert (said is None) == (expected[2] > 0 or not any(gpus for _, gpus in nodes))
+    monkeypatch.setattr(predict, "_texts", lambda *_: dataset)
+    where = ("s3://bucket/artifact", Path("in.jsonl"), "text")
+    assert not list(predict._answers(*where, None, workers, "torch-fp32"))
+    processes, threads, gpus = expected
+    assert asked["compute"].max_size == processes
+    assert (asked["num_cpus"], asked["num_gpus"]) == ((0, 1) if gpus else (threads, 0))
+    said = capsys.readouterr().out
+    assert bool(said) == (gpus == 0 and any(there for _, there in nodes))
     if said:
         advice = f"--workers {int(free)} would" if free >= 1 else "others use them now"
         assert "predicting on CPUs; " + advice in said
