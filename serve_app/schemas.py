@@ -138,7 +138,7 @@ class SimilarityReply(BaseModel):
 class EmbeddingsRequest(Lenient):
     input: TextsOrTokens = Field(examples=["The food was delicious."])
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Count | None = Field(
         default=None, description="The first so many, of the dimension that /info tells."
     )

@@ -17,7 +17,7 @@ import pytest
 from mtl_core.answers import Features, Output
 from mtl_core.predictor import Predictor
 from serve_app.heads import LocalHead, StoredHead
-from tests.servers import call, local_server
+from tests.servers import call, local_server, metric
 
 TEXTS = ["Maria Lopez had the food in Berlin", "Zoë 👍🏽", "日本語 東京"]
 LONG = "the song on a playlist " * 40
@@ -46,6 +46,15 @@ def test_vectors_are_the_offline_ones(
     assert reply.model == "small"
     tokens = sum(item.num_tokens for item in predictor.tokenize(listed))
     assert (reply.usage.prompt_tokens, reply.usage.total_tokens) == (tokens, tokens)
+
+
+def test_a_key_that_is_null_counts_as_left_out(local_url: str) -> None:
+    url = f"{local_url}/v1/embeddings"
+    plain = call(url, {"input": TEXTS})
+    assert isinstance(plain.body["data"][0]["embedding"], list)
+    for key in ("encoding_format", "dimensions", "user", "model"):
+        answer = call(url, {"input": TEXTS, key: None})
+        assert (answer.status, answer.body) == (200, plain.body), key
 
 
 def test_floats_and_base64_hold_the_same_vectors(client: openai.OpenAI) -> None:
@@ -140,6 +149,7 @@ def test_overload_is_a_rate_limit_that_retries_outlive(artifact: Path) -> None:
             with pytest.raises(openai.RateLimitError) as refused:
                 client.embeddings.create(model="small", input=texts)
             assert refused.value.response.headers["retry-after"] == "1"
+        assert metric(url, "mtl_rejected_total") == 2
         timer = threading.Timer(0.2, held.released.set)
         timer.start()
         patient = client.with_options(max_retries=3)
