@@ -78,6 +78,7 @@ class CompatibleRoutes:
             [entry[0] if isinstance(entry, list) else entry for entry in listed]
         )
         answer = await self.service.answer(texts, (task,), whole=not asked.truncate)
+        self.one_task(answer)
         rows = [by_probability(item["scores"]) for item in self.labels(answer, task)]
         return Reply(rows[0] if single else rows, answer)
 
@@ -160,7 +161,6 @@ class CompatibleRoutes:
         return known[0]
 
     def labels(self, answer: Answer, task: str) -> list[Any]:
-        self.one_task(answer)
         return list(answer.predictions(task))
 
     def one_task(self, answer: Answer) -> None:

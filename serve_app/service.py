@@ -161,7 +161,8 @@ class Service:
         parts: list[Part] = await self.batcher.submit(
             items, tuple(tasks), want_states, all_tags, model
         )
-        timings.queue = max(part.queue for part in parts)
+        # Of the first part: what the others wait for then is this request's own encoding.
+        timings.queue = min(part.queue for part in parts)
         timings.encoder = sum(part.encoder for part in parts)
         timings.heads = max(part.heads for part in parts)
         self._count(timings, len(texts))

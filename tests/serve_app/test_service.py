@@ -544,6 +544,58 @@ def test_every_stage_is_timed(model: Loaded) -> None:
         assert value(metrics, "mtl_stage_seconds_count", stage=stage) == 1
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_request_of_several_parts_does_not_wait_for_itself(
+    busy: bool, model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = model.stage.encode
+
+    def slow(*texts: Any) -> Features:
+        time.sleep(0.05)
+        return encode(*texts)
+
+    monkeypatch.setattr(model.stage, "encode", slow)
+    settings = Settings(artifact="", batch_tokens=1)
+    service = Service(model, lambda _: LocalHead(), Metrics("test"), settings)
+
+    async def asked() -> tuple[Any, float]:
+        others = asyncio.create_task(service.answer([TEXT] * 4, ()))
+        await (asyncio.sleep(0) if busy else others)
+        started = time.perf_counter()
+        answer = await service.answer([TEXT] * 6, ())
+        seconds = time.perf_counter() - started
+        await others
+        return answer, seconds
+
+    answer, seconds = asyncio.run(asked())
+    timings = answer.timings
+    assert len(answer.parts) == 6
+    assert timings.encoder > 6 * 0.05
+    assert timings.tokenize + timings.queue + timings.encoder <= seconds
+    assert (timings.queue > 2 * 0.05) == busy
+
+
+@pytest.mark.parametrize(
+    ("route", "options"),
+    [
+        ("embed", {}),
+        ("embed", {"normalize": False}),
+        ("predict?task=topic", {}),
+        ("tasks/mood", {}),
+        ("tasks/entities", {}),
+        ("tasks/entities", {"parameters": {"aggregation_strategy": "max", "ignore_labels": []}}),
+    ],
+)
+def test_a_request_of_several_parts_gets_the_answer_of_each_text_alone(
+    route: str, options: dict[str, Any], artifact: Path
+) -> None:
+    texts = [TEXT, "Berlin", "Maria Lopez had the song in Lisbon"]
+    with local_server(artifact, runtime="torch-fp32", batch_tokens=1) as (url, _):
+        whole = call(f"{url}/{route}", {"inputs": texts, **options}).body
+        each = [call(f"{url}/{route}", {"inputs": [text], **options}).body for text in texts]
+    assert [[row] for row in whole] == each
+
+
 def test_a_task_whose_head_fails_is_missing_and_the_others_are_there(model: Loaded) -> None:
     service = Service(model, head_calls(Raising()), Metrics("test"), SETTINGS)
     answer = asyncio.run(ask(service))
@@ -556,14 +608,16 @@ def test_over_http_it_is_a_503_for_that_task_alone(artifact: Path) -> None:
     with local_server(artifact, head_calls(Raising()), runtime="torch-fp32") as (url, _):
         both = call(f"{url}/v1/predict", {"inputs": TEXT, "tasks": ["topic", "mood"]})
         only = call(f"{url}/v1/predict", {"inputs": TEXT, "tasks": ["mood"]})
-        pipeline = call(f"{url}/tasks/mood", {"inputs": TEXT})
         other = call(f"{url}/tasks/topic", {"inputs": TEXT})
+        routes = ("tasks/mood", "predict?task=mood")
+        compatible = [call(f"{url}/{route}", {"inputs": TEXT}) for route in routes]
     assert both.status == 200
     assert "topic" in both.body["results"][0]
     assert both.body["errors"]["mood"]["error_type"] == "Unhealthy"
-    assert (only.status, pipeline.status, other.status) == (503, 503, 200)
-    assert only.headers["retry-after"] == "1"
-    assert "'mood'" in only.body["error"]
+    assert other.status == 200
+    for refused in (only, *compatible):
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert "'mood'" in refused.body["error"]
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), asyncio.CancelledError()], ids=repr)
