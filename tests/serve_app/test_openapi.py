@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from openapi_spec_validator import validate
 from schemathesis import Case, GenerationMode
 
-from tests.servers import call
+from tests.servers import call, local_server
 
-pytestmark = pytest.mark.slow
-
+SERVING = Path(__file__).parents[2] / "docs" / "serving.md"
 ROUTES = [
     ("GET", "/"),
     ("GET", "/page/{file}"),
@@ -55,6 +57,28 @@ def test_the_document_is_valid_and_complete(local_url: str) -> None:
     validate(document)
     listed = [(m.upper(), path) for path, methods in document["paths"].items() for m in methods]
     assert sorted(listed) == sorted(ROUTES)
+
+
+def test_a_key_is_needed_where_the_docs_and_the_document_say_so(
+    artifact: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("right\n", encoding="utf-8")
+    before = SERVING.read_text(encoding="utf-8").partition(" answer without one")[0]
+    listed = re.findall("`(.+?)`", before.rpartition(". ")[2])
+    free = {path.replace("*", "{file}") for path in listed}
+    with local_server(artifact, runtime="torch-fp32", keys_file=str(keys)) as (url, _):
+        document = call(f"{url}/openapi.json").body
+        for method, path in ROUTES:
+            field = "input" if path == "/v1/embeddings" else "inputs"
+            body = {field: ["a"]} if method == "POST" else None
+            at = f"{url}{path.format(task='topic', file='style.css')}?task=topic"
+            assert call(at, body).status == (200 if path in free else 401), path
+            assert call(at, body, key="right").status == 200, path
+            assert ("security" in document["paths"][path][method.lower()]) != (path in free), path
+    validate(document)
+    (scheme,) = document["components"]["securitySchemes"].values()
+    assert scheme == {"type": "http", "scheme": "bearer"}
 
 
 @pytest.mark.slow
