@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from serve_app.heads import LocalHead
-from tests.servers import Answer, call, local_server
+from tests.servers import Answer, call, local_server, metric, wait_for
 
 SECRET = "Maria Lopez told nobody"
+LONG = "n" * 1_000
 OWN = ["/v1/predict", "/v1/similarity"]
 BODIES = {
     "/v1/predict": "inputs",
@@ -136,6 +137,13 @@ def test_too_much_is_refused_with_the_limit(path: str, narrow_url: str) -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
+def test_as_much_as_the_limits_say_is_taken(path: str, narrow_url: str) -> None:
+    field, url = BODIES[path], narrow_url + path
+    assert call(url, {field: ["a"] * 3 + ["a" * 300]}).status == 200
+    assert call(url, json.dumps({field: ["a"]}).encode().ljust(5_000)).status == 200
+
+
+@pytest.mark.parametrize("path", BODIES)
 def test_too_many_tokens_are_refused_with_the_limit(path: str, narrow_url: str) -> None:
     answer = call(narrow_url + path, {BODIES[path]: ["! " * 40] * 4})
     assert answer.status == 413
@@ -227,10 +235,17 @@ def test_a_body_that_drips_in_times_out(narrow_url: str) -> None:
 
 def test_a_client_that_leaves_halfway_harms_nobody(narrow_url: str) -> None:
     host, port = narrow_url.removeprefix("http://").split(":")
+
+    def counted(status: int) -> float:
+        return metric(narrow_url, f'mtl_requests_total{{route="/embed",status="{status}"}}')
+
+    left, failed = counted(499), counted(500)
     for _ in range(20):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
     assert call(f"{narrow_url}/embed", {"inputs": "a"}).status == 200
+    wait_for(lambda: counted(499) == left + 20, 10)
+    assert counted(500) == failed
 
 
 @pytest.mark.parametrize("path", ["/v1/predict", "/tasks/weather"])
@@ -256,6 +271,25 @@ def test_very_many_unknown_keys_are_counted_and_not_listed(local_url: str) -> No
     answer = call(f"{local_url}/v1/similarity", body)
     assert answer.status == 422
     assert message(answer) == "2001 things are wrong; known keys: inputs, truncate"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/similarity", {"inputs": ["a"], LONG: 1}, 422),
+        ("/v1/predict", {"inputs": "a", "tasks": [LONG]}, 404),
+        (f"/tasks/{LONG}", {"inputs": "a"}, 404),
+        (f"/page/{LONG}", None, 404),
+        (f"/{LONG}", None, 404),
+    ],
+)
+def test_of_a_long_name_an_error_repeats_the_beginning(
+    path: str, body: Any, status: int, local_url: str
+) -> None:
+    answer = call(local_url + path, body)
+    assert answer.status == status
+    assert LONG[:79] in message(answer)
+    assert len(message(answer)) < 300
 
 
 @pytest.mark.parametrize("path", sorted(set(BODIES) - set(OWN)))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mtl_core.artifact import read_manifest, write_manifest
 from mtl_core.predictor import Predictor
 from serve_app.errors import unavailable
-from tests.servers import call, local_server
+from serve_app.gate import timing_headers
+from serve_app.service import Timings
+from tests.servers import call, local_server, metric
 
 TEXTS = ["Maria Lopez had the food in Berlin", "Zoë 👍🏽 in São Paulo", "日本語 東京"]
 LONG = "the song on a playlist " * 40
@@ -28,6 +33,8 @@ def test_embed_gives_a_list_of_vectors(inputs: Any, local_url: str, predictor: P
     short = call(f"{local_url}/embed", {"inputs": inputs, "dimensions": 5}).body
     expected = raw[:, :5] / np.linalg.norm(raw[:, :5], axis=1, keepdims=True)
     np.testing.assert_allclose(short, expected, atol=1e-6)
+    asked = {"inputs": inputs, "normalize": False, "dimensions": 5}
+    np.testing.assert_array_equal(call(f"{local_url}/embed", asked).body, raw[:, :5])
 
 
 def test_predict_gives_labels_by_probability(local_url: str, predictor: Predictor) -> None:
@@ -57,6 +64,21 @@ def test_predict_wants_the_task_named_where_there_are_several(local_url: str) ->
     raw = call(f"{local_url}/predict?task=topic", {"inputs": "a", "raw_scores": True})
     assert raw.status == 422
     assert "raw_scores" in raw.body["error"]
+
+
+def test_predict_answers_for_the_only_classification_task(artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    manifest = read_manifest(folder)
+    del manifest.tasks["mood"]
+    write_manifest(folder, manifest)
+    with local_server(folder, runtime="torch-fp32") as (url, _):
+        named, unnamed = (
+            call(f"{url}/predict{query}", {"inputs": TEXTS}) for query in ("?task=topic", "")
+        )
+        assert (unnamed.status, unnamed.body) == (200, named.body)
+        (parameter,) = call(f"{url}/openapi.json").body["paths"]["/predict"]["post"]["parameters"]
+        assert (parameter["name"], parameter["required"]) == ("task", False)
+        assert parameter["schema"]["enum"] == ["topic"]
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -144,8 +166,12 @@ def test_a_document_counts_by_what_is_read_of_it(local_url: str, predictor: Pred
 
 
 def test_limits_are_those_that_info_tells(artifact: Path) -> None:
-    with local_server(artifact, runtime="torch-fp32", max_inputs=3) as (url, _):
-        assert call(f"{url}/info").body["max_client_batch_size"] == 3
+    limits: dict[str, Any] = {"max_inputs": 3, "max_waiting": 5, "batch_tokens": 7}
+    with local_server(artifact, runtime="torch-fp32", **limits) as (url, _):
+        info = call(f"{url}/info").body
+        assert info["max_client_batch_size"] == 3
+        assert info["max_concurrent_requests"] == 5
+        assert info["max_batch_tokens"] == 7
         for route in ("embed", "predict?task=topic", "tokenize"):
             assert call(f"{url}/{route}", {"inputs": ["a"] * 3}).status == 200
             refused = call(f"{url}/{route}", {"inputs": ["a"] * 4})
@@ -155,9 +181,32 @@ def test_limits_are_those_that_info_tells(artifact: Path) -> None:
 
 
 def test_answers_tell_where_the_time_went(local_url: str) -> None:
+    counted = 'mtl_request_seconds_count{route="/embed"}'
+    before = metric(local_url, counted)
     headers = call(f"{local_url}/embed", {"inputs": TEXTS}).headers
+    assert metric(local_url, counted) == before + 1
     parts = ("tokenization", "queue", "inference")
     spent = [float(headers[f"x-{part}-time"]) for part in parts]
     assert all(milliseconds >= 0 for milliseconds in spent)
     assert float(headers["x-total-time"]) >= max(spent)
+    assert float(headers["x-compute-time"]) == pytest.approx(spent[0] + spent[2], abs=0.02)
     assert headers["x-compute-type"] == "torch-fp32"
+
+
+def test_times_are_told_in_milliseconds_and_counts_as_they_are() -> None:
+    answer: Any = SimpleNamespace(
+        model=SimpleNamespace(stage=SimpleNamespace(runtime=SimpleNamespace(name="torch"))),
+        timings=Timings(tokenize=0.5, queue=0.0625, encoder=0.25, heads=0.125),
+        num_characters=40,
+        num_tokens=9,
+    )
+    assert timing_headers(answer, total=1.0) == {
+        "x-compute-type": "torch",
+        "x-compute-time": "875.00",
+        "x-total-time": "1000.00",
+        "x-tokenization-time": "500.00",
+        "x-queue-time": "62.50",
+        "x-inference-time": "375.00",
+        "x-compute-characters": "40",
+        "x-compute-tokens": "9",
+    }
