@@ -50,8 +50,11 @@ def model(artifact: Path) -> Loaded:
 class Raising:
     """A head in this process with a fault."""
 
+    def __init__(self, task: str = "mood") -> None:
+        self.task = task
+
     async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
-        raise HeadUnavailable("mood", "test")
+        raise HeadUnavailable(self.task, "test")
 
 
 class Broken:
@@ -604,20 +607,26 @@ def test_a_task_whose_head_fails_is_missing_and_the_others_are_there(model: Load
     assert list(answer.predictions("entities"))
 
 
-def test_over_http_it_is_a_503_for_that_task_alone(artifact: Path) -> None:
-    with local_server(artifact, head_calls(Raising()), runtime="torch-fp32") as (url, _):
-        both = call(f"{url}/v1/predict", {"inputs": TEXT, "tasks": ["topic", "mood"]})
-        only = call(f"{url}/v1/predict", {"inputs": TEXT, "tasks": ["mood"]})
-        other = call(f"{url}/tasks/topic", {"inputs": TEXT})
-        routes = ("tasks/mood", "predict?task=mood")
+@pytest.mark.parametrize(
+    ("task", "routes"),
+    [("mood", ["tasks/mood", "predict?task=mood"]), ("entities", ["tasks/entities"])],
+)
+def test_over_http_it_is_a_503_for_that_task_alone(
+    task: str, routes: list[str], artifact: Path
+) -> None:
+    calls = head_calls(Raising(task), task)
+    with local_server(artifact, calls, runtime="torch-fp32") as (url, _):
+        both = call(f"{url}/v1/predict", {"inputs": TEXT, "tasks": ["topic", task]})
+        only = call(f"{url}/v1/predict", {"inputs": TEXT, "tasks": [task]})
         compatible = [call(f"{url}/{route}", {"inputs": TEXT}) for route in routes]
+        other = call(f"{url}/tasks/topic", {"inputs": TEXT})
     assert both.status == 200
     assert "topic" in both.body["results"][0]
-    assert both.body["errors"]["mood"]["error_type"] == "Unhealthy"
+    assert both.body["errors"][task]["error_type"] == "Unhealthy"
     assert other.status == 200
     for refused in (only, *compatible):
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-        assert "'mood'" in refused.body["error"]
+        assert f"{task!r}" in refused.body["error"]
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), asyncio.CancelledError()], ids=repr)
