@@ -107,7 +107,7 @@ class Unserved(Benchmark):
         raise ServerError(f"{name} did not start")
 
     def offline(self, engine: str) -> None:
-        self.values["gemm", OFFLINE] = [{"square": 400.0, "minilm": 300.0}]
+        self.values["gemm", OFFLINE] = [{"bf16_square": 400.0, "int8_square": 800.0}]
 
 
 @pytest.fixture
@@ -250,14 +250,15 @@ def test_utilisation_counts_the_operations_of_the_encoder(tmp_path: Path) -> Non
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder/config.json").write_text(json.dumps(config), encoding="utf-8")
     values = {
-        ("gemm", OFFLINE): [{"square": 400.0, "minilm": 300.0}],
+        ("gemm", OFFLINE): [{"bf16_square": 400.0, "bf16_minilm": 300.0, "int8_minilm": 800.0}],
         ("torch", OFFLINE): rates(500.0),
     }
     found = utilisation(tmp_path, {"offline": [10, 10], "sentence": [10]}, values)
     # 10.6 million weights, two operations each for each of ten tokens, and a little attention.
     assert found["torch_gflops"] == pytest.approx(500 * 10 * 2 * 10.6e6 / 1e9, rel=0.02)
-    assert found["sentence_ceiling"] == pytest.approx(500 * 400 / found["torch_gflops"])
-    assert found["torch_share_of_gemm"] == pytest.approx(found["torch_gflops"] / 400)
+    assert found["sentence_ceiling_bf16"] == pytest.approx(500 * 400 / found["torch_gflops"])
+    assert found["sentence_ceiling_int8"] == pytest.approx(500 * 800 / found["torch_gflops"])
+    assert found["torch_share_of_bf16"] == pytest.approx(found["torch_gflops"] / 400)
 
 
 def test_sentences_are_seeded_distinct_and_of_the_lengths_announced(minilm: str) -> None:

@@ -51,24 +51,25 @@ def _essence(answer: Any) -> Any:
 def utilisation(
     artifact: Path, lengths: Mapping[str, Sequence[int]], values: Values
 ) -> dict[str, float]:
-    """What the encoder computes beside what a bf16 matrix product reaches here.
+    """What the encoder computes beside what matrix products in bf16 and int8 reach here.
 
-    `ceiling` is how many texts a second the matrix units could encode in bf16 if nothing else took
-    any time: no server can answer more, whatever is asked of it (int8 may reach twice that).
+    `ceiling` is how many texts a second the matrix units could encode if nothing else took any
+    time: no server can answer more, whatever is asked of it.
     """
     config = json.loads((artifact / "encoder/config.json").read_text(encoding="utf-8"))
     products = values[("gemm", OFFLINE)]
-    found = {f"gemm_{k}_gflops": _median(products, k) for k in ("square", "minilm")}
-    best = max(found.values())
+    found = {f"gemm_{name}_gflops": _median(products, name) for name in products[0]}
+    best = {k: max(v for n, v in found.items() if k in n) for k in ("bf16", "int8")}
     for name, counts in lengths.items():
         found[f"{name}_tokens"] = sum(counts) / len(counts)
-        found[f"{name}_ceiling"] = best / _gflop(config, counts)
+        for kind, rate in best.items():
+            found[f"{name}_ceiling_{kind}"] = rate / _gflop(config, counts)
     for engine in ("ours", "torch"):
         if samples := values.get((engine, OFFLINE)):
-            found[f"{engine}_gflops"] = _gflop(config, lengths["offline"]) * _median(
-                samples, "rate"
-            )
-            found[f"{engine}_share_of_gemm"] = found[f"{engine}_gflops"] / best
+            rate = _gflop(config, lengths["offline"]) * _median(samples, "rate")
+            found[f"{engine}_gflops"] = rate
+            for kind in best:
+                found[f"{engine}_share_of_{kind}"] = rate / best[kind]
     return found
 
 
