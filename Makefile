@@ -39,7 +39,7 @@ serve: $(STAMP) ## Serve what the demo trained (ARTIFACT=DIR serves another, POR
 	$(BIN)/python -m serve_app --artifact $(or $(ARTIFACT),$(DEMO)) --port $(PORT)
 
 wheel: $(STAMP) ## Write to dist/ what the nodes of cluster.yaml install
-	rm -rf dist
+	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m build --wheel
 	cp constraints.txt dist/
 

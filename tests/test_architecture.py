@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -230,3 +231,33 @@ def test_make_help_lists_every_target_once() -> None:
     assert shown.returncode == 0, shown.stderr
     listed = re.findall(r"^  make ([\w-]+) +\S", shown.stdout, flags=re.MULTILINE)
     assert sorted(listed) == sorted(targets) == sorted(phony.split())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_wheel_holds_no_module_that_is_gone(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt", "build/lib/gone.py", "build/results.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nmkdir -p build/lib dist && cp -r build/lib dist\n")
+    python.chmod(0o755)
+    (tmp_path / ".venv/.installed").touch()
+    subprocess.run(["make", "wheel"], cwd=tmp_path, capture_output=True, check=True)
+    assert not list((tmp_path / "dist/lib").iterdir())
+    assert (tmp_path / "build/results.json").exists(), "build/ is not the wheel's alone"
+
+
+def test_a_wheel_tells_type_checkers_that_it_has_types(tmp_path: Path) -> None:
+    unwanted = shutil.ignore_patterns("__pycache__")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    command = [sys.executable, "-c", build]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / "dist" / done.stdout.splitlines()[-1]) as wheel:
+        assert {f"{name}/py.typed" for name in PACKAGES} <= set(wheel.namelist())
