@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 
+from mtl_core.config import ConfigError
 from serve_app.launch import set_environment
 from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
                 os.environ.setdefault(name, value)
         if HAPROXY_VARIABLE not in os.environ:
             os.environ[HAPROXY_VARIABLE] = haproxy_script(loopback=False)
-    except OSError as error:
+    except (ConfigError, OSError) as error:
         print(f"note: HAProxy starts as by Ray, and says 404 at first: {error}", file=sys.stderr)
     try:
         os.execvp(command[0], command)

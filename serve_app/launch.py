@@ -84,11 +84,15 @@ def set_environment(folder: str | None = None) -> None:
     """Set what Serve reads at import; what the user set stays.
 
     `folder` is for HAProxy's files, where Ray is started here; None for a cluster.
+
+    Raises:
+        ConfigError: Ray is started here, and there is no HAProxy.
     """
     chosen = dict(SERVE_ENVIRONMENT)
     if folder is not None:
-        chosen |= {**LOCAL_ENVIRONMENT, HAPROXY_VARIABLE: haproxy_script(loopback=True)}
-        chosen |= {**own_haproxy_ports(), **haproxy_files(folder)}
+        chosen |= {**LOCAL_ENVIRONMENT, **own_haproxy_ports(), **haproxy_files(folder)}
+        if HAPROXY_VARIABLE not in os.environ:
+            chosen[HAPROXY_VARIABLE] = haproxy_script(loopback=True)
     for name, value in chosen.items():
         os.environ.setdefault(name, value)
 

