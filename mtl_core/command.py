@@ -8,10 +8,12 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from mtl_core.config import ConfigError
 from mtl_core.data.examples import DataError
 from mtl_core.errors import ArtifactError, EncoderError, TextError, TrainingError
+from mtl_core.folders import holds_cache
 from mtl_core.storage import advise, storage_errors
 
 USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingError, TextError)
@@ -51,12 +53,21 @@ def run_command(main: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        fail(told(error))
     except storage_errors() as error:
         fail(f"storage: {advise(error)}")
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def told(error: OSError) -> str:
+    """An error of the system, and what to do where the cache cannot be used."""
+    message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    with suppress(ConfigError):
+        if error.filename and holds_cache(str(error.filename)):
+            message += "; MTL_CACHE names another folder for the cache"
+    return message
 
 
 def fail(message: str) -> None:

@@ -12,11 +12,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mtl_core.config import ConfigError
+
 
 def cache_root() -> Path:
-    """Where what can be made again is kept: MTL_CACHE, else the user's cache folder."""
-    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("MTL_CACHE") or fallback / "multitask-ray")
+    """Where what can be made again is kept: MTL_CACHE, else the user's cache folder.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if chosen := os.environ.get("MTL_CACHE"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multitask-ray"
+    except RuntimeError as error:
+        raise ConfigError("MTL_CACHE: name a folder for the cache; there is no home") from error
+
+
+def holds_cache(path: str) -> bool:
+    """Whether a path is in the cache, or one of the folders that the cache is in."""
+    cache = cache_root()
+    return Path(path).is_relative_to(cache) or cache.is_relative_to(path)
 
 
 @contextmanager
