@@ -10,7 +10,8 @@ starts instead of its own ask that process to fork. Forks share the memory of wh
     python FOLDER/setup_worker.py …                the same, with a runtime environment of Ray's
 
 PRELOAD is a module with two functions: `load_libraries` imports all but Ray, at once; `load_ray`
-imports Ray, in the environment of the first process that asks.
+imports Ray, in the environment of the first process that asks. What Ray starts has a hundredth of a
+second, so that only the standard library is imported at the top here.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ SETUP_OPTIONS = ("--serialized-runtime-env-context", "--language")
 MOST_BYTES = 1 << 20
 """Of a request: a command and an environment."""
 
+GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
+"""Of NVIDIA's driver, and of the one that Linux in Windows (WSL2) has."""
+OF_SHELLS = frozenset(" \t'\"\\$`&;()<>|")
+"""What a shell does not take for part of a path."""
+
 
 @contextmanager
 def forked_workers(preload: str) -> Iterator[str | None]:
@@ -51,11 +57,11 @@ def forked_workers(preload: str) -> Iterator[str | None]:
     None on somebody else's cluster, where there are GPUs, since CUDA does not live through a fork,
     and where the system's own libraries do not (macOS).
     """
-    gpu = os.path.exists("/dev/nvidiactl")
+    gpu = any(map(os.path.exists, GPU_FILES))
     if os.environ.get("RAY_ADDRESS") or gpu or sys.platform != "linux":
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="mtl-forks-", dir="/tmp") as folder:  # a short path
+    with tempfile.TemporaryDirectory(prefix="mtl-forks-", dir="/tmp") as folder:
         for script in SCRIPTS:
             os.symlink(os.path.abspath(__file__), f"{folder}/{script}")
         with socket.socket(socket.AF_UNIX) as listener:
@@ -83,7 +89,7 @@ def start_server(number: int, preload: str) -> subprocess.Popen[bytes]:
 
 def end(server: subprocess.Popen[bytes]) -> None:
     """Stop the process that forks, and what is left of its workers: they should go with Ray."""
-    import psutil  # not at the top: what Ray starts has a hundredth of a second
+    import psutil
 
     workers = []
     with suppress(psutil.NoSuchProcess):
@@ -153,9 +159,17 @@ def own_node(kind: Any, scripts: str | None) -> Iterator[None]:
     With `scripts`, a folder of `forked_workers`, its workers are forks. What watches for demand
     that other machines could meet, what collects the output of workers and the server of a
     dashboard that is off are left out. `kind` is Ray's `Node`.
-    """
-    from unittest.mock import patch  # not at the top: what Ray starts has a hundredth of a second
 
+    Raises:
+        ValueError: without `scripts` no worker would start.
+    """
+    from unittest.mock import patch
+
+    if scripts is None and OF_SHELLS.intersection(sys.executable):
+        raise ValueError(
+            f"its workers do not start where Python is, {sys.executable}, since a shell reads that "
+            "path: put the virtual environment where no folder has a space, quote or bracket"
+        )
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one for each CPU, unasked
     begin = kind.__init__
 

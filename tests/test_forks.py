@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -168,12 +170,32 @@ def test_without_the_process_that_forks_a_worker_starts_as_ever(
     assert told["libraries"] == []
 
 
-@pytest.mark.parametrize(("address", "gpu"), [("10.0.0.1:6379", False), ("", True)])
+@pytest.mark.parametrize(
+    ("address", "gpu"), [("10.0.0.1:6379", ""), ("", "/dev/nvidiactl"), ("", "/dev/dxg")]
+)
 def test_on_a_cluster_of_others_and_beside_a_gpu_nothing_is_forked(
-    monkeypatch: pytest.MonkeyPatch, address: str, gpu: bool
+    monkeypatch: pytest.MonkeyPatch, address: str, gpu: str
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
-    monkeypatch.setattr(os.path, "exists", lambda path: gpu and path == "/dev/nvidiactl")
+    monkeypatch.setattr(os.path, "exists", lambda path: path == gpu)
     monkeypatch.setenv("RAY_ADDRESS", address)
     with forks.forked_workers("train_jobs.preload") as scripts:
         assert scripts is None
+
+
+@pytest.mark.parametrize("folder", ["with space", "o'clock", "old (1)", "größer+1.2~@x"])
+@pytest.mark.parametrize("forked", [True, False])
+def test_where_a_shell_would_misread_python_s_path_ray_is_not_started_without_forks(
+    folder: str, forked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    python = f"/{folder}/.venv/bin/python"
+    monkeypatch.setattr(sys, "executable", python)
+    said = subprocess.run(["bash", "-c", f"printf %s {python}"], capture_output=True, text=True)
+    node = forks.own_node(SimpleNamespace(start_api_server=None), "/scripts" if forked else None)
+    if forked or said.stdout == python:
+        with node:
+            pass
+    else:
+        with pytest.raises(ValueError, match=re.escape(python)), node:
+            pass
