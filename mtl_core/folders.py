@@ -1,5 +1,5 @@
-"""The cache's folder, one process at a time in it, folders that appear whole or not at all, copies
-without room, file hashes."""
+"""The cache's folder, one process at a time in it, the folder of sockets, folders that appear whole
+or not at all, copies without room, file hashes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mtl_core.config import ConfigError
+
+LONGEST_SOCKET_ROOT = 17
 
 
 def cache_root() -> Path:
@@ -33,6 +35,18 @@ def holds_cache(path: str) -> bool:
     """Whether a path is in the cache, or one of the folders that the cache is in."""
     cache = cache_root()
     return Path(path).is_relative_to(cache) or cache.is_relative_to(path)
+
+
+def socket_root() -> str:
+    """Where folders with sockets go: RAY_TMPDIR, as Ray's own do, or /tmp where that is too long.
+
+    Ray adds a node's id to the path of HAProxy's admin socket, for which HAProxy takes 97 bytes.
+    """
+    folder = os.path.abspath(os.environ.get("RAY_TMPDIR") or "/tmp")
+    if len(os.fsencode(folder)) > LONGEST_SOCKET_ROOT:
+        return "/tmp"
+    os.makedirs(folder, exist_ok=True)
+    return folder
 
 
 @contextmanager

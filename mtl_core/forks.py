@@ -57,11 +57,13 @@ def forked_workers(preload: str) -> Iterator[str | None]:
     None on somebody else's cluster, where there are GPUs, since CUDA does not live through a fork,
     and where the system's own libraries do not (macOS).
     """
+    from mtl_core.folders import socket_root
+
     gpu = any(map(os.path.exists, GPU_FILES))
     if os.environ.get("RAY_ADDRESS") or gpu or sys.platform != "linux":
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="mtl-forks-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="mtl-forks-", dir=socket_root()) as folder:
         for script in SCRIPTS:
             os.symlink(os.path.abspath(__file__), f"{folder}/{script}")
         with socket.socket(socket.AF_UNIX) as listener:

@@ -13,6 +13,7 @@ import yaml
 
 from mtl_core.artifact import parse_manifest, read_manifest
 from mtl_core.config import ConfigError, parse_override
+from mtl_core.folders import socket_root
 from mtl_core.runtime import usable_cpus
 from mtl_core.storage import manifest_of, version_of
 from serve_app import launch
@@ -164,7 +165,7 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
     encoder["args"].setdefault("threads", share)
     url = local_url(options)
     # HAProxy's files, sockets with short paths among them.
-    with TemporaryDirectory(prefix="mtl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(prefix="mtl-", dir=socket_root(), ignore_cleanup_errors=True) as folder:
         launch.set_environment(folder)
         print("starting Ray and the replicas …", flush=True)
         try:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 from mtl_core.config import ConfigError
+from mtl_core.folders import socket_root
 from serve_app.launch import set_environment
 from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script
 
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if not haproxy_files("").keys() <= os.environ.keys():
             # COMMAND takes this process's place, so nobody is left to remove it.
-            folder = tempfile.mkdtemp(prefix="mtl-", dir="/tmp")
+            folder = tempfile.mkdtemp(prefix="mtl-", dir=socket_root())
             for name, value in haproxy_files(folder).items():
                 os.environ.setdefault(name, value)
         if HAPROXY_VARIABLE not in os.environ:

@@ -123,7 +123,7 @@ def own_haproxy_ports() -> dict[str, str]:
 def haproxy_files(folder: str) -> dict[str, str]:
     """Variables that put HAProxy's files into a folder; Ray's own is that of whoever came first.
 
-    Ray adds the node's id of 56 characters, and a socket's path may have 107 in all.
+    Ray adds the node's id of 56 characters, and HAProxy takes 97 for a socket's path in all.
     """
     files = {
         "CONFIG_FILE_LOC": "/haproxy.cfg",

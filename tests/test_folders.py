@@ -1,15 +1,20 @@
-"""Where folders go that nobody named: the cache."""
+"""Where folders go that nobody named: the cache, and what has sockets in it."""
 
 from __future__ import annotations
 
+import os
 import pwd
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mtl_core import forks
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError
-from mtl_core.folders import cache_root
+from mtl_core.folders import cache_root, socket_root
 
 
 @pytest.fixture
@@ -50,3 +55,33 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_variable_that_moves_it(
     told = capsys.readouterr().err
     assert told.startswith(f"error: Not a directory: {file}/a/encoded")
     assert ("MTL_CACHE" in told) == named
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder that pytest would give a longer path."""
+    folder = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_what_has_sockets_is_beside_ray_s_own(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(short / "a"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os.path, "exists", lambda _: False)  # no GPU
+    monkeypatch.setattr(forks, "start_server", lambda *_: None)
+    monkeypatch.setattr(forks, "end", lambda _: None)
+    with forks.forked_workers("train_jobs.preload") as scripts:
+        assert scripts is not None
+        assert Path(scripts).parent == short / "a"
+
+
+@pytest.mark.parametrize("chosen", ["", None, f"/tmp/{'long' * 10}"])
+def test_it_is_in_tmp_where_ray_s_folder_is_not_chosen_or_too_long_for_a_socket(
+    chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("RAY_TMPDIR", chosen)
+    assert socket_root() == "/tmp"
+    assert not chosen or not Path(chosen).exists()

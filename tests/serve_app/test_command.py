@@ -8,7 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -343,22 +345,34 @@ def test_on_a_cluster_haproxys_files_are_in_a_folder_that_others_cannot_read() -
     show = "import json, os; print(json.dumps(dict(os.environ)))"
     command = [sys.executable, "-m", "serve_app.environment", sys.executable, "-c", show]
     given = {k: v for k, v in os.environ.items() if not k.startswith("RAY_SERVE_HAPROXY_")}
-    found = [
-        json.loads(subprocess.run(command, capture_output=True, check=True, env=env).stdout)
-        for env in (given, given | {variable: "/elsewhere/admin.sock"})
-    ]
-    folders = [Path(each["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent for each in found]
-    try:
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as root:
+        given["RAY_TMPDIR"] = root
+        found = [
+            json.loads(subprocess.run(command, capture_output=True, check=True, env=env).stdout)
+            for env in (given, given | {variable: "/elsewhere/admin.sock"})
+        ]
+        folders = [Path(each["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent for each in found]
         assert folders[0] != folders[1]
+        assert {folder.parent for folder in folders} == {Path(root)}
         assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
         chosen = haproxy_files(str(folders[0]))
         assert {name: found[0][name] for name in chosen} == chosen
         assert found[1][variable] == "/elsewhere/admin.sock"
-    finally:
-        for folder in folders:
-            folder.rmdir()
     again = subprocess.run(command, capture_output=True, check=True, env=found[0])
     assert {name: json.loads(again.stdout)[name] for name in chosen} == chosen
+
+
+def test_the_command_s_are_in_ray_s_folder_too(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def show(folder: str) -> None:
+        raise ConfigError(folder)
+
+    monkeypatch.setattr("serve_app.__main__.forked_workers", nullcontext)
+    monkeypatch.setattr(launch, "set_environment", show)
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as root:
+        monkeypatch.setenv("RAY_TMPDIR", root)
+        assert Path(refused("--artifact", artifact, "--port", "0")).parent == Path(root)
 
 
 @pytest.mark.parametrize("lacking", ["", "folder", "haproxy"])
