@@ -15,6 +15,7 @@ from pathlib import Path
 from mtl_core.config import ConfigError
 
 LONGEST_SOCKET_ROOT = 17
+"""What HAProxy takes for a socket's path, 97 bytes, less /mtl-…, a node's id, and /admin.sock."""
 
 
 def cache_root() -> Path:
@@ -28,7 +29,7 @@ def cache_root() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multitask-ray"
     except RuntimeError as error:
-        raise ConfigError("MTL_CACHE: name a folder for the cache; there is no home") from error
+        raise ConfigError("there is no home folder: set MTL_CACHE to one for the cache") from error
 
 
 def holds_cache(path: str) -> bool:
@@ -38,10 +39,7 @@ def holds_cache(path: str) -> bool:
 
 
 def socket_root() -> str:
-    """Where folders with sockets go: RAY_TMPDIR, as Ray's own do, or /tmp where that is too long.
-
-    Ray adds a node's id to the path of HAProxy's admin socket, for which HAProxy takes 97 bytes.
-    """
+    """Where folders with sockets go: RAY_TMPDIR, as Ray's own do, or /tmp if that is too long."""
     folder = os.path.abspath(os.environ.get("RAY_TMPDIR") or "/tmp")
     if len(os.fsencode(folder)) > LONGEST_SOCKET_ROOT:
         return "/tmp"

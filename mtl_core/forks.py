@@ -41,7 +41,6 @@ SETUP_OPTIONS = ("--serialized-runtime-env-context", "--language")
 """Of the first of these scripts; it leaves the others to the second, which comes before them."""
 MOST_BYTES = 1 << 20
 """Of a request: a command and an environment."""
-
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
 """Of NVIDIA's driver, and of the one that Linux in Windows (WSL2) has."""
 OF_SHELLS = frozenset(" \t'\"\\$`&;()<>|")
