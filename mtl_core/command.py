@@ -66,7 +66,7 @@ def told(error: OSError) -> str:
     message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     with suppress(ConfigError):
         if error.filename and holds_cache(str(error.filename)):
-            message += "; MTL_CACHE names another folder for the cache"
+            message += "; set MTL_CACHE to another folder for the cache"
     return message
 
 
