@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mtl_core.config import ConfigError
 
-LONGEST_SOCKET_ROOT = 17
-"""What HAProxy takes for a socket's path, 97 bytes, less /mtl-…, a node's id, and /admin.sock."""
+LONGEST_SOCKET_ROOT = 21
+"""What HAProxy takes for a socket's path, 97 bytes, less /mtl-…, a node's id, and /admin."""
 
 
 def cache_root() -> Path:

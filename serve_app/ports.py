@@ -127,8 +127,8 @@ def haproxy_files(folder: str) -> dict[str, str]:
     """
     files = {
         "CONFIG_FILE_LOC": "/haproxy.cfg",
-        "SOCKET_PATH": "/admin.sock",
-        "METRICS_SOCKET_PATH": "/metrics.sock",
+        "SOCKET_PATH": "/admin",
+        "METRICS_SOCKET_PATH": "/log",
         "SERVER_STATE_BASE": "",
         "SERVER_STATE_FILE": "/server-state",
     }

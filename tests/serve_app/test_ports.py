@@ -15,8 +15,15 @@ from ray.serve._private.constants import SERVE_MULTIPLEXED_MODEL_ID, SERVE_SESSI
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from mtl_core.config import ConfigError
+from mtl_core.folders import LONGEST_SOCKET_ROOT
 from serve_app.launch import set_environment
-from serve_app.ports import FROM_CLIENTS, HAPROXY_VARIABLE, free_ports, haproxy_script
+from serve_app.ports import (
+    FROM_CLIENTS,
+    HAPROXY_VARIABLE,
+    free_ports,
+    haproxy_files,
+    haproxy_script,
+)
 from tests.servers import Answer, call, wait_for
 
 CONFIG = """defaults
@@ -113,6 +120,24 @@ def test_where_haproxy_is_missing_the_package_that_has_it_is_named(
     monkeypatch.setattr(os, "environ", dict(os.environ))
     set_environment("/tmp/none")
     assert os.environ[HAPROXY_VARIABLE] == "/of/user/haproxy"
+
+
+PATHS = """global
+    log {RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH} len 8192 format rfc5424 local1 debug
+    stats socket {RAY_SERVE_HAPROXY_SOCKET_PATH} mode 666 level admin expose-fd listeners
+"""
+
+
+@pytest.mark.parametrize(("longer", "returned"), [(0, 0), (1, 1)])
+def test_the_longest_folder_for_sockets_is_the_longest_that_haproxy_takes(
+    longer: int, returned: int, tmp_path: Path
+) -> None:
+    root = "/tmp".ljust(LONGEST_SOCKET_ROOT + longer, "x")
+    paths = haproxy_files(f"{root}/mtl-{8 * 'x'}/{56 * 'f'}")
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(PATHS.format(**paths))
+    done = subprocess.run([haproxy_script(loopback=True), "-c", "-f", config], capture_output=True)
+    assert done.returncode == returned, done.stderr
 
 
 ECHO = """defaults
