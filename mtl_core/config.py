@@ -452,22 +452,33 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
 
 
+def longest_key(section: Any, parts: Sequence[str]) -> str:
+    """The key that a dotted path's parts begin with: names may hold dots, so the longest there is.
+
+    The first part where the section has none of them.
+    """
+    keys = (".".join(parts[:count]) for count in range(len(parts), 1, -1))
+    known = section if isinstance(section, Mapping) else ()
+    return next((key for key in keys if key in known), parts[0])
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, parsed = parse_override(override)
     node: Any = raw
     parts = key.split(".")
-    for part in parts[:-1]:
+    while True:
+        part = longest_key(node, parts)
+        parts = parts[part.count(".") + 1 :]
         place: Any = _list_index(node, part, override) if isinstance(node, list) else part
+        if not parts:
+            node[place] = parsed
+            return
         inner = node[place] if isinstance(node, list) else node.get(place)
         inner = {} if inner is None else copy.copy(inner)  # an alias's section is not its anchor's
         if not isinstance(inner, dict | list):
             raise ConfigError(f"--set {override}: {part!r} holds a value, not a section")
         node[place] = inner
         node = inner
-    if isinstance(node, list):
-        node[_list_index(node, parts[-1], override)] = parsed
-    else:
-        node[parts[-1]] = parsed
 
 
 def _list_index(node: list[Any], part: str, override: str) -> int:

@@ -226,6 +226,21 @@ def test_an_override_of_one_alias_leaves_the_others(tmp_path: Path) -> None:
     assert experiment.training.epochs == 3
 
 
+def test_an_override_finds_names_that_hold_dots(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "tasks: {topic: {kind: classification}, topic.v2: {kind: classification}}\n"
+        "data: [{path: x.jsonl, columns: {text: text, topic: a, topic.v2: b}}]\n",
+        encoding="utf-8",
+    )
+    overrides = ["tasks.topic.v2.loss_weight=2", "tasks.topic.dropout=0", "optim.warmup=0"]
+    experiment = load_experiment(path, [*overrides, "data.0.columns.topic.v2=c"])
+    assert list(experiment.tasks) == ["topic", "topic.v2"]
+    assert [task.loss_weight for task in experiment.tasks.values()] == [1.0, 2.0]
+    assert [task.dropout for task in experiment.tasks.values()] == [0.0, 0.1]
+    assert experiment.data[0].task_columns == {"topic": "a", "topic.v2": "c"}
+
+
 def test_a_key_that_is_set_twice_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("training:\n  epochs: 5\n\ntraining:\n  batch_size: 8\n", encoding="utf-8")
