@@ -258,6 +258,12 @@ class Experiment(Config):
         for name in self.tasks:
             if name in RESERVED_COLUMNS:
                 raise ValueError(f"tasks: {name!r} is a reserved column name; rename the task")
+            alike = next(other for other in self.tasks if other.casefold() == name.casefold())
+            if alike != name:
+                raise ValueError(
+                    f"tasks: {alike!r} and {name!r} would be one folder where case does not count; "
+                    "rename one"
+                )
             if not any(name in source.task_columns for source in self.data):
                 raise ValueError(
                     f"tasks.{name} has no labels: add `{name}: <column>` to a source's columns"

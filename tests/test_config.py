@@ -169,6 +169,13 @@ def test_a_task_cannot_take_the_name_of_a_column() -> None:
     )
 
 
+def test_names_of_tasks_differ_in_more_than_case() -> None:
+    tasks = {name: {"kind": "classification"} for name in ("intent", "ner", "Intent")}
+    said = message(tasks=tasks, data=[SOURCE | {"columns": {"text": "t"} | {n: n for n in tasks}}])
+    assert "tasks: 'intent' and 'Intent' would be one folder" in said
+    assert said.endswith("rename one")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [("a: [1", "not valid YAML"), ("- a\n- b", "got list"), ("", "got NoneType")],
