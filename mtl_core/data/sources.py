@@ -6,13 +6,17 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from mtl_core.config import SPLITS, SourceConfig, Split, TaskConfig
+from mtl_core.config import SPLITS, SourceConfig, Split, TaskConfig, TaskKind
 from mtl_core.data.examples import Corpus, DataError, Example, names_of
 from mtl_core.data.files import read_files
 from mtl_core.data.formats import BadRow, Column, Table, there_is
 from mtl_core.data.rows import RowReader
 
 Examples = dict[Split, list[Example]]
+DEMO_COLUMNS: dict[Column, TaskKind] = {
+    "sentiment": "classification",
+    "entities": "token_classification",
+}
 
 
 def read_corpus(
@@ -95,7 +99,7 @@ def _read(
 ) -> tuple[Examples, dict[str, tuple[str, ...]], int]:
     """What the source itself has: examples by split, declared labels, number of skipped rows."""
     if source.demo:
-        return _read_demo(source, seed), {}, 0
+        return _read_demo(source, tasks, seed), {}, 0
     tables, labels = read_tables(source, tasks, splits, single)
     check_columns(source, tables)
     examples, skipped = to_examples(source, tasks, tables)
@@ -122,13 +126,16 @@ def source_columns(source: SourceConfig) -> dict[str, Column]:
     return columns
 
 
-def _read_demo(source: SourceConfig, seed: int) -> Examples:
+def _read_demo(source: SourceConfig, tasks: Mapping[str, TaskConfig], seed: int) -> Examples:
     from mtl_core.data.demo import demo_corpus
 
     for task, name in source.task_columns.items():
-        if name not in ("sentiment", "entities"):
-            problem = there_is(("sentiment", "entities"), name)
+        kind = DEMO_COLUMNS.get(name)
+        if kind is None:
+            problem = there_is(DEMO_COLUMNS, name)
             raise DataError(f"demo: columns.{task}: no column {name!r}; {problem}")
+        if tasks[task].kind != kind:
+            raise DataError(f"demo: column {name!r} is for `tasks.{task}.kind: {kind}` only")
     corpus = demo_corpus(seed)
     examples: Examples = {}
     for split in SPLITS:

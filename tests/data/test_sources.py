@@ -620,6 +620,23 @@ class TestDemo:
         with pytest.raises(DataError, match="no column 'sentimnet'; did you mean 'sentiment'"):
             read_source(source, TASKS, 7)
 
+    @pytest.mark.parametrize(
+        ("task", "column", "kind"),
+        [
+            ("tones", "sentiment", "classification"),
+            ("ner", "sentiment", "classification"),
+            ("topic", "entities", "token_classification"),
+        ],
+    )
+    def test_its_columns_are_each_for_one_kind_of_task(
+        self, task: str, column: str, kind: str
+    ) -> None:
+        source = SourceConfig(demo=True, columns={"text": "text", task: column})
+        with pytest.raises(
+            DataError, match=rf"demo: .*'{column}' is for `tasks.{task}.kind: {kind}`"
+        ):
+            read_source(source, TASKS, 7)
+
 
 @needs_data
 class TestRealData:
