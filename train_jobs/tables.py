@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from mtl_core.config import ConfigError
+from mtl_core.data.formats import LONGEST_CELL
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 ROWS_AT_ONCE = 1024
@@ -70,24 +71,35 @@ def _as_shown(line: bytes) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
+    longest = csv.field_size_limit(LONGEST_CELL)  # of the whole process
+    line = 1
     # Bytes that are not UTF-8 pass through as lone surrogates, so that their row can be named.
     with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
-        reader = csv.reader(file)
+        reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            problem = _not_utf8(header)
-            if problem:
-                raise ConfigError(f"--input: {path}:1: {problem}; save the file as UTF-8")
-            twice = next((name for name in header if header.count(name) > 1), None)
-            if twice is not None:
-                raise ConfigError(f"--input: {path}: two columns are called {twice!r}; rename one")
+            _check_header(path, header)
+            line = reader.line_num + 1
             for cells in reader:
                 if cells:
                     yield _csv_row(reader.line_num, header, cells)
+                line = reader.line_num + 1
         except csv.Error as error:
             raise ConfigError(
-                f"--input: {path}:{reader.line_num}: {error}; check this record's quotes"
+                f"--input: {path}:{line}: {error}; check this record's quotes "
+                "(double those in a quoted cell)"
             ) from error
+        finally:
+            csv.field_size_limit(longest)
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    problem = _not_utf8(header)
+    if problem:
+        raise ConfigError(f"--input: {path}:1: {problem}; save the file as UTF-8")
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--input: {path}: two columns are called {twice!r}; rename one")
 
 
 def _csv_row(number: int, header: list[str], cells: list[str]) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Mapping
 from datetime import date
@@ -47,11 +48,30 @@ def test_a_csv_whose_header_is_no_utf8_is_refused_with_the_place(
         list(read_rows(path))
 
 
-def test_a_csv_quote_that_is_never_closed_is_refused_with_the_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [
+        ('"Great film he said', "unexpected end of data"),
+        ('"Great" film', "',' expected after '\"'"),
+    ],
+)
+def test_a_csv_quote_that_is_never_closed_or_not_doubled_is_refused_with_the_place(
+    cell: str, problem: str, tmp_path: Path
+) -> None:
     path = tmp_path / "in.csv"
-    path.write_text('text\nfine\n"open\n' + "more words\n" * 20_000)
-    with pytest.raises(ConfigError, match=r"in\.csv:\d+: field larger.*quotes"):
-        list(read_rows(path))
+    path.write_text(f"id,text\n1,fine\n2,{cell}\n3,awful\n4,good\n")
+    rows = read_rows(path)
+    assert next(rows).values == {"id": "1", "text": "fine"}
+    with pytest.raises(ConfigError, match=rf"in\.csv:3: {problem}; check this record's quotes"):
+        list(rows)
+
+
+def test_a_csv_cell_may_be_as_long_as_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("id,text\n1," + "word " * 40_000 + "\n2,last\n")
+    longest = csv.field_size_limit()
+    assert [len(row.values["text"]) for row in read_rows(path)] == [200_000, 4]
+    assert csv.field_size_limit() == longest
 
 
 def test_two_csv_columns_of_one_name_are_refused(tmp_path: Path) -> None:
