@@ -44,7 +44,7 @@ def begin(experiment: Experiment, data: Data, device: torch.device = CPU) -> Tra
     """
     model = build_model(experiment, data.labels).to(device)
     fit_to_data(model, experiment, data.splits.get("train"))
-    return TrainState(model, experiment, data.keys["train"])
+    return TrainState(model, experiment, data.keys)
 
 
 def build_model(experiment: Experiment, labels: Mapping[str, tuple[str, ...]]) -> MultiTaskModel:

@@ -24,6 +24,8 @@ from mtl_core.features import add_tensors
 from mtl_core.model import MultiTaskModel
 from mtl_core.optim import build_optimizer
 
+KEPT = {"train": "training", "validation": "validation"}
+"""Splits that a checkpoint is bound to, and what messages call them: it holds the best score."""
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
 
 
@@ -31,11 +33,11 @@ class TrainState:
     """A model in training; None as optimiser when nothing learns."""
 
     def __init__(
-        self, model: MultiTaskModel, experiment: Experiment, train_key: str | None = None
+        self, model: MultiTaskModel, experiment: Experiment, keys: Mapping[str, str] | None = None
     ) -> None:
         self.model = model
-        self.train_key = train_key
-        """Of the training texts, as `Data` has it; without one a checkpoint of any is taken up."""
+        self.keys = {split: (keys or {}).get(split) for split in KEPT}
+        """Of the texts, as `Data` has them; without one a checkpoint of any is taken up."""
         self.optimizer = build_optimizer(
             model, experiment.optim, experiment.freeze, experiment.training.epochs
         )
@@ -109,7 +111,7 @@ class TrainState:
             "best_epoch": self.best_epoch,
             "best_score": self.best_score if self.best else None,
             "learned_rows": learned_rows(self.model.encoder.transformer),
-            "train_key": self.train_key,
+            **{f"{split}_key": key for split, key in self.keys.items()},
             "frozen": self.frozen,
             "pooling": self.model.encoder.pooling,
             "labels": self._labels(),
@@ -121,8 +123,8 @@ class TrainState:
         """Take up what `save` wrote, on whatever device the model is.
 
         Raises:
-            DataError: labels, pooling, names of parameters, training texts or what never learns are
-                not those of the checkpoint.
+            DataError: labels, pooling, names of parameters, training or validation texts or what
+                never learns are not those of the checkpoint.
         """
         assert self.optimizer is not None
         progress = json.loads((folder / FILES[2]).read_text())
@@ -154,7 +156,7 @@ class TrainState:
         return {task: list(head.labels) for task, head in self.model.head_items}
 
     def _check_data(self, progress: Mapping[str, Any], weights: Path) -> None:
-        """Raise DataError unless a checkpoint fits; old ones tell no key, no labels, no frozen."""
+        """Raise DataError unless a checkpoint fits; old ones tell no keys, no labels, no frozen."""
         fix = "put them back, or start a run of another name"
         labels = self._labels()
         for task, known in progress.get("labels", labels).items():
@@ -169,10 +171,11 @@ class TrainState:
                 "set encoder.pooling"
             )
         self._check_names(weights)
-        keys = {progress.get("train_key"), self.train_key} - {None}
         rows = learned_rows(self.model.encoder.transformer)
-        if len(keys) > 1 or progress["learned_rows"] != rows:
-            raise DataError(f"the training texts have changed since the checkpoint; {fix}")
+        for split, called in KEPT.items():
+            keys = {progress.get(f"{split}_key"), self.keys[split]} - {None}
+            if len(keys) > 1 or (split == "train" and progress["learned_rows"] != rows):
+                raise DataError(f"the {called} texts have changed since the checkpoint; {fix}")
         if progress.get("frozen") not in (None, self.frozen):
             raise DataError(
                 "the weights that never learn, of init_from or encoder.model, have changed since "

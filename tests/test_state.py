@@ -110,6 +110,15 @@ def test_a_checkpoint_of_other_training_texts_is_refused(bert: Path, tmp_path: P
     assert not changed(before, weights(other.model))
 
 
+def test_a_checkpoint_whose_best_score_is_of_other_validation_texts_is_refused(
+    bert: Path, tmp_path: Path
+) -> None:
+    half_way(bert).save(tmp_path)
+    config = experiment(bert)
+    with pytest.raises(DataError, match=r"validation texts have changed.*put them back"):
+        begin(config, data(config, validation=29)).load(tmp_path)
+
+
 def test_the_order_of_the_texts_counts_too_and_where_the_table_is_frozen(
     bert: Path, tmp_path: Path
 ) -> None:
@@ -192,7 +201,10 @@ def test_rows_of_the_table_that_do_not_learn_are_the_checkpoint_s_too(
 def test_a_checkpoint_of_an_earlier_release_is_taken_up(bert: Path, tmp_path: Path) -> None:
     half_way(bert).save(tmp_path)
     path = tmp_path / "progress.json"
-    progress, later = json.loads(path.read_text()), {"train_key", "labels", "frozen"}
+    progress, later = (
+        json.loads(path.read_text()),
+        {"train_key", "validation_key", "labels", "frozen"},
+    )
     old = {name: progress[name] for name in progress.keys() - later}
     path.write_text(json.dumps(old))
     state = half_way(bert, steps=0)
