@@ -232,6 +232,25 @@ class TestRows:
         example = one(tmp_path, {"text": "a b", "tones": [], "spans": []}, columns)
         assert example == Example("a b", {"tones": (), "ner": ()}, ((0, 1), (2, 3)))
 
+    def test_a_row_without_entities_has_none_where_words_are_given_too(
+        self, tmp_path: Path
+    ) -> None:
+        spans = [{"start": 0, "end": 4, "label": "PER"}]
+        rows = [
+            {"text": "Anna left", "tokens": ["Anna", "left"], "spans": entities}
+            for entities in ([], spans, [])
+        ]
+        columns: Columns = {"text": "text", "words": "tokens", "ner": "spans"}
+        write_jsonl(tmp_path / "test.jsonl", rows)
+        source = SourceConfig(path=str(tmp_path), columns=columns)
+        found = read_source(source, TASKS, 1, ["test"]).splits["test"]
+        assert [row.targets for row in found] == [
+            {"ner": ()},
+            {"ner": (Span(0, 4, "PER"),)},
+            {"ner": ()},
+        ]
+        assert {row.words for row in found} == {((0, 4), (5, 9))}
+
     def test_entities_by_character_cut_the_words(self, tmp_path: Path) -> None:
         spans = [{"start": 12, "end": 16, "label": "LOC"}, {"start": 0, "end": 4, "label": "PER"}]
         columns: Columns = {"text": "text", "ner": "spans"}
