@@ -65,3 +65,5 @@ class Corpus:
     all of its train split where drawing rows took one away."""
     skipped: dict[str, int]
     """Unreadable rows that were skipped on request, per source."""
+    notes: tuple[str, ...] = ()
+    """What else to tell of what was left out."""

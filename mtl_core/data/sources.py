@@ -42,6 +42,7 @@ def read_corpus(
     examples: dict[str, list[Example]] = {split: [] for split in splits}
     labels: dict[str, tuple[str, ...]] = {}
     skipped: Counter[str] = Counter()
+    notes: list[str] = []
     for source in sources:
         part = read_source(source, tasks, seed, splits, single)
         for split in splits:
@@ -49,13 +50,14 @@ def read_corpus(
         for task, names in part.labels.items():
             labels[task] = tuple(dict.fromkeys(labels.get(task, ()) + names))
         skipped.update(part.skipped)
+        notes += part.notes
     if "train" in splits and not all(examples[split] for split in splits if split != "test"):
         where = ", ".join(source.title for source in sources)
         raise DataError(
             f"{where}: no row drawn for train or for validation has a label; draw more "
             "(limit, validation_fraction), or leave out rows without labels"
         )
-    return Corpus(examples, labels, dict(skipped))
+    return Corpus(examples, labels, dict(skipped), tuple(notes))
 
 
 def read_source(
@@ -77,7 +79,7 @@ def read_source(
     if needed & {"train", "validation"}:
         needed |= {"train", "validation"}
     ordered = [split for split in SPLITS if split in needed]
-    examples, labels, skipped = _read(source, tasks, seed, ordered, single)
+    examples, labels, skipped, notes = _read(source, tasks, seed, ordered, single)
     found = {split: rows for split, rows in examples.items() if labelled(rows)}
     if "train" in needed:
         train = found.get("train", [])
@@ -87,7 +89,7 @@ def read_source(
             if names != names_of(task, found["train"]):  # the draw took a label's last row
                 labels[task] = tuple(dict.fromkeys((*labels.get(task, ()), *sorted(names))))
     kept: dict[str, list[Example]] = {split: labelled(found.get(split, [])) for split in splits}
-    return Corpus(kept, labels, {source.title: skipped} if skipped else {})
+    return Corpus(kept, labels, {source.title: skipped} if skipped else {}, notes)
 
 
 def _read(
@@ -96,14 +98,15 @@ def _read(
     seed: int,
     splits: Sequence[Split],
     single: Split,
-) -> tuple[Examples, dict[str, tuple[str, ...]], int]:
-    """What the source itself has: examples by split, declared labels, number of skipped rows."""
+) -> tuple[Examples, dict[str, tuple[str, ...]], int, tuple[str, ...]]:
+    """What the source itself has: examples by split, declared labels, skipped rows, notes."""
     if source.demo:
-        return _read_demo(source, tasks, seed), {}, 0
+        return _read_demo(source, tasks, seed), {}, 0, ()
     tables, labels = read_tables(source, tasks, splits, single)
     check_columns(source, tables)
+    notes = check_splits(source, tables)
     examples, skipped = to_examples(source, tasks, tables)
-    return examples, labels, skipped
+    return examples, labels, skipped, notes
 
 
 def read_tables(
@@ -148,7 +151,7 @@ def _read_demo(source: SourceConfig, tasks: Mapping[str, TaskConfig], seed: int)
 
 
 def check_columns(source: SourceConfig, tables: Mapping[Split, Table]) -> None:
-    """Every column stands in some split, and every split has the text or the words."""
+    """Every column stands in some split."""
     columns = source_columns(source)
     everything = dict.fromkeys(name for table in tables.values() for name in table.columns)
     for role, column in columns.items():
@@ -157,8 +160,23 @@ def check_columns(source: SourceConfig, tables: Mapping[Split, Table]) -> None:
                 f"{source.title}: columns.{role}: no column {column!r}; "
                 + there_is(everything, column)
             )
-    for table in tables.values():
+
+
+def check_splits(source: SourceConfig, tables: Mapping[Split, Table]) -> tuple[str, ...]:
+    """Every split has the text or the words, and labels; what to tell of a test split without any.
+
+    A column that is there without a value is as good: so comes GLUE's test split.
+    """
+    notes = []
+    labels = list(source.task_columns.values())
+    for split, table in tables.items():
         check_content(source, table)
+        if table.columns and not set(labels) & set(table.columns):
+            problem = f"{table.title}: no column {labels[0]!r}"
+            if split != "test":
+                raise DataError(f"{problem}; {there_is(table.columns, labels[0])}")
+            notes.append(f"{problem}: not scored")
+    return tuple(notes)
 
 
 def check_content(source: SourceConfig, table: Table) -> None:

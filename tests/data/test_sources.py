@@ -397,10 +397,44 @@ class TestMistakes:
         with pytest.raises(DataError, match=r"test\.csv: no column 'text'; there is: sentence, l"):
             read(tmp_path, TOPIC)
 
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_a_label_column_that_train_or_validation_lacks(
+        self, split: str, tmp_path: Path
+    ) -> None:
+        for name in SPLIT_NAMES:
+            header = "text,Label" if name == split else "text,label"
+            (tmp_path / f"{name}.csv").write_text(f"{header}\nx,a\ny,a\n")
+        with pytest.raises(DataError, match=rf"{split}\.csv: no column 'label'; did you mean 'Lab"):
+            read(tmp_path, TOPIC)
+
+    def test_a_test_split_without_labels_is_told_if_their_column_is_not_there(
+        self, tmp_path: Path
+    ) -> None:
+        for name in SPLIT_NAMES:
+            write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
+        path = write_jsonl(tmp_path / "test.jsonl", [{"text": "x"}])
+        source = SourceConfig(path=str(tmp_path), columns=TOPIC)
+        corpus = read_corpus([source], TASKS, seed=1)
+        assert corpus.splits["test"] == []
+        assert corpus.notes == (f"{path}: no column 'label': not scored",)
+        write_jsonl(path, [{"text": "x", "label": None}])
+        assert read_corpus([source], TASKS, seed=1).notes == ()
+
+    def test_a_split_with_labels_of_one_of_its_tasks_is_enough(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", [{**row, "tones": []} for row in ROWS])
+        write_jsonl(tmp_path / "validation.jsonl", ROWS)
+        corpus = read(tmp_path, {**TOPIC, "tones": "tones"})
+        assert len(corpus.splits["validation"]) == 20
+
     def test_tags_and_words_of_unequal_number(self, message: Callable[..., str]) -> None:
         good = '{"tokens": ["a"], "tags": ["O"]}\n'
         said = message(good + '{"tokens": ["a", "b"], "tags": ["O"]}', NER)
         assert said.startswith("train.jsonl:2: ner: 1 tags for 2 words; `on_bad_row: skip`")
+
+    def test_a_row_without_tags_among_rows_with_some(self, message: Callable[..., str]) -> None:
+        rows = [{"tokens": ["a"], "tags": tags} for tags in (["O"], [])]
+        said = message("\n".join(json.dumps(row) for row in rows), NER)
+        assert said.startswith("train.jsonl:2: ner: 0 tags for 1 words")
 
     def test_tags_without_words(self, message: Callable[..., str]) -> None:
         said = message('{"text": "a", "tags": ["O"]}', {"text": "text", "ner": "tags"})
