@@ -92,7 +92,7 @@ def optimize(artifact: Path, tolerance: float = TOLERANCE) -> bool:
 
     Raises:
         ArtifactError: the artifact is not sound.
-        DataError: its validation data cannot be read any more.
+        DataError: its validation data cannot be read any more, or has changed.
         ConfigError: nncf or openvino is not installed.
     """
     try:
@@ -103,8 +103,11 @@ def optimize(artifact: Path, tolerance: float = TOLERANCE) -> bool:
             f"optimize needs the package {error.name}: pip install -c constraints.txt -e '.[int8]'"
         ) from error
     manifest = read_manifest(artifact)
-    _, validation = prepare_scored(artifact, "validation")
-    _, train = prepare_scored(artifact, "train", limit=CALIBRATION_TEXTS)
+    scored = prepare_scored(artifact, "validation")
+    for line in scored.remarks:
+        print(line)
+    validation = scored.splits["validation"]
+    train = prepare_scored(artifact, "train", limit=CALIBRATION_TEXTS).splits["train"]
     model = load_model(artifact)
     cpu = torch.device("cpu")
     plain = measure(TorchRuntime(model.encoder, cpu), model, validation)

@@ -185,8 +185,10 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[st
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def write_artifact(model: MultiTaskModel, config: Experiment, folder: Path) -> Path:
-    """The artifact of a model without any scores."""
+def write_artifact(
+    model: MultiTaskModel, config: Experiment, folder: Path, encoded: Data | None = None
+) -> Path:
+    """The artifact of a model without any scores, which knows its data if that is given."""
     folder.mkdir(parents=True)
     save_weights(model, folder)
     (folder / "experiment.yaml").write_text(dump_experiment(config), encoding="utf-8")
@@ -195,6 +197,11 @@ def write_artifact(model: MultiTaskModel, config: Experiment, folder: Path) -> P
         for task, head in model.head_items
     }
     encoder = describe_encoder(folder, config.encoder.model)
-    manifest = Manifest(SCHEMA_VERSION, config.name, tasks, encoder, {}, library_versions(), {})
+    texts = {
+        split: {"fingerprint": key, "texts": encoded.num_texts(split)}
+        for split, key in (encoded.keys if encoded else {}).items()
+        if encoded
+    }
+    manifest = Manifest(SCHEMA_VERSION, config.name, tasks, encoder, texts, library_versions(), {})
     write_manifest(folder, manifest)
     return folder

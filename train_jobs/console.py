@@ -152,8 +152,8 @@ def describe_data(data: Data) -> None:
         rows = ", ".join(f"{task} {int(p.sum())}" for task, p in split.present.items())
         cut = f"; {split.num_truncated} cut at the length limit" if split.num_truncated else ""
         print(f"{name}: {len(split)} texts ({rows}), {len(split.input_ids)} tokens{cut}")
-    for source, count in data.skipped.items():
-        print(f"{source}: {count} unreadable row(s) skipped")
+    for line in data.remarks:
+        print(line)
 
 
 def score_table(title: str, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:

@@ -63,18 +63,20 @@ def main(arguments: list[str] | None = None) -> None:
 def evaluate_artifact(
     artifact: str, split: Split, data: Sequence[str] = (), runtime: RuntimeName = "torch-fp32"
 ) -> Evaluation:
-    """Counts of an artifact on a split of its own data, or on other data.
+    """Counts of an artifact on a split of its own data, or on other data; tells of what it skips.
 
     Raises:
         ArtifactError: the artifact is damaged.
         ConfigError: `data` names an unknown task, or the runtime is not to be had.
-        DataError: the split has no rows, or a label the artifact does not know.
+        DataError: as `prepare_scored`.
     """
     sources = other_sources(artifact, data) if data else None
-    labels, scored = prepare_scored(artifact, split, sources)
+    scored = prepare_scored(artifact, split, sources)
+    for line in scored.remarks:
+        print(line)
     loaded = Predictor.load(artifact, runtime=runtime)
     model = with_runtime(loaded.model, loaded.stage.runtime)
-    return evaluate(model, scored, tasks=list(labels))
+    return evaluate(model, scored.splits[split], tasks=list(scored.labels))
 
 
 def other_sources(artifact: str, data: Sequence[str]) -> list[SourceConfig]:

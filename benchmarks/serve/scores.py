@@ -63,7 +63,8 @@ class Scored:
 
     @classmethod
     def load(cls, artifact: Path) -> Scored:
-        labels, encoded = prepare_scored(artifact, "test")
+        found = prepare_scored(artifact, "test")
+        labels, encoded = found.labels, found.splits["test"]
         experiment, manifest = load_config(artifact), read_manifest(artifact)
         tasks = {
             task: config.model_copy(update={"labels": labels[task]})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
-from mtl_core.artifact import load_config, read_manifest
+from mtl_core.artifact import Manifest, library_versions, load_config, read_manifest
 from mtl_core.config import SPLITS, Experiment, SourceConfig, Split, TaskConfig
 from mtl_core.data.cache import content_key, encode_cached, load_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, resolve_labels
@@ -22,6 +22,9 @@ from mtl_core.data.tags import tag_names
 from mtl_core.encoder import tokenizer_of
 from mtl_core.folders import cache_root, one_at_a_time
 from mtl_core.storage import fetch
+
+TOKENISING = ("tokenizers", "transformers", "multitask-ray")
+"""Libraries that a split's key may change with."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ class Data:
     skipped: dict[str, int]
     """Unreadable rows left out on request, per source."""
     shards: Shards | None = None
+    notes: tuple[str, ...] = ()
+    """What else to tell of what was left out or has changed."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines about what was left out, or has changed."""
+        counts = self.skipped.items()
+        return [f"{source}: {n} unreadable row(s) skipped" for source, n in counts] + [*self.notes]
 
     def num_texts(self, split: str) -> int:
         """How many texts a split has; for shards, how many rows they are made of."""
@@ -119,7 +130,7 @@ def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
             keys[name], splits[name] = encode_cached(
                 examples, experiment.tasks, labels, tokenizer, experiment.encoder.max_length
             )
-    return Data(splits, keys, dict(labels), corpus.skipped)
+    return Data(splits, keys, dict(labels), corpus.skipped, notes=corpus.notes)
 
 
 def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> Data:
@@ -172,7 +183,7 @@ def prepare_scored(
     split: Split,
     sources: Sequence[SourceConfig] | None = None,
     limit: int | None = None,
-) -> tuple[Labels, EncodedSplit]:
+) -> Data:
     """Labelled texts to score an artifact on, as its encoder sees them, and their tasks' labels.
 
     Args:
@@ -183,7 +194,8 @@ def prepare_scored(
 
     Raises:
         ArtifactError: the artifact is damaged.
-        DataError: the split has no rows, or a label the artifact does not know.
+        DataError: the split has no rows, or a label the artifact does not know; or it is no longer
+            the train or validation split that the artifact was made with.
     """
     manifest = read_manifest(artifact, check_files=False)
     experiment = load_config(artifact)
@@ -207,7 +219,33 @@ def prepare_scored(
         raise DataError(f"{where}: no labelled rows; give a file, or a folder with one for {split}")
     check_labels(corpus, tasks, labels)
     start = experiment.model_copy(update={"tasks": tasks, "init_from": str(artifact)})
-    return labels, encode(corpus, start, labels).splits[split]
+    data = encode(corpus, start, labels)
+    in_shards = split == "train" and experiment.training.shard_texts is not None
+    if sources is not None or limit is not None or in_shards:
+        return data
+    return replace(data, notes=(*data.notes, *_changes(manifest, split, data)))
+
+
+def _changes(manifest: Manifest, split: Split, data: Data) -> list[str]:
+    """What to tell where a split is not the one that an artifact was made with.
+
+    Raises:
+        DataError: it is train or validation, and rows may have moved from one into the other.
+    """
+    known = manifest.data.get(split, {})
+    if known.get("fingerprint") in (None, data.keys[split]):
+        return []
+    changed = f"{split} has changed since the artifact was made"
+    now = library_versions()
+    certain = known["texts"] != len(data.splits[split]) or all(
+        manifest.versions.get(name) == now.get(name) for name in TOKENISING
+    )
+    if certain and split != "test":
+        raise DataError(
+            f"{changed}, so rows that it was trained on may be in validation now: put its sources "
+            "back as they were, or give other files by --data"
+        )
+    return [changed if certain else f"{changed}, or has the way it is tokenised"]
 
 
 def _cut_corpus(experiment: Experiment, split: Split, limit: int | None) -> Corpus:
@@ -218,7 +256,8 @@ def _cut_corpus(experiment: Experiment, split: Split, limit: int | None) -> Corp
         numbers = range(shards.count)
         rows = chain.from_iterable(sharded.read(shards, number) for number in numbers)
         corpus.splits["train"] = list(islice(rows, limit))
-    return replace(corpus, splits={split: corpus.splits[split]})
+    skipped = dict(sharded.skipped)
+    return replace(corpus, splits={split: corpus.splits[split]}, skipped=skipped)
 
 
 def with_known_labels(experiment: Experiment, corpus: Corpus) -> Mapping[str, TaskConfig]:

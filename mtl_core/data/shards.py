@@ -9,9 +9,10 @@ buffer, is how MosaicML's StreamingDataset and WebDataset order data that does n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
@@ -24,8 +25,10 @@ from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, encode_sp
 from mtl_core.data.examples import Corpus, DataError, Example, label_names
 from mtl_core.data.formats import Column, Table
 from mtl_core.data.sources import (
+    Examples,
     check_columns,
     check_content,
+    check_splits,
     labelled,
     read_tables,
     to_examples,
@@ -117,6 +120,8 @@ class ShardedCorpus:
         """Tasks whose labels each source declares, once it is cut."""
         self.carved: list[Example] = []
         """What the cut took from train for validation."""
+        self.skipped: Counter[str] = Counter()
+        """Unreadable rows passed over so far, per source."""
 
     def cut(self) -> tuple[Shards, Corpus]:
         """Find the blocks and draw their order; also the held-out splits with their labels.
@@ -130,6 +135,7 @@ class ShardedCorpus:
         assert size is not None
         block = max(1, min(LARGEST_BLOCK, size // BLOCKS_PER_SHARD))
         found, drawn = [reader.find(block) for reader in self.readers], []
+        notes: list[str] = []
         count = -(-sum(int(blocks.rows.sum()) for blocks in found) // size)
         corpus = Corpus({name: [] for name in HELD_OUT}, {}, {})
         for number, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True)):
@@ -145,10 +151,9 @@ class ShardedCorpus:
             order = np.random.default_rng([self.experiment.seed, number])
             indices = order.permutation(len(blocks.rows))
             tables, labels = read_tables(source, self.experiment.tasks, HELD_OUT, "train")
-            held_out, skipped = to_examples(source, self.experiment.tasks, tables)
+            notes += check_splits(source, tables)
+            held_out = self._to_examples(number, tables)
             examples = {split: labelled(rows) for split, rows in held_out.items()}
-            if skipped:
-                corpus.skipped[source.title] = skipped
             if not examples.get("validation"):
                 taken = max(1, round(len(indices) * source.validation_fraction))
                 carved = list(self._examples(number, blocks, indices[:taken]))
@@ -167,7 +172,16 @@ class ShardedCorpus:
             drawn.append(indices)
         total = sum(int(b.rows[i].sum()) for b, i in zip(found, drawn, strict=True))
         count = min(-(-total // size), max(map(len, drawn)))
+        corpus = replace(corpus, skipped=dict(self.skipped), notes=tuple(notes))
         return Shards(tuple(found), tuple(drawn), count), corpus
+
+    def _to_examples(self, number: int, tables: Mapping[Split, Table]) -> Examples:
+        """Tables' rows, labelled or not; such as cannot be read are counted where that is asked."""
+        source = self.sources[number]
+        examples, skipped = to_examples(source, self.experiment.tasks, tables)
+        if skipped:
+            self.skipped[source.title] += skipped
+        return examples
 
     def _examples(self, number: int, blocks: Blocks, indices: Iterable[int]) -> Iterator[Example]:
         """The labelled rows of one source's blocks."""
@@ -176,8 +190,7 @@ class ShardedCorpus:
             table = reader.read(blocks, index)
             check_content(source, table)
             self.columns[number].update(table.columns)
-            examples, _ = to_examples(source, self.experiment.tasks, {"train": table})
-            yield from labelled(examples["train"])
+            yield from labelled(self._to_examples(number, {"train": table})["train"])
 
     def read(self, shards: Shards, number: int) -> list[Example]:
         """The labelled rows of a shard."""

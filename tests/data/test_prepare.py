@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtl_core.build import begin
 from mtl_core.config import Experiment, parse_experiment
 from mtl_core.data import cache
 from mtl_core.data.encoding import encode_split
 from mtl_core.data.examples import DataError
-from mtl_core.data.prepare import prepare, reopen
+from mtl_core.data.prepare import TOKENISING, prepare, prepare_scored, reopen
+from tests.small_runs import write_artifact
 
 
 @pytest.fixture
@@ -168,6 +170,67 @@ def test_another_machine_with_other_texts_is_refused(
     (tmp_path / f"{split}.jsonl").write_text(lines.replace(*change))
     with pytest.raises(DataError, match=message.format(split)):
         reopen(both, data.labels, data.keys)
+
+
+def artifact_of(experiment: Experiment, folder: Path) -> Path:
+    data = prepare(experiment)
+    return write_artifact(begin(experiment, data).model, experiment, folder, data)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(
+    "changed", [lambda lines: lines[::-1], lambda lines: lines[1:]], ids=["sorted anew", "deleted"]
+)
+def test_an_artifact_is_scored_on_its_own_train_and_validation_only_as_they_were(
+    experiment: Experiment, split: Any, changed: Any, tmp_path: Path
+) -> None:
+    artifact, path = artifact_of(experiment, tmp_path / "artifact"), tmp_path / "train.jsonl"
+    found = prepare_scored(artifact, split)
+    assert (found.keys[split], found.notes) == (prepare(experiment).keys[split], ())
+    path.write_text("".join(changed(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(DataError, match=rf"^{split} has changed since .* by --data$"):
+        prepare_scored(artifact, split)
+    assert len(prepare_scored(artifact, "test", experiment.data).splits["test"]) in (19, 20)
+    assert len(prepare_scored(artifact, "train", limit=3).splits["train"]) == 3
+
+
+@pytest.mark.parametrize("encoder", ["distilbert", "roberta", "deberta-v2", "mpnet"])
+def test_every_tokenizer_knows_its_split_again(
+    experiment: Experiment, encoder: str, tiny_encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = experiment.encoder.model_copy(update={"model": str(tiny_encoders[encoder])})
+    artifact = artifact_of(experiment.model_copy(update={"encoder": model}), tmp_path / "artifact")
+    assert prepare_scored(artifact, "validation").notes == ()
+
+
+def test_a_test_split_that_has_changed_is_told_and_scored(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    source = {"path": str(tmp_path), "columns": {"text": "text", "t": "label"}}
+    both = parse_experiment({**experiment.model_dump(), "data": [source]})
+    lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(lines))
+    artifact = artifact_of(both, tmp_path / "artifact")
+    assert prepare_scored(artifact, "test").notes == ()
+    (tmp_path / "test.jsonl").write_text("".join(lines[1:]))
+    found = prepare_scored(artifact, "test")
+    assert found.remarks == ["test has changed since the artifact was made"]
+    assert len(found.splits["test"]) == 19
+
+
+def test_another_release_of_the_tokenizers_may_be_why_a_split_differs(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, path = artifact_of(experiment, tmp_path / "artifact"), tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    later = dict.fromkeys(TOKENISING, "99")
+    monkeypatch.setattr("mtl_core.data.prepare.library_versions", lambda: later)
+    path.write_text("".join(lines[::-1]))
+    (note,) = prepare_scored(artifact, "validation").notes
+    assert note.startswith("validation has changed since the artifact was made, or has the way it")
+    path.write_text("".join(lines[1:]))
+    with pytest.raises(DataError, match="train has changed"):
+        prepare_scored(artifact, "train")
 
 
 def test_the_tokenizer_is_of_the_models_revision(

@@ -247,17 +247,45 @@ def test_another_process_finds_the_same_shards_with_and_without_a_cache(
 def test_an_artifact_is_scored_on_what_its_training_held_out(encoder: Path, tmp_path: Path) -> None:
     chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
     data = prepare(chosen)
-    artifact = write_artifact(begin(chosen, data).model, chosen, tmp_path / "artifact")
-    _, validation = prepare_scored(artifact, "validation")
+    artifact = write_artifact(begin(chosen, data).model, chosen, tmp_path / "artifact", data)
+    validation = prepare_scored(artifact, "validation").splits["validation"]
     assert texts(validation, chosen) == texts(data.splits["validation"], chosen)
-    _, train = prepare_scored(artifact, "train")
+    train = prepare_scored(artifact, "train").splits["train"]
     trained = sum((texts(shard, chosen) for shard in shards(chosen, data)), Counter())
     assert texts(train, chosen) == trained
-    _, few = prepare_scored(artifact, "train", limit=3)
+    few = prepare_scored(artifact, "train", limit=3).splits["train"]
     assert len(few) == 3
     assert not texts(few, chosen) - trained
     with pytest.raises(DataError, match="no labelled rows in test"):
         prepare_scored(artifact, "test")
+    write(tmp_path / "rows.jsonl", ROWS[::-1])
+    with pytest.raises(DataError, match="validation has changed since the artifact was made"):
+        prepare_scored(artifact, "validation")
+
+
+def test_rows_skipped_in_what_is_carved_for_validation_are_counted(
+    encoder: Path, tmp_path: Path
+) -> None:
+    rows = [row | {"text": text} for row in ROWS for text in (row["text"], " ")]
+    source = write(tmp_path / "rows.jsonl", rows)
+    chosen = experiment(encoder, {**source, "on_bad_row": "skip"})
+    data = prepare(chosen)
+    assert data.skipped == {source["path"]: 100 - len(data.splits["validation"])}
+    artifact = write_artifact(begin(chosen, data).model, chosen, tmp_path / "artifact", data)
+    assert prepare_scored(artifact, "validation").skipped == data.skipped
+    assert prepare_scored(artifact, "train").skipped == {source["path"]: 500}
+
+
+def test_the_columns_of_held_out_files_are_checked(encoder: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}.jsonl")
+    chosen = experiment(encoder, {"path": str(tmp_path)})
+    lacking = [{"text": row["text"]} for row in ROWS]
+    write(tmp_path / "test.jsonl", lacking)
+    assert prepare(chosen).notes == (f"{tmp_path}/test.jsonl: no column 'label': not scored",)
+    write(tmp_path / "validation.jsonl", lacking)
+    with pytest.raises(DataError, match=r"validation\.jsonl: no column 'label'; there is: text"):
+        prepare(chosen)
 
 
 def test_epochs_go_through_all_shards_in_orders_of_their_own(encoder: Path, tmp_path: Path) -> None:

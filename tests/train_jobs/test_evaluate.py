@@ -76,6 +76,21 @@ def test_of_a_folder_the_test_file_is_scored(
         scored(artifact, tmp_path, *files)
 
 
+def test_rows_that_are_skipped_are_told(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(artifact)
+    source = config.data[0].model_copy(update={"on_bad_row": "skip"})
+    skipping = write_artifact(
+        load_model(artifact), config.model_copy(update={"data": (source,)}), tmp_path / "skipping"
+    )
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    with path.open("a") as file:
+        file.write('{"text": " ", "topic": "food"}\n')
+    assert support(scored(skipping, tmp_path, "--data", f"topic={path}"), "topic") == len(ROWS)
+    assert f"{path}: 1 unreadable row(s) skipped\n" in capsys.readouterr().out
+
+
 def test_a_path_that_is_not_there_is_named(artifact: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(DataError, match=r"row\.jsonl: no such file or .* mean 'rows\.jsonl'"):
