@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -228,13 +229,16 @@ def check_files(source: Path, target: Path, column: str, overwrite: bool) -> Non
         raise ConfigError(f"--input: no file {source}")
     if target.exists() and not overwrite:
         raise ConfigError(f"--output: {target} exists; remove it, or add --overwrite")
-    first = next((row for row in read_rows(source) if row.error is None), None)
+    rows = read_rows(source)
+    first = next((row for row in rows if row.error is None), None)
     if first is None:
         raise ConfigError(f"--input: {source} has no readable row")
     if column not in first.values:
         raise ConfigError(
             f"--column: {source} has no column {column!r}; it has {', '.join(first.values)}"
         )
+    if source.suffix == ".csv":
+        deque(rows, maxlen=0)  # a quote that is never closed shows at the end
 
 
 def row_problem(row: Row, column: str) -> str | None:

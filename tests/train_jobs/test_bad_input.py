@@ -230,12 +230,19 @@ def test_an_encoder_head_mismatch_is_refused(tmp_path: Path, experiment: dict[st
         ("in.parquet", "", ["in.parquet is no Parquet file"]),
         ("in.jsonl", '{"id": 1, "sentence": "a"}\n', ["no column 'text'", "it has id, sentence"]),
         ("in.csv", "id,sentence\n1,a\n", ["no column 'text'", "it has id, sentence"]),
+        ("in.csv", 'id,text\n1,a\n2,"b\n3,c\n', ["in.csv:3: unexpected end of data", "quotes"]),
         ("in.txt", "a\n", ["in.txt should end in one of .jsonl, .csv, .parquet"]),
     ],
 )
 def test_a_file_to_predict_for_is_refused_before_anything_is_loaded(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, content: str, words: list[str]
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: str,
+    words: list[str],
 ) -> None:
+    monkeypatch.setattr(predict, "ray_cluster", None)
     source, target = tmp_path / name, tmp_path / "out.jsonl"
     source.write_text(content, encoding="utf-8")
     message = attempt(capsys, predict_for, str(source), str(target))
