@@ -174,7 +174,8 @@ def check_splits(source: SourceConfig, tables: Mapping[Split, Table]) -> tuple[s
         if table.columns and not set(labels) & set(table.columns):
             problem = f"{table.title}: no column {labels[0]!r}"
             if split != "test":
-                raise DataError(f"{problem}; {there_is(table.columns, labels[0])}")
+                known = there_is(table.columns, labels[0])
+                raise DataError(f"{problem} (empty, if nothing there is labelled); {known}")
             notes.append(f"{problem}: not scored")
     return tuple(notes)
 
