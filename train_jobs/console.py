@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -110,9 +111,13 @@ class Progress:
         return f"{int(left) // 60}:{int(left) % 60:02d}"
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays, unless the output is full or closed: training goes on.
+
+        For a closed pipe Rich turns to /dev/null and raises SystemExit.
+        """
         self.last_line = time.monotonic()
-        self.console.print(text, soft_wrap=True)
+        with contextlib.suppress(OSError, SystemExit):
+            self.console.print(text, soft_wrap=True)
 
     def _render(self) -> Group:
         epoch = float(self.state.get("epoch", 0.0))

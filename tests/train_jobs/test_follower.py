@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +92,21 @@ def test_a_long_history_is_written_less_often_and_at_the_end_whole(
     assert steps == list(range(1, ROUNDS + 1))
 
 
+@contextlib.contextmanager
+def printing_to(output: str) -> Iterator[None]:
+    """Let nothing that is printed come through."""
+    if output == "full disk":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, descriptor = os.pipe()
+        os.close(reading)
+    with contextlib.redirect_stdout(os.fdopen(descriptor, "w")) as file:
+        yield
+    with contextlib.suppress(OSError):
+        file.close()
+
+
+@pytest.mark.parametrize("output", ["full disk", "closed pipe"])
 @pytest.mark.parametrize(
     "error",
     [
@@ -98,7 +115,11 @@ def test_a_long_history_is_written_less_often_and_at_the_end_whole(
     ],
 )
 def test_what_storage_refuses_is_written_when_it_does_not_and_progress_is_followed_meanwhile(
-    error: Exception, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+    output: str,
+    error: Exception,
+    tmp_path: Path,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Away(RunFolder):
         def write_history(self, rows: Any) -> None:
@@ -106,7 +127,8 @@ def test_what_storage_refuses_is_written_when_it_does_not_and_progress_is_follow
                 raise error
             super().write_history(rows)
 
-    follower = follow(tmp_path, Away, 20, clock, monkeypatch, dict(FAILS))
+    with printing_to(output):
+        follower = follow(tmp_path, Away, 20, clock, monkeypatch, dict(FAILS))
     assert follower.failure == "not finite"
     assert [row["event"] for row in follower.folder.history()] == ["step", "failed"]
 
