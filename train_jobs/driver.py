@@ -32,6 +32,10 @@ from train_jobs.progress import progress_log
 from train_jobs.runs import RunFolder
 from train_jobs.worker import WorkerSession, train_worker
 
+FULL_DISK = ("No space left on device", "Errno 28")
+CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
+"""What a worker says when another one has ended."""
+
 
 def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
     """Run an experiment to its end; returns the last checkpoint, which holds weights and scores.
@@ -132,14 +136,14 @@ def build_trainer(
 
 
 def explain(error: TrainingFailedError | RayActorError, folder: RunFolder) -> str:
-    """Why training failed, in the words of the first worker that did, or of what leads them."""
+    """Why training failed, in the words of the worker that began it, or of what leads them."""
     failures = getattr(error, "worker_failures", {})
-    rank, cause = next(iter(failures.items()), (None, error))
+    rank, cause = min(failures.items(), key=_place, default=(None, error))
     where = f"worker {rank}: " if rank is not None else ""
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
     resume = f"run the same command to resume {folder.title} from its last checkpoint."
     for line in reversed(lines):
-        if "No space left on device" in line or "Errno 28" in line:
+        if any(sign in line for sign in FULL_DISK):
             return f"the disk is full: {where}{line}\nFree some space, then {resume}"
         if CheckpointManagerInitializationError.__name__ in line:
             return (
@@ -152,3 +156,11 @@ def explain(error: TrainingFailedError | RayActorError, folder: RunFolder) -> st
         f"training failed after its retries (scale.max_failures). {where}{lines[-1]}\n"
         f"To go on, {resume}"
     )
+
+
+def _place(failure: tuple[int, Exception]) -> int:
+    """Where a worker's failure stands among those that may have led to the others."""
+    told = str(failure[1])
+    if any(sign in told for sign in FULL_DISK):
+        return 0
+    return 2 if any(sign in told for sign in CUT_OFF) else 1

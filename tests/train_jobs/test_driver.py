@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -30,6 +31,23 @@ def test_a_full_disk_is_the_one_that_the_worker_names(tmp_path: Path) -> None:
     assert message.startswith("the disk is full: worker 1: OSError: ")
     assert "'/tmp/abc/model.safetensors'" in message
     assert f"run the same command to resume {tmp_path}/small" in message
+
+
+@pytest.mark.parametrize(
+    ("causes", "told"),
+    [
+        (["gloo: Connection closed by peer [::1]", "killed: low on memory"], "worker 1: killed"),
+        (["gloo: Connection reset by peer", "gloo: Connection closed by peer"], "worker 0: gloo"),
+        (["no CUDA device", "also no CUDA device"], "worker 0: no CUDA device"),
+        (["no CUDA device", "[Errno 28] No space left"], "the disk is full: worker 1: [Errno 28]"),
+    ],
+)
+def test_the_worker_that_failed_by_itself_is_asked_not_one_that_lost_it(
+    causes: list[str], told: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(experiment("none", output_dir=str(tmp_path)))
+    failures: dict[int, Exception] = dict(enumerate(map(RuntimeError, causes)))
+    assert told in explain(WorkerGroupError("failed", failures), folder)
 
 
 def test_what_leads_the_workers_may_die_too(tmp_path: Path) -> None:
