@@ -131,7 +131,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise ConfigError(f"--input: {path} is no Parquet file: {error}") from error
     number = 0
     for batch in file.iter_batches(ROWS_AT_ONCE):
-        for values in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            places = f"{path}, row {number + 1} to {number + len(batch)}"
+            raise ConfigError(f"--input: {places}: a string is not UTF-8: {error}") from error
+        for values in rows:
             number += 1
             yield Row(number, values, None)
 

@@ -98,6 +98,14 @@ def test_a_jsonl_row_with_half_a_character_is_named(tmp_path: Path) -> None:
     assert [row.number for row in rows if row.error and "half a character" in row.error] == [1, 3]
 
 
+def test_a_parquet_string_that_is_no_utf8_is_refused_with_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    broken = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), path)
+    with pytest.raises(ConfigError, match=r"in\.parquet, row 1 to 2: a string is not UTF-8"):
+        list(read_rows(path))
+
+
 def written(
     path: Path, rows: Iterable[dict[str, Any]], types: Mapping[str, Any] | None = None
 ) -> Any:
