@@ -145,6 +145,8 @@ def _write_states(
                     file.write(row[: last - first].data)
                     done += last - first
                 yield done / max(len(split.input_ids), 1)
+            file.flush()
+            os.fsync(file.fileno())  # else the name may outlive a power cut, and the states not
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -230,6 +230,23 @@ def test_two_builds_of_one_cache_at_once_both_succeed(
     assert list(tmp_path.glob("*.npy")) == [path]
 
 
+def test_states_are_on_the_disk_before_they_have_their_name(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut might leave zeros, in a file of the right length."""
+    path = tmp_path / "states.npy"
+    kept: list[bytes] = []
+
+    def fsync(file: int) -> None:
+        assert not path.exists()
+        kept.append(os.pread(file, os.fstat(file).st_size, 0))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    model = model_of(folders["bert"])
+    build(model, split_for(model), path, 3)
+    assert kept == [path.read_bytes()]
+
+
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
 def test_a_file_that_was_cut_off_counts_as_none_and_is_written_again(
     share: float, folders: dict[str, Path], tmp_path: Path
