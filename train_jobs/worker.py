@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
+from safetensors import SafetensorError
 
 from mtl_core import features
 from mtl_core.artifact import save_weights
@@ -111,11 +114,31 @@ def _set_up(
             with checkpoint.as_directory() as folder:
                 if (Path(folder) / RESULT).exists():
                     return None
-                state.load(Path(folder))
+                with _damage_named(checkpoint.path):
+                    state.load(Path(folder))
     except REFUSALS as error:
         _give_up(error, session)
         return None
     return data, state
+
+
+@contextmanager
+def _damage_named(checkpoint: str) -> Iterator[None]:
+    """Say of a checkpoint that cannot be read which one it is, and what is left to do.
+
+    Raises:
+        DataError: a file is missing, cut short or not what its name says.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except (SafetensorError, ValueError, KeyError, FileNotFoundError) as error:
+        raise DataError(
+            f"{checkpoint}: this checkpoint is damaged ({type(error).__name__}: {error}), and "
+            f"training keeps no other; remove {checkpoint.rpartition('/')[0]} to begin anew, or "
+            "start a run of another name (--set name=…)"
+        ) from error
 
 
 def _give_up(error: Exception, session: WorkerSession) -> None:

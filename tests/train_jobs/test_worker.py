@@ -22,12 +22,15 @@ from botocore.exceptions import (
     NoCredentialsError,
     ProfileNotFound,
 )
+from ray.train import Checkpoint
 
 from mtl_core import features
+from mtl_core.build import begin
 from mtl_core.config import parse_experiment
 from mtl_core.data.examples import DataError
-from mtl_core.data.prepare import prepare
+from mtl_core.data.prepare import prepare, reopen
 from mtl_core.data.shards import ElsewhereError
+from mtl_core.state import FILES
 from mtl_core.world import World
 from serve_app.ports import free_ports
 from tests.small_runs import examples, experiment, write_rows
@@ -44,12 +47,12 @@ PATIENCE_S = 6
 class Session:
     """Stands for Ray Train: keeps what it is told."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, found: Checkpoint | None = None) -> None:
+        self.world, self.found = world, found
         self.told: list[tuple[str, dict[str, Any]]] = []
 
-    def checkpoint(self) -> None:
-        return None
+    def checkpoint(self) -> Checkpoint | None:
+        return self.found
 
     def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
         return
@@ -151,6 +154,27 @@ def test_a_node_that_does_not_reach_the_run_s_folder_says_so_before_it_begins(
     (failed, row), (started, _) = session.told
     assert (failed, started) == ("failed", "start")
     assert f"of this cluster does not reach {folder.path}; give storage" in row["message"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99, None])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_named_with_what_is_left_to_do_and_not_tried_again(
+    file: str, share: float | None, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    config = parse_experiment(plain["experiment"])
+    folder = tmp_path / "small" / "checkpoint_2026"
+    folder.mkdir(parents=True)
+    begin(config, reopen(config, plain["labels"], plain["keys"])).save(folder)
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if share is not None:
+        (folder / file).write_bytes(content[: int(share * len(content))])
+    session = Session(World(), Checkpoint.from_directory(folder))
+    train_worker({**plain, "session": session})
+    ((event, row),) = session.told
+    assert event == "failed"
+    assert row["message"].startswith(f"{folder}: this checkpoint is damaged (")
+    assert f"remove {folder.parent} to begin anew" in row["message"]
 
 
 @pytest.mark.parametrize(
