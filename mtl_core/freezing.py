@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from mtl_core.config import FreezeConfig
-from mtl_core.encoder import blocks
+from mtl_core.encoder import SentenceEncoder, blocks
 from mtl_core.model import MultiTaskModel
 
 
@@ -56,3 +61,24 @@ def apply_freezing(model: MultiTaskModel, freeze: FreezeConfig, epoch: int) -> b
         head.requires_grad_(learns)
         head.train(learns)
     return before != [p.requires_grad for p in model.parameters()]
+
+
+@contextmanager
+def without_unused(encoder: SentenceEncoder) -> Iterator[None]:
+    """Within the block parameters that no token state depends on count as frozen.
+
+    They never get a gradient that ranks could wait for: Longformer's for global attention.
+    """
+    learning = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    unused = []
+    if learning:
+        ids = torch.full((1, 1), encoder.pad_id, device=learning[0].device)
+        output = encoder.transformer(input_ids=ids, attention_mask=torch.ones_like(ids))
+        total = output.last_hidden_state.sum()
+        found = torch.autograd.grad(total, learning, allow_unused=True)
+        unused = [p for p, gradient in zip(learning, found, strict=True) if gradient is None]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in unused:
+        parameter.requires_grad_(True)

@@ -201,11 +201,16 @@ class _Run:
     def _connect(self) -> None:
         """Have the gradients of what learns now averaged over ranks, anew whenever that changes.
 
-        Through shared memory where all ranks can, else by DDP; not at all where weighting does it.
+        Not where weighting does it.
         """
         self.connected, self.wrapped, self.shared = True, self.model, None
         if self.world.size == 1 or not self._learns() or self.weighting.reduces_gradients:
             return
+        with freezing.without_unused(self.model.encoder):
+            self._share_gradients()
+
+    def _share_gradients(self) -> None:
+        """Through shared memory where all ranks can, else by DDP."""
         on_cpu = self.world.device.type == "cpu"
         if on_cpu:
             learning = [p for p in self.model.parameters() if p.requires_grad]

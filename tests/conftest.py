@@ -1,4 +1,4 @@
-"""What tests share: a quiet environment, tiny encoders of eight architectures, the default one."""
+"""What tests share: a quiet environment, tiny encoders of nine architectures, the default one."""
 
 from __future__ import annotations
 
@@ -97,8 +97,13 @@ def tiny_deberta_conv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def unusual_encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """As `tiny_encoders`: one layer run three times, a norm above all layers, a table that scales
-    what it looks up (and such a norm, too)."""
-    makers = {"albert": _albert, "modernbert": _modernbert, "gemma3": _gemma3}
+    what it looks up (and such a norm, too), weights in each layer that nothing depends on."""
+    makers: dict[str, Callable[[], tuple[Any, Any]]] = {
+        "albert": _albert,
+        "modernbert": _modernbert,
+        "gemma3": _gemma3,
+        "longformer": _longformer,
+    }
     root = tmp_path_factory.mktemp("encoders")
     return {name: _write(root / name, *make()) for name, make in makers.items()}
 
@@ -281,3 +286,11 @@ def _gemma3() -> tuple[Any, Any]:
         attention_dropout=0.1,
         **SIZES,
     )
+
+
+def _longformer() -> tuple[Any, Any]:
+    from transformers import LongformerConfig
+
+    tokenizer, config = _bert()
+    sizes = {"vocab_size": config.vocab_size, "max_position_embeddings": POSITIONS, **SIZES}
+    return tokenizer, LongformerConfig(attention_window=8, pad_token_id=0, **sizes)

@@ -33,7 +33,10 @@ from tests.small_runs import first_gradients, weights
 STEPS = 20
 GROUPS = {"2": 2, "3": 3, "2 machines": 2}
 """Processes of a group; of the last one the second cannot map the first one's memory."""
-ON_MACHINES = ("plain", "accumulated", "uncertainty", "joint", "unfreezing", "frozen")
+ON_MACHINES = (
+    *("plain", "accumulated", "uncertainty", "joint", "unfreezing", "frozen"),
+    "weights without use",
+)
 """The runs of that last group."""
 
 

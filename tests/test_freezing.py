@@ -10,7 +10,7 @@ import torch
 
 from mtl_core.config import EncoderConfig, FreezeConfig, TaskConfig
 from mtl_core.encoder import EncoderError, SentenceEncoder, layers
-from mtl_core.freezing import apply_freezing, frozen_layers
+from mtl_core.freezing import apply_freezing, frozen_layers, without_unused
 from mtl_core.heads import build_head
 from mtl_core.model import Batch, Labelled, MultiTaskModel
 from mtl_core.weighting import FixedWeighting
@@ -29,8 +29,8 @@ def model_of(folder: Path) -> MultiTaskModel:
     return MultiTaskModel(encoder, heads, FixedWeighting({"intent": 1.0, "ner": 1.0}))
 
 
-def learns(model: MultiTaskModel) -> dict[str, bool]:
-    """Part → whether it gets a gradient from a real backward pass."""
+def backward(model: MultiTaskModel) -> None:
+    """A real backward pass."""
     labelled = {
         "intent": Labelled(torch.tensor([0, 1]), torch.tensor([0, 1])),
         "ner": Labelled(torch.tensor([1, 2, 6]), torch.tensor([0, 1, 2])),
@@ -41,6 +41,11 @@ def learns(model: MultiTaskModel) -> dict[str, bool]:
     total = sum(losses.values())
     if total.requires_grad:
         total.backward()
+
+
+def learns(model: MultiTaskModel) -> dict[str, bool]:
+    """Part → whether it gets a gradient."""
+    backward(model)
     stack = layers(model.encoder.transformer)
     parts: dict[str, list[torch.nn.Parameter]] = {"embeddings": []}
     inside = {id(p): f"layer {i}" for i, layer in enumerate(stack) for p in layer.parameters()}
@@ -118,6 +123,24 @@ def test_frozen_parts_stay_in_eval_mode_and_others_train(
     modes |= {"embeddings": transformer.embeddings, **dict(model.heads.items())}
     for part, module in modes.items():
         assert {m.training for m in module.modules()} == {parts[part]}, part
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "albert", "modernbert", "gemma3", "longformer"])
+def test_what_no_state_depends_on_is_what_gets_no_gradient(
+    tiny_encoders: dict[str, Path], unusual_encoders: dict[str, Path], name: str
+) -> None:
+    model = model_of((tiny_encoders | unusual_encoders)[name])
+    apply_freezing(model, FreezeConfig(layers=0 if name == "albert" else 1), 0)
+    encoder = model.encoder
+    before = {n for n, p in encoder.named_parameters() if p.requires_grad}
+    with without_unused(encoder):
+        used = {n for n, p in encoder.named_parameters() if p.requires_grad}
+    assert before == {n for n, p in encoder.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-2] for n in before - used} == (
+        {"query_global", "key_global", "value_global"} if name == "longformer" else set()
+    )
+    backward(model)
+    assert used == {n for n, p in encoder.named_parameters() if p.grad is not None}
 
 
 def test_a_frozen_encoder_gives_the_same_states_while_heads_train(

@@ -63,8 +63,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "unfreezing": {"training": {"batch_size": 8, "epochs": 5}, "freeze": {"unfreeze_every": 1}},
     "frozen": {"freeze": {"encoder": True}},
     "fewer parameters than processes": {"freeze": {"encoder": True, "heads": ["mood", "entities"]}},
+    "weights without use": {
+        "training": {"batch_size": 4, "accumulation": 2},
+        "weighting": {"strategy": "uncertainty"},
+    },
     "in shards": {"training": {"epochs": 2}},
 }
+ENCODERS = {"weights without use": "longformer"}
+"""Of the other runs it is BERT."""
 SMALL_STEPS = {"learning_rate": 5e-5}
 """Weights go up to 1e-3 in 20 steps, a thousand times what they may differ by. With more, some
 gradient that is almost rounding alone makes one of a thousand differ by 1e-6 on some processors."""
@@ -74,11 +80,15 @@ WITHOUT_EFFECT = ".key.bias"
 
 @pytest.fixture(scope="module")
 def runs(
-    tiny_encoders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_encoders: dict[str, Path],
+    unusual_encoders: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, tuple[Experiment, Data]]]:
+    encoders = tiny_encoders | unusual_encoders
     configs = {
         name: experiment(
-            tiny_encoders["bert"], **{**run, "optim": SMALL_STEPS | run.get("optim", {})}
+            encoders[ENCODERS.get(name, "bert")],
+            **{**run, "optim": SMALL_STEPS | run.get("optim", {})},
         )
         for name, run in RUNS.items()
     }
