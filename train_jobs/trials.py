@@ -81,8 +81,10 @@ def _texts(experiment: Experiment) -> str:
     """All that encoded texts depend on."""
     raw = experiment.model_dump(mode="json")
     labels = {name: (task["kind"], task["labels"]) for name, task in raw["tasks"].items()}
-    seeded = any(source["limit"] or "validation" not in source["splits"] for source in raw["data"])
-    parts = [raw["data"], raw["encoder"], raw["init_from"], labels, raw["seed"] if seeded else 0]
+    sharded = raw["training"]["shard_texts"]  # whose blocks are in an order that the seed draws
+    drawn = any(source["limit"] or "validation" not in source["splits"] for source in raw["data"])
+    seed = raw["seed"] if sharded or drawn else 0
+    parts = [raw["data"], raw["encoder"], raw["init_from"], labels, sharded, seed]
     return json.dumps(parts, sort_keys=True)
 
 

@@ -145,6 +145,40 @@ def test_workers_of_a_trial_find_in_its_folder_that_their_node_reaches_it(
     assert found[0]
 
 
+@pytest.mark.parametrize(
+    ("training", "change", "shared"),
+    [
+        ({}, {"seed": 43}, True),
+        ({"shard_texts": 200}, {"optim": {"learning_rate": 1e-5}}, True),
+        ({"shard_texts": 200}, {"seed": 43}, False),  # which draws another cut
+        ({"shard_texts": 200}, {"training": {"shard_texts": 400}}, False),
+        ({}, {"training": {"shard_texts": 400}}, False),
+    ],
+)
+def test_a_trial_takes_the_base_s_texts_where_they_are_its_own(
+    training: dict[str, Any],
+    change: dict[str, Any],
+    shared: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = {"path": "rows", "columns": {"text": "text", "topic": "topic"}}
+    base = {
+        "tasks": {"topic": {"kind": "classification"}},
+        "data": [{**source, "splits": {"train": "a.jsonl", "validation": "b.jsonl"}}],
+        "training": training,
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    sweep = {"base": "base.yaml", "space": {"optim.learning_rate": {"uniform": [1e-5, 1e-3]}}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    monkeypatch.setattr(trials, "reopen", lambda *_: "the base's")
+    monkeypatch.setattr(trials, "prepare", lambda _: "its own")
+    plan = load_plan(tmp_path / "sweep.yaml")
+    experiment = parse_experiment({**plan.base.model_dump(mode="json"), **change})
+    found = Job(plan, str(tmp_path), {}, {}).data(experiment)
+    assert found == ("the base's" if shared else "its own")
+
+
 def test_a_task_that_validation_has_no_label_of_counts_for_no_objective() -> None:
     tasks = {"topic": {"kind": "classification"}, "mood": {"kind": "classification"}}
     columns = {"text": "text", "topic": "topic", "mood": "mood"}
