@@ -114,7 +114,7 @@ class Scorer:
             return mean_score(scores)
         if objective == "gain":
             before = self.alone
-            return mean_score({t: (scores[t] - before[t]) / max(before[t], 1e-9) for t in scores})
+            return mean_score({t: s / before[t] - 1 for t, s in scores.items() if t in before})
         return float(self.best.get(f"validation/{objective}", float("nan")))
 
 

@@ -21,6 +21,7 @@ from mtl_core.config import ConfigError
 from mtl_core.data.prepare import check_metric, prepare
 from mtl_core.errors import TrainingError
 from mtl_core.forks import forked_workers
+from mtl_core.metrics import PRIMARY
 from train_jobs.cluster import cpu_share, idle_gpus, ray_cluster, room_for, worker_resources
 from train_jobs.console import describe_data
 from train_jobs.rehearsal import rehearse
@@ -105,7 +106,8 @@ def run_phases(job: Job, folder: SweepFolder) -> bool:
     """Run the baselines, the search and its best setting; False if one was interrupted.
 
     Raises:
-        ConfigError: no trial of the search finished, or no baseline that its objective needs.
+        ConfigError: no trial of the search finished, or no baseline that its objective needs, or
+            that scores 0.
     """
     plan = job.plan
     results: dict[str, list[dict[str, Any]]] = {}
@@ -294,17 +296,28 @@ def best_trial(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any] 
 
 
 def _scores_alone(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, float]:
-    """Task → mean validation score over the seeds of its runs alone."""
-    scores: dict[str, list[float]] = {}
-    for row in rows:
-        case = str(row["config"]["case"])
-        if case.startswith(ALONE) and row["status"] == "finished":
-            scores.setdefault(case.removeprefix(ALONE), []).append(row["metrics"][objective_key(0)])
-    if "gain" in plan.sweep.objectives:
-        for task in plan.base.tasks:
-            if task not in scores:
-                raise ConfigError(f"objective: gain needs {task} alone, and no such run finished")
-    return {task: sum(values) / len(values) for task, values in scores.items()}
+    """Task → mean validation score over the seeds of its runs alone, if validation has its labels.
+
+    Raises:
+        ConfigError: the objective is relative to one that is missing, or 0.
+    """
+    gain = "gain" in plan.sweep.objectives
+    finished = [row for row in rows if row["status"] == "finished"]
+    alone = {}
+    for task, config in plan.base.tasks.items():
+        runs = [row["metrics"] for row in finished if row["config"]["case"] == f"{ALONE}{task}"]
+        if gain and not runs:
+            raise ConfigError(f"objective: gain needs {task} alone, and no such run finished")
+        key = f"validation/{task}/{PRIMARY[config.kind]}"
+        scores = [metrics[key] for metrics in runs if key in metrics]
+        if gain and scores and not any(scores):
+            raise ConfigError(
+                f"objective: gain is relative to what {task} scores alone, which is 0; train "
+                "longer, or take mean"
+            )
+        if scores:
+            alone[task] = sum(scores) / len(scores)
+    return alone
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -384,6 +386,48 @@ def test_baselines_that_are_interrupted_leave_a_report_of_what_there_is(
     with folder.claim(plan):
         assert not run_phases(Job(plan, folder.title, labels={}, keys={}), folder)
     assert folder.holds("report.html")
+
+
+@pytest.mark.parametrize(
+    ("score", "refused"), [(0.5, False), (0.0, True), (None, False)], ids=["0.5", "0", "none"]
+)
+def test_a_gain_over_nothing_is_refused(
+    score: float | None, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that validation has no label of has no score, and does not count."""
+    place = {"output_dir": str(tmp_path / "sweeps")}
+    plan = plan_of(tmp_path, objective="gain", baselines=True, seeds=2, **place)
+    found = {"entities": {} if score is None else {"validation/entities/f1": score}}
+    found["sentiment"] = {"validation/sentiment/accuracy": 0.8}
+    rows = [
+        {
+            "phase": "baselines",
+            "trial": f"{task}{seed}",
+            "status": "finished",
+            "reason": "",
+            "config": {"case": f"{ALONE}{task}", "seed": seed},
+            "metrics": {**metrics, "objective_0": score or 0.0},
+        }
+        for task, metrics in found.items()
+        for seed in plan.seeds()
+    ]
+    asked: list[Job] = []
+
+    def phase(name: str, job: Job, *_: Any) -> tuple[list[dict[str, Any]], bool]:
+        asked.append(job)
+        return (rows, True) if name == "baselines" else ([], False)
+
+    monkeypatch.setattr(tune, "run_phase", phase)
+    folder = SweepFolder(plan.sweep)
+    message = "gain is relative to what entities scores alone, which is 0; train longer"
+    with (
+        folder.claim(plan),
+        pytest.raises(ConfigError, match=message) if refused else nullcontext(),
+    ):
+        assert not run_phases(Job(plan, folder.title, labels={}, keys={}), folder)
+    if not refused:
+        scores = {"sentiment": 0.8, **({} if score is None else {"entities": score})}
+        assert asked[-1].alone == scores
 
 
 def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:

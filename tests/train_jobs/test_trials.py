@@ -188,6 +188,9 @@ def test_a_task_that_validation_has_no_label_of_counts_for_no_objective() -> Non
     row = scorer({"validation/topic/accuracy": 0.75, "best": True})
     assert row["objective_0"] == 0.75
     assert row["objective_1"] == 0.5
+    scorer = Scorer(experiment, ("gain",), {"topic": 0.5})
+    row = scorer({"validation/topic/accuracy": 0.75, "validation/mood/accuracy": 0.0, "best": True})
+    assert row["objective_0"] == 0.5
 
 
 def history_in(folder: Path) -> TrialHistory:
