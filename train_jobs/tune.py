@@ -223,7 +223,9 @@ def run_phase(
         )
     # Where no result came the trial itself still knows its settings.
     grid = tune.ResultGrid(analysis)
-    rows = [_row(phase, grid[number], trial) for number, trial in enumerate(analysis.trials)]
+    pairs = [(trial, grid[number]) for number, trial in enumerate(analysis.trials)]
+    # Tune has them in another order once it went on with some, or tried one again.
+    rows = [_row(phase, result, trial) for trial, result in sorted(pairs, key=_drawn_as)]
     rows = [row for row in rows if row["metrics"] or row["reason"]]  # the others never began
     if budget.is_over:
         print(f"{budget.minutes:g} minutes are over; with more the same command goes on")
@@ -268,6 +270,11 @@ def _resources(plan: Plan) -> dict[str, float]:
     return {"cpu": each["CPU"], **({"gpu": 1.0} if use_gpu else {})}
 
 
+def _drawn_as(pair: tuple[Any, tune.Result]) -> int:
+    """The number that Tune gave a trial as it was drawn."""
+    return int(pair[0].experiment_tag.partition("_")[0])
+
+
 def _row(phase: str, result: tune.Result, trial: Any) -> dict[str, Any]:
     """A trial as a row of the report."""
     metrics = dict(result.metrics or {})
@@ -288,7 +295,8 @@ def _row(phase: str, result: tune.Result, trial: Any) -> dict[str, Any]:
 
 
 def best_trial(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
-    """The finished trial with the highest objective, or the highest mean of several."""
+    """The finished trial with the highest objective, or the highest mean of several; the first of
+    equals."""
     keys = [objective_key(number) for number in range(len(plan.sweep.objectives))]
     finished = [row for row in rows if row["status"] == "finished"]
     found = max(finished, key=lambda r: sum(r["metrics"][key] for key in keys), default=None)

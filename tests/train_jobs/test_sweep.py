@@ -22,7 +22,7 @@ from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.trials import ALONE, Job
 from train_jobs.trials import BASE as BASELINE
-from train_jobs.tune import _space, run_phases
+from train_jobs.tune import _space, best_trial, run_phase, run_phases
 
 BASE: dict[str, Any] = {
     "tasks": {
@@ -374,6 +374,46 @@ def test_a_search_cut_off_by_its_time_is_finished_until_it_gets_more(tmp_path: P
     folder.finish(None)
     assert folder.is_finished(60)
     assert folder.is_finished(None)
+
+
+def test_trials_are_reported_in_the_order_in_which_they_were_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune lists those of a search that goes on by their last results; of equals the first wins."""
+    listed = [
+        SimpleNamespace(
+            trial_id=f"trial_{number}",
+            experiment_tag=f"{number}_optim.learning_rate=0.{number}",
+            config={"optim.learning_rate": number},
+        )
+        for number in (10, 2, 1)
+    ]
+    results = [
+        SimpleNamespace(
+            metrics={"finished": True, "objective_0": 0.9, "number": trial.trial_id},
+            error=None,
+            checkpoint=None,
+        )
+        for trial in listed
+    ]
+    plan = plan_of(tmp_path, output_dir=str(tmp_path))
+    ran = SimpleNamespace(
+        run=lambda *_, **__: SimpleNamespace(trials=listed),
+        ResultGrid=lambda _: results,
+        with_parameters=lambda *_, **__: None,
+        with_resources=lambda *_: None,
+        CheckpointConfig=lambda **_: None,
+    )
+    monkeypatch.setattr(tune, "tune", ran)
+    monkeypatch.setattr(tune, "_resources", lambda _: {})
+    monkeypatch.setattr(tune, "search_options", lambda _: {})
+    job = Job(plan, str(tmp_path), labels={}, keys={})
+    rows, _ = run_phase("search", job, {}, SweepFolder(plan.sweep), "search")
+    assert [row["trial"] for row in rows] == ["trial_1", "trial_2", "trial_10"]
+    assert [row["metrics"]["number"] for row in rows] == ["trial_1", "trial_2", "trial_10"]
+    best = best_trial(rows, plan)
+    assert best is not None
+    assert best["trial"] == "trial_1"
 
 
 def test_baselines_that_are_interrupted_leave_a_report_of_what_there_is(

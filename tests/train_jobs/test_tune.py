@@ -285,7 +285,9 @@ def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
     assert "trial 4 finished" not in done.stdout  # numbered anew: three were left
     trials = trials_of(tmp_path).set_index("trial")
     assert (trials["status"] == "finished").all()
-    assert (trials["phase"] == "search").sum() == 4
+    searched = trials.index[trials["phase"] == "search"]
+    assert len(searched) == 4
+    assert list(searched[: len(ended)]) == list(ended["trial"]), "in the order of their draws"
     pd.testing.assert_series_equal(trials.loc[before.index, "seconds"], before["seconds"])
 
 
