@@ -303,8 +303,9 @@ def _check_space(sweep: Sweep, base: Experiment) -> None:
         except KeyError as error:
             raise SpaceError(["space", path], str(error.args[0])) from None
         for field in fields:
-            if field in seen:
-                raise SpaceError(["space", path], f"{field} is searched by {seen[field]} already")
+            if (other := _overlapping(field, seen)) is not None:
+                inner = max(field, other, key=len)
+                raise SpaceError(["space", path], f"{inner} is searched by {seen[other]} already")
             seen[field] = path
         if parameter.kind == "sample_from" and len(fields) < 2:
             raise SpaceError(["space", path], "weights that sum to one need several fields (use *)")
@@ -316,6 +317,15 @@ def _check_space(sweep: Sweep, base: Experiment) -> None:
             drawn = ", ".join(f"{p} = {v}" for p, v in plan.settings(corner).items())
             path = _culprit(str(error), sweep.space)
             raise SpaceError(["space", path], f"{drawn}: {error}") from error
+
+
+def _overlapping(field: str, others: Iterable[str]) -> str | None:
+    """The first of other fields that is this one, a section with it, or inside it."""
+    for other in others:
+        short, long = sorted((f"{field}.", f"{other}."), key=len)
+        if long.startswith(short):
+            return other
+    return None
 
 
 def _culprit(message: str, paths: Iterable[str]) -> str:

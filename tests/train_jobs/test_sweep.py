@@ -112,6 +112,32 @@ def test_every_sweep_that_ships_is_sound(path: Path, monkeypatch: pytest.MonkeyP
             r"sweep.yaml:5: .*is searched by tasks.\*.dropout already",
         ),
         (
+            {
+                "space": {
+                    "freeze": {"choice": [{}, {"embeddings": True}]},
+                    "freeze.layers": {"randint": [0, 2]},
+                }
+            },
+            r"sweep.yaml:\d+: space.freeze.layers: freeze.layers is searched by freeze already",
+        ),
+        (
+            {
+                "space": {
+                    "freeze.layers": {"randint": [0, 2]},
+                    "freeze": {"choice": [{}, {"embeddings": True}]},
+                }
+            },
+            r"sweep.yaml:5: space.freeze: freeze.layers is searched by freeze.layers already",
+        ),
+        (
+            {"space": {"encoder.revision": {"choice": [date(2020, 1, 1), "main"]}}},
+            r"sweep.yaml:3: space.encoder.revision: .*valid string",
+        ),
+        (
+            {"space": {"encoder": {"choice": [{"revision": date(2020, 1, 1)}, {}]}}},
+            r"sweep.yaml:3: space.encoder: .*valid string",
+        ),
+        (
             {"space": {"tasks.entities.loss_weight": {"sample_from": "simplex"}}},
             r"need several fields",
         ),
