@@ -55,7 +55,7 @@ class Parameter:
         if not isinstance(values, list) or not values:
             raise ValueError(f"{kind} takes a list")
         if kind in LISTS:
-            if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+            if len({json.dumps(v, sort_keys=True, default=str) for v in values}) < len(values):
                 raise ValueError(f"{kind} names a value twice")
             return cls(kind, tuple(values))
         return cls._interval(kind, values)
@@ -127,7 +127,7 @@ Range = Annotated[Parameter, PlainValidator(Parameter.parse), PlainSerializer(Pa
 
 def label(value: Any) -> Any:
     """A choice as searchers like it: a section becomes text."""
-    return json.dumps(value) if isinstance(value, dict | list) else value
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else value
 
 
 def expand(raw: Mapping[str, Any], path: str) -> list[str]:

@@ -96,6 +96,13 @@ class Sweep(Config):
             raise ValueError("name at least one field to search")
         return space
 
+    @field_validator("objective")
+    @classmethod
+    def _something_to_go_by(cls, objective: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not objective:
+            raise ValueError("name at least one")
+        return objective
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         gridded = [path for path, range_ in self.space.items() if range_.kind == "grid"]

@@ -93,6 +93,10 @@ def test_every_sweep_that_ships_is_sound(path: Path, monkeypatch: pytest.MonkeyP
         ({"objective": "slots/f1"}, r"sweep.yaml:5: objective: no task .slots. reports 'slots/f1'"),
         ({"objective": "entities/accuracy"}, r"entities reports no 'accuracy'; it reports f1"),
         ({"objective": "gain"}, r"set baselines: true"),
+        (
+            {"objective": [], "searcher": {"algorithm": "optuna"}},
+            r"sweep.yaml:5: objective: name at least one",
+        ),
         ({"objective": ["mean", "entities/f1"]}, r"a list needs searcher.algorithm: optuna"),
         (
             {
