@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -136,35 +136,45 @@ def expand(raw: Mapping[str, Any], path: str) -> list[str]:
     Raises:
         KeyError: there is no such field; its argument says what there is.
     """
-    found: list[tuple[str, Any]] = [("", raw)]
-    for part in path.split("."):
-        following: list[tuple[str, Any]] = []
-        for prefix, node in found:
-            names = _names(node)
-            if part == "*":
-                chosen = names
-            elif part in names:
-                chosen = [part]
-            else:
-                close = difflib.get_close_matches(part, names, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-                where = prefix.rstrip(".") or "the experiment"
-                raise KeyError(f"{where} has no field {part!r}; {hint if names else 'a value'}")
-            following += [(f"{prefix}{name}.", _child(node, name)) for name in chosen]
-        found = following
-    return [prefix.rstrip(".") for prefix, _ in found]
+    return list(_expand(raw, path.split("."), ""))
+
+
+def _expand(node: Any, parts: Sequence[str], prefix: str) -> Iterator[str]:
+    if not parts:
+        yield prefix
+        return
+    part, rest = _first(node, parts)
+    names = _names(node)
+    chosen = names if part == "*" else [name for name in names if name == part]
+    if not chosen:
+        close = difflib.get_close_matches(part, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+        where = prefix or "the experiment"
+        raise KeyError(f"{where} has no field {part!r}; {hint if names else 'a value'}")
+    for name in chosen:
+        yield from _expand(_child(node, name), rest, f"{prefix}.{name}" if prefix else name)
 
 
 def assign(raw: dict[str, Any], path: str, value: Any) -> None:
     """Set a field that `expand` found."""
-    *parents, last = path.split(".")
     node: Any = raw
-    for part in parents:
-        node = _child(node, part)
+    name, rest = _first(node, path.split("."))
+    while rest:
+        node = _child(node, name)
+        name, rest = _first(node, rest)
     if isinstance(node, list):
-        node[int(last)] = value
+        node[int(name)] = value
     else:
-        node[last] = value
+        node[name] = value
+
+
+def _first(node: Any, parts: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The longest of a node's names that a path begins with, as tasks may have dots in theirs, else
+    its first part; and what follows."""
+    names = _names(node)
+    ends = range(len(parts), 0, -1)
+    end = next((end for end in ends if ".".join(parts[:end]) in names), 1)
+    return ".".join(parts[:end]), parts[end:]
 
 
 def _names(node: Any) -> list[str]:

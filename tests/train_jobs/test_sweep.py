@@ -295,6 +295,26 @@ def test_a_draw_sets_every_field_it_names(tmp_path: Path) -> None:
     assert plan.base.freeze.layers == 0
 
 
+def test_a_task_with_dots_in_its_name_is_searched_as_any_other(tmp_path: Path) -> None:
+    """Also beside one that is called as its name begins."""
+    tasks = {name: {"kind": "classification"} for name in ("topic", "topic.v2", "mood")}
+    columns = {"text": "text"} | {name: name for name in tasks}
+    space = {
+        "tasks.*.loss_weight": {"sample_from": "simplex"},
+        "tasks.topic.v2.dropout": {"choice": [0.3, 0.4]},
+        "data.0.limit": {"randint": [10, 20]},
+    }
+    base = {"tasks": tasks, "data": [{"path": "none.jsonl", "columns": columns}]}
+    plan = plan_of(tmp_path, base=base, space=space)
+    draws = {f"tasks.{name}.loss_weight": number / 4 for number, name in enumerate(tasks, 1)}
+    found = plan.experiment({**draws, "tasks.topic.v2.dropout": 0.4, "data.0.limit": 12}).tasks
+    assert found.keys() == tasks.keys()
+    weights = [found[name].loss_weight for name in tasks]
+    assert weights == sorted(weights, reverse=True)
+    assert sum(weights) == pytest.approx(1)
+    assert [found[name].dropout for name in tasks] == [0.1, 0.4, 0.1]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.001, 0.999), min_size=2, max_size=5))
 def test_weights_on_the_simplex_are_positive_and_sum_to_one(draws: list[float]) -> None:
