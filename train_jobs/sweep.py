@@ -131,6 +131,15 @@ class Sweep(Config):
         return (self.objective,) if isinstance(self.objective, str) else self.objective
 
     @property
+    def training(self) -> dict[str, Any]:
+        """What the sweep says of every trial's training, where it is not searched."""
+        # Mid-epoch checkpoints would only cost: a trial is resumed at its last epoch.
+        fixed: dict[str, Any] = {"checkpoint_every": None}
+        if len(self.objectives) == 1 and "/" in self.objectives[0]:
+            fixed["metric"] = self.objectives[0]
+        return fixed
+
+    @property
     def num_trials(self) -> int:
         if self.searcher.algorithm != "grid":
             return self.budget.trials
@@ -159,6 +168,8 @@ class Plan:
         raw = self.base.model_dump(mode="json")
         for path, value in self.settings(values).items():
             assign(raw, path, value)
+        if isinstance(raw["training"], dict):  # may have been drawn as a whole
+            raw["training"] = self.sweep.training | raw["training"]
         if seed is not None:
             raw["seed"] = seed
         return parse_experiment(raw, where="trial")
@@ -259,11 +270,8 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
         raise SpaceError(["base"], f"there is no file {sweep.base!r} beside {path} or here")
     experiment = inherit(_changed(found, sweep.settings))
     _check_objective(sweep, experiment)
-    # Mid-epoch checkpoints would only cost: a trial is resumed at its last epoch.
-    training = {**experiment.training.model_dump(), "checkpoint_every": None}
-    if "/" in sweep.objectives[0] and len(sweep.objectives) == 1:
-        training["metric"] = sweep.objectives[0]
-    raw = {**experiment.model_dump(mode="json"), "training": training}
+    raw = experiment.model_dump(mode="json")
+    raw["training"] |= sweep.training
     return parse_experiment(raw, where=str(found))
 
 

@@ -220,6 +220,26 @@ def test_a_change_to_one_field_of_the_base_or_one_range_leaves_the_others(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("space", "drawn", "metric"),
+    [
+        ({"training": {"choice": [{"epochs": 2}, {"epochs": 3}]}}, '{"epochs": 2}', True),
+        ({"training": {"choice": [{"metric": "mean"}, {}]}}, '{"metric": "mean"}', False),
+        ({"training.metric": {"choice": ["mean", "sentiment/accuracy"]}}, "mean", False),
+        ({"optim": {"choice": [{"warmup": 0.2}, {}]}}, '{"warmup": 0.2}', True),
+    ],
+)
+def test_a_trial_s_best_epoch_is_best_by_the_objective_unless_that_is_searched(
+    space: dict[str, Any], drawn: str, metric: bool, tmp_path: Path
+) -> None:
+    plan = plan_of(tmp_path, objective="sentiment/accuracy", space=space)
+    training = plan.experiment(dict.fromkeys(space, drawn)).training
+    assert training.metric == ("sentiment/accuracy" if metric else "mean")
+    assert plan.base.training.metric == "sentiment/accuracy"
+    several = plan_of(tmp_path, space=space)
+    assert several.experiment(dict.fromkeys(space, drawn)).training.metric == "mean"
+
+
+@pytest.mark.parametrize(
     "range_",
     [
         {"uniform": [0.1, 0.4]},
