@@ -277,7 +277,9 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
 
 def _changed(base: Path, settings: Mapping[str, Any]) -> Experiment:
     """The base experiment with what `set:` changes."""
-    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+    # YAML reads what JSON makes of a character beyond 16 bits as two halves of one.
+    plain = {k: json.dumps(v, default=str, ensure_ascii=False) for k, v in settings.items()}
+    overrides = [f"{key}={value}" for key, value in plain.items()]
     try:
         return load_experiment(base, overrides)
     except ConfigError as error:

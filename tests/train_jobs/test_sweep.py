@@ -209,6 +209,11 @@ def test_a_mistake_of_the_base_is_not_blamed_on_what_is_set(tmp_path: Path) -> N
     assert "sweep.yaml" not in str(error.value)
 
 
+def test_what_is_set_keeps_every_character(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, set={"tasks.sentiment.labels": ["😀", "𠀀 é", "a\\n"]})
+    assert plan.base.tasks["sentiment"].labels == ("😀", "𠀀 é", "a\\n")
+
+
 def test_a_change_to_one_field_of_the_base_or_one_range_leaves_the_others(tmp_path: Path) -> None:
     base = {**BASE, "training": {"epochs": 3, "batch_size": 7}}
     plan_of(tmp_path, base=base, set={"training.patience": 2})
