@@ -1,6 +1,6 @@
 """The folder of one sweep.
 
-sweep.yaml        the sweep as it was started, with the experiment it varies
+sweep.yaml        the sweep as it was started, the experiment it varies, keys of the texts
 baselines/ search/         Ray Tune's records of each phase's trials
 best-TRIAL/                the same for the best setting, by the trial that found it
 workers/                   what each trial told; checkpoints of those with several workers
@@ -11,13 +11,14 @@ report.html *.png          everything to look at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import yaml
 
 from mtl_core.config import ConfigError, dump_experiment
+from mtl_core.data.examples import DataError
 from train_jobs.folders import NamedFolder, differences
 from train_jobs.sweep import Plan, Sweep
 
@@ -53,18 +54,25 @@ class SweepFolder(NamedFolder):
         return begun
 
     @contextmanager
-    def claim(self, plan: Plan) -> Iterator[None]:
+    def claim(self, plan: Plan, keys: Mapping[str, str] | None = None) -> Iterator[None]:
         """Make the folder this sweep's, and this process's until the block ends.
+
+        Args:
+            plan: the sweep.
+            keys: of its base experiment's encoded splits.
 
         Raises:
             ConfigError: another process works in it, another sweep has since begun in it, or it
                 cannot be written.
+            DataError: the sweep was begun with other texts.
         """
         with ExitStack() as block:
             with self.in_words():
                 block.enter_context(self.held())
                 self._is_of(plan)  # asked again: from now on nobody else changes it
-                self.write("sweep.yaml", yaml.safe_dump(_plain(plan), sort_keys=False))
+                self._check_texts(keys or {})
+                content = {**_plain(plan), "texts": dict(keys or {})}
+                self.write("sweep.yaml", yaml.safe_dump(content, sort_keys=False))
                 self.remove(FINISHED)  # until all of it is done again
             yield
 
@@ -73,9 +81,21 @@ class SweepFolder(NamedFolder):
         earlier = self.read("sweep.yaml")
         if earlier is None:
             return False
-        found = differences(yaml.safe_load(earlier), _plain(plan))
+        known = yaml.safe_load(earlier)
+        known.pop("texts", None)  # for `claim` to look at, when they were read
+        found = differences(known, _plain(plan))
         self.refuse_other("another sweep", [d for d in found if not d[0].startswith(FREE)])
         return True
+
+    def _check_texts(self, keys: Mapping[str, str]) -> None:
+        """Raise DataError if the sweep was begun with other texts; old ones tell no keys."""
+        known = yaml.safe_load(self.read("sweep.yaml") or "{}").get("texts") or keys
+        changed = [split for split in {**known, **keys} if known.get(split) != keys.get(split)]
+        if changed:
+            raise DataError(
+                f"the texts of {', '.join(changed)} have changed since {self.title} began; put "
+                "them back, or start a sweep of another name"
+            )
 
     def is_finished(self, minutes: float | None) -> bool:
         """Whether nothing is left to do for a search of so many minutes."""

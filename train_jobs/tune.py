@@ -79,7 +79,8 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
     Raises:
         ConfigError: training would refuse a baseline, the cluster cannot hold a trial, not all of
             its nodes reach the folder, or another process works on this sweep.
-        DataError: the data cannot be used, or has no score that the search is to go by.
+        DataError: the data cannot be used, has no score that the search is to go by, or is not what
+            the sweep was begun with.
     """
     check_baselines(plan)
     data = prepare(plan.base)
@@ -97,7 +98,7 @@ def sweep(plan: Plan, folder: SweepFolder) -> bool:
         plan = _with_resources(plan)  # what this machine cannot hold leaves no folder
         if hint := idle_gpus(plan.base.scale):
             print(hint)
-        with folder.claim(plan):
+        with folder.claim(plan, data.keys):
             rehearse(plan.base.scale, plan.sweep)
             return run_phases(Job(plan, folder.title, data.labels, data.keys), folder)
 

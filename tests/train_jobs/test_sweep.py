@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mtl_core import build
 from mtl_core.config import ConfigError
+from mtl_core.data.examples import DataError
 from mtl_core.data.sources import read_corpus
 from train_jobs import sweep, tune
 from train_jobs.space import Parameter
@@ -423,6 +424,42 @@ def test_a_sweep_that_came_in_between_is_not_mixed_with_another(tmp_path: Path) 
     ):
         pass
     assert SweepFolder(theirs.sweep).check(theirs)
+
+
+def test_a_sweep_does_not_go_on_with_other_texts_than_it_was_begun_with(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
+    folder = SweepFolder(plan.sweep)
+    keys = {"train": "a", "validation": "b"}
+    for _ in range(2):
+        with folder.claim(plan, keys):
+            pass
+    assert folder.check(plan)
+    for changed, splits in (
+        ({**keys, "validation": "c"}, "validation"),
+        ({"train": "d"}, "train, validation"),
+        ({**keys, "test": "e"}, "test"),
+    ):
+        with (
+            pytest.raises(DataError, match=f"^the texts of {splits} have changed since .*sweep"),
+            folder.claim(plan, changed),
+        ):
+            pass
+    with folder.claim(plan, keys):
+        pass
+
+
+def test_a_sweep_of_older_software_goes_on(tmp_path: Path) -> None:
+    """It kept no keys of its texts."""
+    plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
+    folder = SweepFolder(plan.sweep)
+    with folder.claim(plan, {"train": "a"}):
+        pass
+    earlier = yaml.safe_load(folder.read("sweep.yaml") or "")
+    del earlier["texts"]
+    folder.write("sweep.yaml", yaml.safe_dump(earlier))
+    assert folder.check(plan)
+    with folder.claim(plan, {"train": "b"}):
+        pass
 
 
 def test_a_search_that_goes_on_is_not_finished_before_its_end(tmp_path: Path) -> None:
