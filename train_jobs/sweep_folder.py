@@ -20,6 +20,7 @@ import yaml
 from mtl_core.config import ConfigError, dump_experiment
 from mtl_core.data.examples import DataError
 from train_jobs.folders import NamedFolder, differences
+from train_jobs.runs import MACHINE_FIELDS
 from train_jobs.sweep import Plan, Sweep
 
 FREE = (
@@ -107,6 +108,14 @@ class SweepFolder(NamedFolder):
     def finish(self, minutes: float | None) -> None:
         """Note that all is done: every trial, or what so many minutes of search left time for."""
         self.write(FINISHED, "" if minutes is None else str(minutes))
+
+    def set_best(self, experiment: str) -> None:
+        """Write best.yaml; an artifact of another setting goes."""
+        trained = self.read("artifact/experiment.yaml") or experiment
+        changed = differences(yaml.safe_load(trained), yaml.safe_load(experiment))
+        if any(path.split(".")[0] not in MACHINE_FIELDS for path, *_ in changed):
+            self.filesystem.rm(f"{self.path}/artifact", recursive=True)
+        self.write("best.yaml", experiment)
 
     def holds(self, pattern: str) -> bool:
         """Whether there is a file of that name, in which * stands for anything."""

@@ -70,7 +70,7 @@ def write_report(
     if best is not None:
         experiment = plan.experiment(best["config"])
         experiment = experiment.model_copy(update={"name": f"{plan.sweep.name}-best"})
-        folder.write("best.yaml", dump_experiment(experiment))
+        folder.set_best(dump_experiment(experiment))
         summary["best"] = {
             "trial": best["trial"],
             "settings": plan.settings(best["config"]),
@@ -319,7 +319,9 @@ def show_report(folder: SweepFolder) -> None:
     if summary["best"]:
         told = ", ".join(f"{k} = {_cell(v)}" for k, v in summary["best"]["settings"].items())
         console.print(f"best: {told}", soft_wrap=True)
-    print(f"report: {folder.title}/report.html  (best.yaml, artifact/, trials.csv beside it)")
+    beside = ("best.yaml", "artifact/manifest.json", "trials.csv")
+    there = ", ".join(name.removesuffix("manifest.json") for name in beside if folder.holds(name))
+    print(f"report: {folder.title}/report.html  ({there} beside it)")
 
 
 def spread(values: Sequence[float]) -> str:
