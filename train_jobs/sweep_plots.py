@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 STYLES = {"finished": ("o", "#0072B2"), "stopped": ("x", "0.55"), "unfinished": ("x", "0.55")}
 BEST = "#D55E00"
 Rows = Sequence[Mapping[str, Any]]
-"""Trials: `status`, `seconds`, `settings` (field → value), `scores` (task → score), `objective`."""
+"""Trials: `best` (whether it is), `status`, `seconds`, `settings` (field → value), `scores` (task →
+score), `objective`."""
 
 
 def parallel_coordinates(
@@ -37,9 +38,9 @@ def parallel_coordinates(
     order = np.argsort(np.nan_to_num(ranked, nan=-np.inf))
     low, high = (np.nanmin(ranked), np.nanmax(ranked)) if len(ranked) else (0.0, 1.0)
     colours = _colours()
-    for place, index in enumerate(order):
+    for index in order:
         share = (ranked[index] - low) / (high - low) if high > low else 1.0
-        best = place == len(order) - 1
+        best = trials[index]["best"]
         heights = [position[index] for position, _ in columns]
         axes.plot(
             range(len(names)),
@@ -58,7 +59,8 @@ def parallel_coordinates(
     axes.tick_params(length=0, labelsize=8.5)
     axes.set(yticks=[], xlim=(-0.15, len(names) - 1 + 0.6), ylim=(-0.06, 1.06))
     axes.spines[:].set_visible(False)
-    set_title(figure, "Every trial through its settings; the best in orange")
+    marked = "; the best in orange" if any(trial["best"] for trial in trials) else ""
+    set_title(figure, f"Every trial through its settings{marked}")
     save_figure(figure, path)
 
 

@@ -172,10 +172,12 @@ def _distribution(values: Sequence[Any], logarithmic: bool) -> Any:
 def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) -> dict[str, bytes]:
     """Name → PNG of every picture that the results allow."""
     searched = []
+    best = (summary["best"] or {}).get("trial")
     for trial in results.get("search", []):
         if objective_key(0) in trial["metrics"]:
             searched.append(
                 {
+                    "best": trial["trial"] == best,
                     "status": trial["status"],
                     "seconds": trial["metrics"].get("time_total_s", float("nan")),
                     "settings": plan.settings(trial["config"]),
@@ -235,7 +237,9 @@ def _weights(trial: Mapping[str, Any], folder: SweepFolder) -> Any:
     if trial["checkpoint"] is not None:
         return trial["checkpoint"]
     filesystem = None if folder.is_local else PyFileSystem(FSSpecHandler(folder.filesystem))
-    return Checkpoint(trial["metrics"]["checkpoint_path"], filesystem=filesystem)
+    name = Path(trial["metrics"]["checkpoint_path"]).name  # the sweep may have moved since
+    path = f"{folder.path}/workers/{trial['trial']}/{name}"
+    return Checkpoint(path, filesystem=filesystem)
 
 
 def _history(trials: Rows, case: str) -> Rows:

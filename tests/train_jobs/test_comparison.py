@@ -108,6 +108,7 @@ def test_pictures_stand_strange_trials(tmp_path: Path) -> None:
     """A score that is missing, one value only, sections as settings, names in other scripts."""
     trials = [
         {
+            "best": n == 0,
             "status": status,
             "seconds": 1.0,
             "settings": {"optim.learning_rate": 1e-4, "freeze": {"layers": n}, "任务 $x$": n},

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ import pytest
 import yaml
 from PIL import Image
 
+from mtl_core.config import Experiment, ScaleConfig, dump_experiment
 from mtl_core.metrics import PRIMARY
-from train_jobs import sweep_plots
+from train_jobs import sweep_plots, sweep_report
+from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_report import draw, importance, show_report, write_report
 
 KINDS = {"topic": "classification", "mood": "multilabel", "places": "token_classification"}
 RATE, DROPOUT, SCHEDULE = "optim.learning_rate", "encoder.dropout", "optim.schedule"
+NOTHING_MORE: dict[str, Any] = {"importance": {}, "compared": {}, "best": None}
+"""A summary without comparison."""
 
 
 @pytest.fixture
@@ -94,7 +99,7 @@ def test_every_two_tasks_are_drawn_against_each_other(
         lambda points, names, path, **_: drawn.update({path.name: (names, points)}),
     )
     trials = search_of(5, RATE)
-    draw(plan, {"search": trials}, {"importance": {}, "compared": {}})
+    draw(plan, {"search": trials}, NOTHING_MORE)
     names = {"pareto_topic_mood.png", "pareto_topic_places.png", "pareto_mood_places.png"}
     assert drawn.keys() - {"time.png"} == names
     (first, second), points = drawn["pareto_topic_places.png"]
@@ -114,6 +119,23 @@ def test_the_front_is_a_line_through_what_nothing_beats(
     sweep_plots.trade_off(points, ("topic", "mood"), tmp_path / "front.png")
     (line,) = figures[0].axes[0].lines
     assert list(zip(*line.get_data(), strict=True)) == scores[:3]
+
+
+@pytest.mark.parametrize("best", ["trial_0", None])
+def test_the_trial_that_stands_out_is_the_best_and_not_one_that_was_stopped(
+    best: str | None, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {}
+    monkeypatch.setattr(sweep_plots, "save_figure", lambda f, path: figures.update({path.name: f}))
+    trials = search_of(3, RATE)
+    for trial, rate, objective in zip(trials, (1e-5, 1e-4, 1e-3), (0.5, 0.5, 0.9), strict=True):
+        trial["config"][RATE] = rate
+        trial["metrics"]["objective_0"] = objective
+    trials[2]["status"] = "stopped"
+    draw(plan, {"search": trials}, {**NOTHING_MORE, "best": best and {"trial": best}})
+    (axes,) = figures["trials.png"].axes
+    orange = [line.get_ydata()[0] for line in axes.lines if line.get_color() == sweep_plots.BEST]
+    assert orange == ([0.0] if best else []), "the lowest rate"
 
 
 class Resources(HTMLParser):
@@ -219,3 +241,62 @@ def test_a_task_is_compared_on_one_split_which_is_named(
         assert caveat in shown
         for label in ("topic (test)", "mood (validation)", "places (validation)"):
             assert label in shown
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where the weights were that artifacts are made of; nothing of them is read."""
+    found = []
+
+    def build(weights: Path, experiment: Experiment, _: Any, run: RunFolder, __: float) -> None:
+        found.append(weights)
+        artifact = Path(run.artifact)
+        artifact.mkdir()
+        (artifact / "experiment.yaml").write_text(dump_experiment(experiment), encoding="utf-8")
+        (artifact / "manifest.json").touch()
+
+    monkeypatch.setattr(sweep_report, "build_artifact", build)
+    monkeypatch.setattr(sweep_report, "prepare", lambda _: None)
+    return found
+
+
+def best_run(plan: Plan, status: str = "finished") -> list[dict[str, Any]]:
+    """The best setting's first seed, trained with several workers in another place."""
+    (run,) = runs_of("best", {})[:1]
+    run["config"]["seed"] = plan.base.seed
+    run["metrics"]["checkpoint_path"] = "/before/sweep/workers/best/checkpoint_7"
+    return [{**run, "status": status}]
+
+
+def test_an_artifact_is_of_the_best_setting_or_not_there(
+    plan: Plan, built: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = SweepFolder(plan.sweep)
+    first, second = searched = search_of(2, RATE)
+    run, failed = best_run(plan), best_run(plan, "failed")
+    wider = replace(plan, base=plan.base.model_copy(update={"scale": ScaleConfig(workers=2)}))
+    with folder.claim(plan):
+        for of, best, runs, there in (
+            (plan, None, None, False),
+            (plan, first, None, False),
+            (plan, first, run, True),
+            (wider, first, None, True),
+            (plan, second, None, False),  # found by a search that went on
+            (plan, second, failed, False),
+        ):
+            results = {"search": searched, **({"best": runs} if runs else {})}
+            write_report(of, folder, results, best, {})
+            assert folder.holds("artifact/*") == there
+            show_report(folder)
+            beside = [*(["best.yaml"] if best else []), *(["artifact/"] if there else [])]
+            told = f"report.html  ({', '.join([*beside, 'trials.csv'])} beside it)"
+            assert told in capsys.readouterr().out
+    assert len(built) == 1
+
+
+def test_weights_are_found_in_a_sweep_that_was_moved(plan: Plan, built: list[Path]) -> None:
+    folder = SweepFolder(plan.sweep)
+    searched = search_of(1, RATE)
+    with folder.claim(plan):
+        write_report(plan, folder, {"search": searched, "best": best_run(plan)}, searched[0], {})
+    assert built == [Path(folder.path) / "workers/best/checkpoint_7"]
