@@ -33,6 +33,20 @@ def test_a_constant_side_leaves_the_other_s_degrees_of_freedom() -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "second"),
+    [([0.70, 0.71, 0.73], [0.78, 0.80, 0.81, 0.85, 0.80]), ([0.6, 0.7, 0.9, 0.8], [0.75, 0.72])],
+)
+def test_sides_of_unequal_numbers_have_welch_s_interval(
+    first: list[float], second: list[float]
+) -> None:
+    from scipy.stats import ttest_ind
+
+    _, low, high = difference(first, second)
+    wanted = ttest_ind(second, first, equal_var=False).confidence_interval()
+    assert (low, high) == pytest.approx((wanted.low, wanted.high))
+
+
+@pytest.mark.parametrize(
     ("second", "wanted"),
     [
         ([0.80, 0.81, 0.82], "helps"),
@@ -43,6 +57,8 @@ def test_a_constant_side_leaves_the_other_s_degrees_of_freedom() -> None:
 )
 def test_a_verdict_needs_more_than_the_spread(second: list[float], wanted: str) -> None:
     assert verdict([0.70, 0.71, 0.72], second) == wanted
+    opposite = {"helps": "hurts", "hurts": "helps"}
+    assert verdict(second, [0.70, 0.71, 0.72]) == opposite.get(wanted, wanted)
 
 
 def test_seeds_that_agree_by_chance_are_no_proof() -> None:
@@ -69,6 +85,37 @@ def test_more_passes_over_a_small_task_are_not_taken_for_sharing(mixing: str) ->
     chosen = {"intent": {**both["intent"], "best": [0.6]}}
     assert "flatters it there" in caveat(chosen, {"intent": "validation"}, mixing)
     assert "flatters" not in caveat(chosen, {"intent": "test"}, mixing)
+
+
+def test_two_caveats_are_told_apart_and_hold_if_they_hold_for_one_task() -> None:
+    compared = {"intent": {"alone": [0.5], "shared": [0.6]}, "slots": {"best": [0.6]}}
+    told = caveat(compared, {"intent": "test", "slots": "validation"}, "temperature")
+    first, second = told.split("; ")
+    assert first.startswith("slots: the best setting was chosen on validation")
+    assert second.startswith("under mixing temperature the shared run may go")
+
+
+@pytest.mark.parametrize(
+    ("alone", "shared", "told"),
+    [
+        ([0.70, 0.71, 0.72], [0.8], "sharing changes it by +9.00 points, on one seed only"),
+        ([0.7], [0.8, 0.8, 0.8], "sharing changes it by +10.00 points, on one seed only"),
+        (
+            [0.7, 0.7, 0.7],
+            [0.8, 0.8],
+            "sharing changes it by +10.00 points (2 seeds, no spread to judge by)",
+        ),
+    ],
+)
+def test_what_sharing_leaves_open_does_not_keep_from_judging_the_best_setting(
+    alone: list[float], shared: list[float], told: str
+) -> None:
+    scores = {"alone": alone, "shared": shared, "best": [0.90, 0.91]}
+    said = statement("intent", scores, "test").removeprefix("intent (test): ")
+    first, second = said.split("; ")
+    assert first == told
+    assert second.startswith("the best setting shared, against the untuned base alone,")
+    assert second.endswith(" 2 seeds)" if len(alone) > 1 else "on one seed only")
 
 
 def test_a_statement_names_task_points_and_seeds() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.tune.experiment import Experiment
+from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from train_jobs import search
@@ -73,6 +75,22 @@ def test_asha_stops_what_is_behind_at_a_rung_and_lets_the_best_end(tmp_path: Pat
     assert epochs_of(build_scheduler(plan), *steady, late) == [9, 2, 2, 9, 6]
 
 
+def test_asha_lets_one_in_so_many_go_on(tmp_path: Path) -> None:
+    steady = [[score] * EPOCHS for score in (0.9, 0.5, 0.75)]
+    for factor, last in ((2, 4), (3, 2)):
+        scheduler = {"kind": "asha", "grace_epochs": 2, "reduction_factor": factor}
+        plan = plan_of(tmp_path, scheduler=scheduler)
+        assert epochs_of(build_scheduler(plan), *steady) == [9, 2, last]
+
+
+def test_asha_stops_nothing_where_every_trial_has_all_its_epochs_to_show_itself(
+    tmp_path: Path,
+) -> None:
+    plan = plan_of(tmp_path, scheduler={"kind": "asha", "grace_epochs": 2 * EPOCHS})
+    steady = ([score] * EPOCHS for score in (0.9, 0.5))
+    assert epochs_of(build_scheduler(plan), *steady) == [9, 9]
+
+
 def test_a_bad_trial_is_stopped_by_the_median_after_its_grace(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, scheduler={"kind": "median", "grace_epochs": 3})
     steady = ([score] * EPOCHS for score in (0.9, 0.8, 0.85, 0.1))
@@ -121,12 +139,30 @@ def draws(plan: Plan, score: Callable[[float], dict[str, float]], count: int = 4
 
 
 def test_after_its_first_draws_tpe_goes_where_the_results_are_better(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, searcher={"algorithm": "optuna", "startup_trials": 10})
+    plan = plan_of(tmp_path, searcher={"algorithm": "optuna", "startup_trials": 5})
     low = draws(plan, lambda rate: {"objective_0": -abs(rate + 5)})
     high = draws(plan, lambda rate: {"objective_0": -abs(rate + 3)})
-    assert low[:10] == high[:10], "random draws do not hang on results"
-    assert sum(abs(rate + 5) < 0.5 for rate in low[10:]) > 15
-    assert sum(abs(rate + 3) < 0.5 for rate in high[10:]) > 15
+    assert low[:5] == high[:5], "random draws do not hang on results"
+    assert low[5:10] != high[5:10]
+    assert sum(abs(rate + 5) < 0.5 for rate in low[5:]) > 15
+    assert sum(abs(rate + 3) < 0.5 for rate in high[5:]) > 15
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_the_seed_fixes_what_is_drawn(algorithm: str, tmp_path: Path) -> None:
+    def drawn(seed: int) -> list[float]:
+        plan = plan_of(tmp_path, searcher={"algorithm": algorithm, "seed": seed})
+        searcher = build_searcher(plan)
+        if algorithm == "optuna":
+            searcher.set_search_properties("objective_0", "max", _space(plan))
+        space = {"config": _space(plan), "num_samples": 3, "storage_path": str(tmp_path)}
+        trainable = Experiment("search", lambda config: None, **space)
+        searcher = searcher if algorithm == "random" else SearchGenerator(searcher)
+        searcher.add_configurations([trainable])
+        return [searcher.next_trial().config[RATE] for _ in range(3)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
 
 
 def test_with_two_objectives_draws_gather_between_their_optima(tmp_path: Path) -> None:
