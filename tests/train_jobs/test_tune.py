@@ -61,9 +61,11 @@ def write_sweep(folder: Path, experiment: dict[str, Any], **changes: Any) -> Pat
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, experiment: dict[str, Any]) -> Path:
-    """The folder of a finished sweep with baselines."""
+    """The folder of a finished sweep with baselines, of enough epochs to score alone."""
     folder = tmp_path_factory.mktemp("sweep")
-    path = write_sweep(folder, experiment, baselines=True, objective="gain")
+    rates = {"optim.learning_rate": 5e-3, "optim.head_learning_rate": 5e-2}
+    longer = {**rates, "training.epochs": 12}
+    path = write_sweep(folder, experiment, baselines=True, objective="gain", set=longer)
     done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
     (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
