@@ -52,7 +52,11 @@ within half a minute."""
 
 
 def remote_call(task: str) -> Callable[..., Any]:
-    """What sends to a head's replicas, wherever they are."""
+    """What sends to a head's replicas, wherever they are.
+
+    Raises:
+        KeyError: it is not deployed.
+    """
     handle = serve.get_deployment_handle(head_name(task), app_name=head_name(task))
     return handle.remote
 
@@ -93,7 +97,11 @@ class EncoderReplica:
         check_exposure(self.settings, self.keys)
         self.metrics = Metrics(replica_name())
         self.log = RequestLog(self.settings.log_requests)
-        self.service = Service(self._load(None), self._head_call, self.metrics, self.settings)
+        self.service = Service(
+            self._load(None), self._head_call, self.metrics, self.settings, self.log
+        )
+        self.absent: dict[str, float] = {}
+        """Heads that are not deployed, and when to look for them again: a look blocks."""
         self.watcher: asyncio.Task[None] | None = None
         self.refused = ("", 0.0)
         """The version that was refused last, and when to try it again."""
@@ -120,7 +128,13 @@ class EncoderReplica:
     def _head_call(self, task: str) -> HeadCall:
         if self.settings.heads == "in_process":
             return LocalHead()
-        return RemoteHead(remote_call(task), task, self.settings.head_timeout_s, self.metrics)
+        now = time.monotonic()
+        if now >= self.absent.get(task, now):
+            with suppress(KeyError):
+                call = remote_call(task)
+                return RemoteHead(call, task, self.settings.head_timeout_s, self.metrics)
+            self.absent[task] = now + READY_FOR_S
+        raise HeadUnavailable(task, "missing", "it is not deployed")
 
     async def check_health(self) -> None:
         """Called by Serve from the start on: the first call warms up and starts watching.

@@ -30,10 +30,11 @@ RETRY_FOR_S = 30.0
 
 
 class HeadUnavailable(RuntimeError):
-    """A head gave no answer; its task is answered with 503."""
+    """A head gave no answer; its task is answered with 503, and counted by the reason."""
 
-    def __init__(self, task: str, detail: str) -> None:
+    def __init__(self, task: str, reason: str, detail: str) -> None:
         super().__init__(f"the head of task {task!r} is not available: {detail}; try again")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class LocalHead:
         try:
             output = await self.replica(head.version, features, all_tags, stored)
         except Exception as error:
-            raise HeadUnavailable(head.task, type(error).__name__) from error
+            raise HeadUnavailable(head.task, "error", type(error).__name__) from error
         assert output is not None
         return output
 
@@ -131,7 +132,7 @@ class RemoteHead:
         call: sends (version, features, all_tags, stored) to a replica.
         task: for messages and metrics.
         timeout_s: how long a head has for one batch.
-        metrics: where failures are counted.
+        metrics: where calls that are sent again are counted.
     """
 
     def __init__(
@@ -142,45 +143,52 @@ class RemoteHead:
         self.timeout_s = timeout_s
         self.metrics = metrics
         self.silent = False
-        self.paused_until = 0.0
+        self.paused_until = self.answered = 0.0
         self.died = -RETRY_FOR_S
 
     async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
         now = time.monotonic()
         if now < self.paused_until:
-            raise self._unavailable("paused", "it did not answer in time a moment ago")
+            detail = "it did not answer in time a moment ago"
+            raise HeadUnavailable(self.task, "paused", detail)
         if self.silent:  # this call finds out whether it answers again; others need not wait too
             self.paused_until = now + self.timeout_s
         deadline = now + RETRY_FOR_S
         wait = 0.05
         while True:
+            began = time.monotonic()
             try:
                 asked = self._ask(head, features, all_tags)
-                output = await asyncio.wait_for(asked, self._patience())
+                output = await asyncio.wait_for(asked, self._patience(began, deadline))
             except TimeoutError:
-                self._pause(PAUSE_AFTER_TIMEOUT_S)
-                raise self._unavailable("timeout", "it did not answer in time") from None
+                if self.answered < began:  # else another of its replicas answers
+                    self.silent = True
+                    self.paused_until = time.monotonic() + PAUSE_AFTER_TIMEOUT_S
+                detail = "it did not answer in time"
+                raise HeadUnavailable(self.task, "timeout", detail) from None
             except Exception as error:
                 if not replica_died(error):
-                    raise self._unavailable("error", type(error).__name__) from error
+                    self._heard()
+                    raise HeadUnavailable(self.task, "error", type(error).__name__) from error
                 self.died = time.monotonic()
                 if self.died + wait > deadline:
-                    raise self._unavailable("died", "its replicas died") from error
+                    raise HeadUnavailable(self.task, "died", "its replicas died") from error
             else:
-                self._pause(0.0)
+                self._heard()
                 return output
             self.metrics.head_retries.labels(self.task).inc()
             await asyncio.sleep(wait)
             wait = min(2 * wait, 1.0)
 
-    def _pause(self, seconds: float) -> None:
-        self.silent = seconds > 0
-        self.paused_until = time.monotonic() + seconds
+    def _heard(self) -> None:
+        """It answers, be it with an error."""
+        self.silent, self.paused_until = False, 0.0
+        self.answered = time.monotonic()
 
-    def _patience(self) -> float:
-        """Seconds to wait for an answer: more while a dead replica is being replaced."""
-        recent = time.monotonic() < self.died + RETRY_FOR_S
-        return max(RETRY_FOR_S, self.timeout_s) if recent else self.timeout_s
+    def _patience(self, now: float, deadline: float) -> float:
+        """Seconds to wait for an answer: up to the deadline while a dead replica is replaced."""
+        recent = now < self.died + RETRY_FOR_S
+        return max(deadline - now, self.timeout_s) if recent else self.timeout_s
 
     async def _ask(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
         output = await self.call(head.version, features, all_tags)
@@ -188,10 +196,6 @@ class RemoteHead:
             stored = (head.description, head.weights)
             output = await self.call(head.version, features, all_tags, stored)
         return output  # type: ignore[no-any-return]
-
-    def _unavailable(self, reason: str, detail: str) -> HeadUnavailable:
-        self.metrics.head_failures.labels(self.task, reason).inc()
-        return HeadUnavailable(self.task, detail)
 
 
 def replica_died(error: BaseException) -> bool:

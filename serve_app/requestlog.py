@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import orjson
 
-from serve_app.service import Answer
+if TYPE_CHECKING:
+    from serve_app.service import Answer
 
 
 class RequestLog:

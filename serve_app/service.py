@@ -23,6 +23,7 @@ from serve_app.batcher import Batch, Batcher, Job, fail
 from serve_app.heads import HeadCall, HeadUnavailable
 from serve_app.loaded import Loaded
 from serve_app.metrics import Metrics
+from serve_app.requestlog import RequestLog
 from serve_app.settings import Settings
 
 T = TypeVar("T")
@@ -93,14 +94,24 @@ class Answer:
             yield from output.predictions(part.items)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a job's texts begin in its batch, and among those that each of its heads is sent."""
+
+    job: Job
+    first: int
+    firsts: Sequence[int]
+
+
 class Service:
     """One encoder replica's work, whoever asks for it.
 
     Args:
         model: what to serve first.
-        head_call: makes the line to a task's head.
+        head_call: makes the line to a task's head; raises HeadUnavailable if there is none.
         metrics: where it is counted.
         settings: limits of requests, batches and what may wait.
+        log: where errors of heads are noted.
     """
 
     def __init__(
@@ -109,11 +120,13 @@ class Service:
         head_call: Callable[[str], HeadCall],
         metrics: Metrics,
         settings: Settings,
+        log: RequestLog | None = None,
     ) -> None:
         self.model = model
         self.max_tokens = settings.max_tokens
         self.head_call = head_call
         self.metrics = metrics
+        self.log = log or RequestLog()
         self.calls: dict[str, HeadCall] = {}
         self.batcher = Batcher(
             self._encode,
@@ -237,37 +250,59 @@ class Service:
         task.add_done_callback(self.asking.discard)
 
     async def _finish(self, batch: Batch) -> None:
-        try:
-            await self._ask_heads(batch)
-        except Exception as error:
-            fail(batch.jobs, error)
-        except asyncio.CancelledError:
-            fail(batch.jobs, RuntimeError("what asks the heads was cancelled"))
-            raise
-
-    async def _ask_heads(self, batch: Batch) -> None:
+        """Ask every head at once; whoever waits for one waits for no other."""
         started = time.perf_counter()
-        tasks = dict.fromkeys(task for job in batch.jobs for task in job.tasks)
-        replies = await asyncio.gather(*[self._ask(task, batch) for task in tasks])
-        outputs = dict(zip(tasks, replies, strict=True))
-        seconds = time.perf_counter() - started
-        first, firsts = 0, dict.fromkeys(tasks, 0)
+        groups: dict[tuple[str, ...], list[Place]] = {}
+        first, firsts = 0, dict.fromkeys([task for job in batch.jobs for task in job.tasks], 0)
         for job in batch.jobs:
-            count = len(job.items)
-            mine: dict[str, Output | HeadUnavailable] = {}
+            place = Place(job, first, [firsts[task] for task in job.tasks])
+            groups.setdefault(job.tasks, []).append(place)
+            first += len(job.items)
             for task in job.tasks:
-                output = outputs[task]
-                begin = firsts[task]
-                firsts[task] = begin + count
-                if isinstance(output, HeadUnavailable):
-                    mine[task] = output
-                else:
-                    mine[task] = output.part(begin, begin + count)
-            if not job.future.done():
-                pooled = batch.features.pooled[first : first + count]
-                waited = batch.started - job.queued
-                job.future.set_result(Part(job.items, pooled, mine, waited, batch.seconds, seconds))
-            first += count
+                firsts[task] += len(job.items)
+        loop = asyncio.get_running_loop()
+        asked = {task: loop.create_task(self._ask(task, batch)) for task in firsts}
+        settling = [
+            self._settle(batch, places, [asked[task] for task in tasks], started)
+            for tasks, places in groups.items()
+        ]
+        if len(settling) == 1:  # as it mostly is: no further task
+            await settling[0]
+        else:
+            await asyncio.gather(*settling, return_exceptions=True)
+
+    async def _settle(
+        self,
+        batch: Batch,
+        places: Sequence[Place],
+        asked: Sequence[asyncio.Task[Output | HeadUnavailable]],
+        started: float,
+    ) -> None:
+        """Hand jobs of the same tasks their share of what the heads say."""
+        try:
+            outputs = await asyncio.gather(*asked)
+            seconds = time.perf_counter() - started
+            for place in places:
+                job, first = place.job, place.first
+                count = len(job.items)
+                mine: dict[str, Output | HeadUnavailable] = {}
+                for task, output, begin in zip(job.tasks, outputs, place.firsts, strict=True):
+                    if isinstance(output, HeadUnavailable):
+                        mine[task] = output
+                    else:
+                        mine[task] = output.part(begin, begin + count)
+                if not job.future.done():
+                    pooled = batch.features.pooled[first : first + count]
+                    waited = batch.started - job.queued
+                    job.future.set_result(
+                        Part(job.items, pooled, mine, waited, batch.seconds, seconds)
+                    )
+        except Exception as error:
+            fail([place.job for place in places], error)
+        except asyncio.CancelledError:
+            cancelled = RuntimeError("what asks the heads was cancelled")
+            fail([place.job for place in places], cancelled)
+            raise
 
     async def _ask(self, task: str, batch: Batch) -> Output | HeadUnavailable:
         """One head's answer for the batch's texts that want it."""
@@ -281,11 +316,14 @@ class Service:
         head = batch.jobs[0].model.heads[task]
         features = needed(batch.features, rows, head.level)
         all_tags = any(job.all_tags and task in job.tasks for job in batch.jobs)
-        if task not in self.calls:
-            self.calls[task] = self.head_call(task)
         try:
+            if task not in self.calls:
+                self.calls[task] = self.head_call(task)
             return await self.calls[task](head, features, all_tags)
         except HeadUnavailable as error:
+            self.metrics.head_failures.labels(task, error.reason).inc()
+            if error.__cause__ is not None:
+                self.log.error(f"head-{task}", error.__cause__)
             return error
         finally:
             self.metrics.stage.labels(f"head-{task}").observe(time.perf_counter() - started)

@@ -136,8 +136,9 @@ def local_server(
     def local(_: str) -> HeadCall:
         return LocalHead()
 
-    service = Service(model, head_call or local, metrics, chosen)
-    gate = Gate(service, chosen, keys, log or RequestLog(False))
+    log = log or RequestLog(False)
+    service = Service(model, head_call or local, metrics, chosen, log)
+    gate = Gate(service, chosen, keys, log)
     port = free_ports(1)[0]
     app = build_app(Routes(gate, ready))
     server = uvicorn.Server(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import dataclasses
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
@@ -33,6 +36,7 @@ from serve_app.errors import ApiError
 from serve_app.heads import HeadReplica, HeadUnavailable, LocalHead, RemoteHead, StoredHead
 from serve_app.loaded import Loaded, current_version, load_artifact
 from serve_app.metrics import Metrics
+from serve_app.requestlog import RequestLog
 from serve_app.service import INLINE_CHARACTERS, Service
 from serve_app.settings import Settings
 from tests.servers import call, local_server
@@ -54,7 +58,7 @@ class Raising:
         self.task = task
 
     async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output:
-        raise HeadUnavailable(self.task, "test")
+        raise HeadUnavailable(self.task, "error", "test")
 
 
 class Broken:
@@ -104,6 +108,17 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 async def ask(service: Service, *tasks: str) -> Any:
     return await asyncio.wait_for(service.answer([TEXT], tasks or TASKS), 10)
+
+
+async def said(line: RemoteHead, model: Loaded) -> str:
+    """Whether a head answers, and if not why."""
+    pooled = np.zeros((1, model.stage.hidden_size), np.float32)
+    features = Features(pooled, np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
+    try:
+        await line(model.heads["mood"], features, False)
+    except HeadUnavailable as error:
+        return error.reason
+    return "an answer"
 
 
 async def refused_at_once(service: Service) -> None:
@@ -384,6 +399,41 @@ def test_whoever_asks_whether_it_is_ready_a_replica_looks_once(replica: EncoderR
     asyncio.run(asked())
 
 
+def test_a_head_that_is_not_deployed_costs_its_own_task_and_is_looked_for_now_and_then(
+    replica: EncoderReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    def remote_call(task: str) -> Any:
+        looks.append(task)
+        if task == "mood" and looks.count("mood") == 1:
+            raise KeyError("Deployment(name='head-mood', app='head-mood') does not exist.")
+        return Replica()
+
+    service = replica.service
+    following = dataclasses.replace(service.model, version="next")
+    monkeypatch.setattr(replica, "_load", lambda _: following)
+    monkeypatch.setattr(deployments, "remote_call", remote_call)
+    monkeypatch.setattr(deployments, "current_version", lambda _: "next")
+    service.head_call = replica._head_call
+
+    async def asked() -> None:
+        mine, others = await asyncio.gather(ask(service, "mood"), ask(service, "topic"))
+        assert "not deployed" in str(mine.failures["mood"])
+        assert not others.failures
+        with pytest.raises(ApiError, match="not deployed") as caught:
+            await replica.check_ready()
+        assert caught.value.status == 503
+        await replica._refresh(asyncio.get_running_loop())
+        assert replica.waiting is following
+        assert looks.count("mood") == 1
+        replica.absent["mood"] -= deployments.READY_FOR_S
+        assert not (await ask(service)).failures
+
+    asyncio.run(asked())
+    assert value(replica.metrics, "mtl_head_failures_total", task="mood", reason="missing") == 3
+
+
 def test_a_probe_that_leaves_ends_no_look_and_a_look_that_was_ended_is_taken_again(
     replica: EncoderReplica,
 ) -> None:
@@ -645,6 +695,24 @@ def test_a_head_in_this_process_that_cannot_be_built_is_unavailable(model: Loade
         asyncio.run(LocalHead()(broken, features, False))
 
 
+def test_a_failure_of_a_head_in_this_process_is_counted_and_leaves_a_trace(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_head(*_: Any) -> Output:
+        raise ValueError(TEXT)
+
+    monkeypatch.setattr(heads, "run_head", run_head)
+    metrics, log = Metrics("test"), RequestLog(False, io.StringIO())
+    answer = asyncio.run(ask(Service(model, lambda _: LocalHead(), metrics, SETTINGS, log), "mood"))
+    assert "ValueError" in str(answer.failures["mood"])
+    assert value(metrics, "mtl_head_failures_total", task="mood", reason="error") == 1
+    (line,) = log.stream.getvalue().splitlines()
+    row = json.loads(line)
+    assert (row["id"], row["error"]) == ("head-mood", "ValueError")
+    assert any("run_head" in place for place in row["trace"])
+    assert TEXT not in line
+
+
 def test_other_tasks_do_not_wait_for_a_head_that_hangs(model: Loaded) -> None:
     async def scenario() -> None:
         service, metrics = remote(model, Replica(60.0, 60.0), timeout_s=0.5)
@@ -655,6 +723,34 @@ def test_other_tasks_do_not_wait_for_a_head_that_hangs(model: Loaded) -> None:
         assert time.perf_counter() - started < 0.4
         assert set((await hanging).failures) == {"mood"}
         assert value(metrics, "mtl_head_failures_total", task="mood", reason="timeout") == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_timeout_means_a_pause_unless_another_call_was_answered_since(
+    answers: bool, model: Loaded
+) -> None:
+    async def scenario() -> None:
+        line = RemoteHead(Replica(60.0), "mood", 0.5, Metrics("test"))
+        stuck = asyncio.create_task(said(line, model))
+        await asyncio.sleep(0.1)
+        if answers:  # by another replica
+            assert await said(line, model) == "an answer"
+        assert await stuck == "timeout"
+        assert await said(line, model) == ("an answer" if answers else "paused")
+
+    asyncio.run(scenario())
+
+
+def test_a_head_that_answers_with_an_error_after_a_timeout_is_asked_again(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "PAUSE_AFTER_TIMEOUT_S", 0.0)
+
+    async def scenario() -> None:
+        line = RemoteHead(Replica(60.0, ValueError()), "mood", 0.5, Metrics("test"))
+        assert [await said(line, model) for _ in range(3)] == ["timeout", "error", "an answer"]
 
     asyncio.run(scenario())
 
@@ -729,6 +825,34 @@ def of(client: str, asked: Any) -> asyncio.Task[Any]:
     return asyncio.get_running_loop().create_task(asked, context=context)
 
 
+@pytest.mark.parametrize("fault", [ZeroDivisionError(), asyncio.CancelledError(), None], ids=repr)
+def test_a_head_that_hangs_or_fails_keeps_no_other_task_of_its_batch_waiting(
+    fault: BaseException | None, model: Loaded
+) -> None:
+    metrics, hanging = Metrics("test"), OfServe()
+    faulty = Broken(fault) if fault else RemoteHead(hanging, "mood", 60.0, metrics)
+    asked: list[tuple[str, ...]] = [("topic", "mood"), ("topic",), (), ("entities", "topic")]
+
+    async def scenario() -> None:
+        service = Service(model, head_calls(faulty), metrics, SETTINGS)
+        first, *others = [
+            asyncio.create_task(service.answer([TEXT] * count, tasks))
+            for count, tasks in enumerate(asked, 1)
+        ]
+        few, _, many = answers = await asyncio.wait_for(asyncio.gather(*others), 10)
+        assert [len(answer.vectors()) for answer in answers] == [2, 3, 4]
+        assert list(many.predictions("topic")) == list(few.predictions("topic")) * 2
+        assert len(list(many.predictions("entities"))) == 4
+        assert first.done() == bool(fault)
+        hanging.gate.set()
+        with pytest.raises((RuntimeError, ZeroDivisionError)) if fault else nullcontext():
+            assert list((await first).predictions("mood"))
+
+    asyncio.run(scenario())
+    assert value(metrics, "mtl_batch_texts_sum") == 10
+    assert value(metrics, "mtl_batch_texts_count") == 1
+
+
 @pytest.mark.parametrize("batch_tokens", [2048, 1], ids=["in its batch", "in later batches"])
 def test_a_client_that_leaves_takes_nobody_s_answer_with_it(
     batch_tokens: int, model: Loaded
@@ -785,6 +909,21 @@ def test_while_a_dead_replica_is_replaced_requests_wait_longer(
     async def scenario() -> None:
         service, _ = remote(model, Replica(ActorDiedError(), 0.5), timeout_s=0.1)
         assert not (await ask(service, "mood")).failures
+
+    asyncio.run(scenario())
+
+
+def test_they_wait_no_longer_than_for_its_replacement(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "RETRY_FOR_S", 1.0)
+
+    async def scenario() -> None:
+        deaths = [ActorDiedError() for _ in range(4)]  # 0.75 s of retries
+        line = RemoteHead(Replica(*deaths, 60.0), "mood", 0.1, Metrics("test"))
+        started = time.perf_counter()
+        assert await said(line, model) == "timeout"
+        assert 0.9 < time.perf_counter() - started < 1.5
 
     asyncio.run(scenario())
 
