@@ -161,6 +161,7 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
     config["http_options"]["port"] = options.port
     # Ray hands an encoder replica one CPU; here they may share all that the machine has.
     encoder = config["applications"][0]
+    settings = parse_settings(encoder["args"])
     share = max(1, usable_cpus() // options.encoder_replicas)
     encoder["args"].setdefault("threads", share)
     url = local_url(options)
@@ -174,9 +175,8 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
             launch.deploy(config)
             launch.wait_until_ready(url)
             if options.ask:
-                launch.ask(url, options.ask)
+                launch.ask(url, options.ask, Keys(settings.keys_file).first)
                 return
-            settings = parse_settings(config["applications"][0]["args"])
             heads = HeadWatcher(config, options.head_replicas)
             ready = f"ready: {url}  (page, /docs, /v1/predict; Ctrl-C stops)"
             launch.wait_for_signal(heads.look, settings.poll_seconds, ready)
@@ -195,7 +195,8 @@ def serve_on_cluster(options: argparse.Namespace) -> None:
     url = local_url(options)
     if options.ask:
         launch.wait_until_ready(url)
-        launch.ask(url, options.ask)
+        settings = parse_settings(config["applications"][0]["args"])
+        launch.ask(url, options.ask, Keys(settings.keys_file).first)
     print(
         f"deployed on the cluster at {os.environ['RAY_ADDRESS']}, port {options.port}; it goes on "
         "without this command; `serve status` shows it, `serve shutdown` stops it"

@@ -44,6 +44,11 @@ class Keys:
     def required(self) -> bool:
         return bool(self.fixed or self.file)
 
+    @property
+    def first(self) -> str | None:
+        """A key to ask with; of the file if there is one, which all replicas read."""
+        return next((key.decode() for key in (*self.from_file, *self.fixed)), None)
+
     def accept(self, key: str | None) -> bool:
         """Whether the key is one of ours; takes as long for a near miss as for a far one."""
         if not self.required:

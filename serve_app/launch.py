@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,6 @@ import psutil
 
 from mtl_core.config import ConfigError
 from mtl_core.forks import own_node
-from serve_app.auth import KEYS_VARIABLE
 from serve_app.errors import ApiError
 from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script, own_haproxy_ports
 
@@ -361,9 +361,8 @@ def artifact_path(artifact: str) -> str:
     return artifact if "://" in artifact else str(Path(artifact).expanduser().resolve())
 
 
-def request(url: str, body: object = None) -> Any:
-    """One HTTP request's JSON reply; keys come from the environment."""
-    key = os.environ.get(KEYS_VARIABLE, "").split(",")[0].strip()
+def request(url: str, body: object = None, key: str | None = None) -> Any:
+    """One HTTP request's JSON reply."""
     headers = {"content-type": "application/json"}
     if key:
         headers["authorization"] = f"Bearer {key}"
@@ -390,8 +389,23 @@ def wait_until_ready(url: str, timeout_s: float = 60.0) -> None:
             time.sleep(0.1)
 
 
-def ask(url: str, text: str) -> None:
-    """Ask one question over HTTP and print question and reply."""
+def ask(url: str, text: str, key: str | None) -> None:
+    """Ask one question over HTTP and print question and reply.
+
+    Raises:
+        ConfigError: the server refuses it; the message is its own.
+    """
     body = {"inputs": text}
     print(f"POST {url}/v1/predict {json.dumps(body, ensure_ascii=False)}")
-    print(json.dumps(request(f"{url}/v1/predict", body), indent=2, ensure_ascii=False))
+    try:
+        reply = request(f"{url}/v1/predict", body, key)
+    except urllib.error.HTTPError as error:
+        raise ConfigError(f"--ask: {refusal(error)}") from error
+    print(json.dumps(reply, indent=2, ensure_ascii=False))
+
+
+def refusal(error: urllib.error.HTTPError) -> str:
+    """What the server says is wrong; its status where that is not JSON of ours."""
+    with suppress(ValueError, LookupError, TypeError):
+        return str(json.load(error)["error"])
+    return str(error)

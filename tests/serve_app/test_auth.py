@@ -30,6 +30,7 @@ def file(tmp_path: Path) -> Path:
 def test_without_keys_everybody_may_ask() -> None:
     keys = Keys()
     assert not keys.required
+    assert keys.first is None
     assert keys.accept(None)
 
 
@@ -37,6 +38,7 @@ def test_the_environment_holds_several_keys(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(KEYS_VARIABLE, " one ,two,, ")
     keys = Keys()
     assert keys.required
+    assert keys.first == "one"
     assert keys.accept("one")
     assert keys.accept("two")
     assert not any(keys.accept(wrong) for wrong in (None, "", " one ", "one,two", "on", "ONE"))
@@ -56,6 +58,7 @@ def test_keys_of_environment_and_file_count_alike(
     keys = Keys(str(file))
     assert keys.accept("fixed")
     assert keys.accept("first-key")
+    assert keys.first == "first-key"  # replicas elsewhere may have another environment
 
 
 def test_a_key_is_rotated_without_a_restart(file: Path) -> None:

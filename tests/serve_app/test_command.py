@@ -29,6 +29,7 @@ from serve_app.deployments import encoder_app, head_app
 from serve_app.launch import SERVE_ENVIRONMENT
 from serve_app.ports import free_ports, haproxy_files
 from tests import preloaded
+from tests.servers import local_server
 
 pytestmark = pytest.mark.slow
 
@@ -172,6 +173,33 @@ def test_it_asks_its_own_server_whatever_proxy_the_environment_names(
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setattr("urllib.request._opener", None)  # it keeps what it read once
     launch.wait_until_ready(local_url, timeout_s=0.0)
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_it_asks_with_a_key_of_its_file_and_tells_why_it_is_refused(
+    cluster: bool,
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a server that runs already; what would start one does nothing."""
+    for name in ("set_environment", "start_ray", "deploy", "deploy_on_cluster", "stop"):
+        monkeypatch.setattr(launch, name, lambda *_: None)
+    monkeypatch.setattr(launch, "gpus", lambda: 0.0)
+    monkeypatch.setattr(launch, "check_port", lambda _, port: port)
+    monkeypatch.setattr("serve_app.__main__.forked_workers", lambda _: nullcontext())
+    if cluster:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    keys, others = tmp_path / "keys", tmp_path / "others"
+    keys.write_text("# ours\nsecret-key\n", encoding="utf-8")
+    others.write_text("wrong-key\n", encoding="utf-8")
+    with local_server(artifact, runtime="torch-fp32", keys_file=str(keys)) as (url, _):
+        base = ("--artifact", artifact, "--port", url.rpartition(":")[2], "--ask", "Berlin")
+        main([*map(str, base), "--keys-file", str(keys)])
+        assert '"results": [' in capsys.readouterr().out
+        assert refused(*base, "--keys-file", others).startswith("--ask: the API key is not valid;")
+        assert refused(*base).startswith("--ask: an API key is needed; send it as")
 
 
 def test_a_cluster_needs_a_port_by_number(
