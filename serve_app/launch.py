@@ -11,8 +11,8 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def start_ray(
         if address:
             ray.init(address=address, **quiet)
         else:
-            with own_node(Node, scripts):
+            with own_node(Node, scripts), outliving_the_terminal():
                 ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
@@ -140,6 +140,34 @@ def start_ray(
             "Ray starts: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S, in seconds"
         ) from error
     check_address(host, port)
+
+
+@contextmanager
+def outliving_the_terminal() -> Iterator[None]:
+    """What starts meanwhile does not end when the terminal closes, as Ray sees to it for Ctrl-C.
+
+    It is this process that is interrupted then, from now on, and only once: after the terminal the
+    shell says so, too.
+    """
+    if not ends_with_terminal():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGHUP, interrupt)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # which new processes take over
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+
+def ends_with_terminal() -> bool:
+    """Whether a closed terminal is to end this process: not under nohup."""
+    return signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 def gpus() -> float:
@@ -263,7 +291,7 @@ def stop() -> None:
                 serve.delete("encoder")
             stop_serve()
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         family = psutil.Process().children(recursive=True)
         ray.shutdown()
@@ -303,14 +331,16 @@ def end(processes: Sequence[psutil.Process], patience_s: float = 3.0) -> None:
 
 
 def wait_for_signal(meanwhile: Callable[[], None], seconds: float, message: str) -> None:
-    """Return at Ctrl-C or SIGTERM; a second one interrupts whatever then goes on.
+    """Return at Ctrl-C, SIGTERM or when the terminal closes.
+
+    A second Ctrl-C or SIGTERM interrupts whatever then goes on.
 
     Args:
         meanwhile: called again and again; a signal interrupts it, too.
         seconds: the pause between calls.
         message: printed once a signal would be noticed.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * ends_with_terminal()
     # Not an Event: its lock may be held by the very thread that the signal interrupts.
     woken, waker = socket.socketpair()
     with woken, waker:
@@ -334,8 +364,9 @@ def wait_for_signal(meanwhile: Callable[[], None], seconds: float, message: str)
                 if select.select([woken], [], [], seconds)[0] and woken.recv(1)[0] in numbers:
                     break
         signal.set_wakeup_fd(before)
-    for number in numbers:
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def check_port(host: str, port: int) -> int:

@@ -461,8 +461,63 @@ print("stopped")
 """
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_what_goes_on_meanwhile(number: str) -> None:
     command = [sys.executable, "-c", LOOKING.format(number=number)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=True)
     assert done.stdout.split() == ["looking", "stopped"]
+
+
+STARTING = """
+import os, signal, subprocess, sys, time
+from serve_app.launch import outliving_the_terminal
+
+with outliving_the_terminal():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child.send_signal(signal.SIGHUP)
+try:
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+for _ in range(3):  # the shell says so, too
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(0.02)
+print(child.poll())
+child.kill()
+"""
+
+
+def test_a_terminal_that_closes_during_the_start_interrupts_it_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING], capture_output=True, text=True, timeout=40, check=True
+    )
+    assert done.stdout.split() == ["interrupted", "None"]
+
+
+HUNG_UP = """
+import os, signal
+from serve_app.launch import wait_for_signal
+
+numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGHUP]
+
+def send():
+    number = numbers.pop()
+    print(number.name, flush=True)
+    os.kill(os.getpid(), number)
+
+wait_for_signal(send, 0.0, "looking")
+os.kill(os.getpid(), signal.SIGHUP)
+print("stopped")
+"""
+
+
+@pytest.mark.parametrize(
+    ("runner", "sent"), [([], ["SIGHUP"]), (["nohup"], ["SIGHUP", "SIGHUP", "SIGTERM"])]
+)
+def test_it_goes_on_without_its_terminal_under_nohup_alone(
+    runner: list[str], sent: list[str]
+) -> None:
+    command = [*runner, sys.executable, "-c", HUNG_UP]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=True)
+    assert done.stdout.split() == ["looking", *sent, "stopped"]

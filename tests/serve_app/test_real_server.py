@@ -231,6 +231,19 @@ def test_nothing_runs_that_only_a_cluster_needs(server: RealServer) -> None:
         assert not any(needless in line for line in lines)
 
 
+def test_a_closed_terminal_is_for_the_command_alone(server: RealServer) -> None:
+    """It needs the others to answer what is under way."""
+    group = os.getpgid(server.process.pid)
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    told = [process for process in family if os.getpgid(process.pid) == group]
+    assert any("raylet" in process.name() for process in told)
+    for process in told:
+        process.send_signal(signal.SIGHUP)
+    _, alive = psutil.wait_procs(told, timeout=1)
+    assert len(alive) == len(told)
+    assert call(f"{server.url}/v1/predict", {"inputs": SECRET}).status == 200
+
+
 @pytest.fixture(scope="module")
 def second(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     """Another server on the same machine, with short logs."""
