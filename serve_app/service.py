@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,8 +94,7 @@ class Answer:
             yield from output.predictions(part.items)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a job's texts begin in its batch, and among those that each of its heads is sent."""
 
     job: Job
@@ -282,11 +281,10 @@ class Service:
         try:
             outputs = await asyncio.gather(*asked)
             seconds = time.perf_counter() - started
-            for place in places:
-                job, first = place.job, place.first
+            for job, first, firsts in places:
                 count = len(job.items)
                 mine: dict[str, Output | HeadUnavailable] = {}
-                for task, output, begin in zip(job.tasks, outputs, place.firsts, strict=True):
+                for task, output, begin in zip(job.tasks, outputs, firsts, strict=True):
                     if isinstance(output, HeadUnavailable):
                         mine[task] = output
                     else:
