@@ -63,7 +63,7 @@ def history_of(tasks: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 20, 77])
+@pytest.mark.parametrize("num_classes", [1, 20, 77])
 def test_a_confusion_matrix_is_drawn_for_few_and_many_labels(
     num_classes: int, tmp_path: Path
 ) -> None:
@@ -98,23 +98,16 @@ def test_a_heatmap_is_drawn_with_and_without_negative_cosines(
     assert_is_sane(path)
 
 
-@pytest.mark.parametrize("num_types", [1, 4, 40])
-def test_bars_are_drawn_for_up_to_forty_types(num_types: int, tmp_path: Path) -> None:
-    path = tmp_path / "types.png"
-    row = {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 12.0}
-    plots.per_type_bars(dict.fromkeys(labels_of(num_types), row), path, "Entities by type")
-    assert_is_sane(path)
-
-
 def test_more_types_make_a_taller_picture(tmp_path: Path) -> None:
     row = {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 12.0}
-    for count in (4, 40):
+    for count in (1, 4, 40):
         rows = dict.fromkeys(labels_of(count), row)
-        plots.per_type_bars(rows, tmp_path / f"{count}.png", "Entities")
+        plots.per_type_bars(rows, tmp_path / f"{count}.png", "Entities by type")
+        assert_is_sane(tmp_path / f"{count}.png")
     assert png_size(tmp_path / "40.png")[1] > 3 * png_size(tmp_path / "4.png")[1]
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 9])
+@pytest.mark.parametrize("num_tasks", [1, 9])
 def test_learning_curves_are_drawn_for_any_number_of_tasks(num_tasks: int, tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     plots.learning_curves(history_of(labels_of(num_tasks)), path)
@@ -127,14 +120,18 @@ def test_learning_curves_are_drawn_before_anything_was_recorded(tmp_path: Path) 
     assert_is_sane(path)
 
 
-def test_learning_curves_skip_values_that_are_missing_or_not_finite(tmp_path: Path) -> None:
-    path = tmp_path / "curves.png"
+def test_learning_curves_skip_values_that_are_missing_or_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, _: drawn.append(figure))
     history = history_of(["a"])
     history[4]["loss/a"] = float("nan")
     history[5]["loss/a"] = None
     history[6]["loss/a"] = float("inf")
-    plots.learning_curves(history, path)
-    assert_is_sane(path)
+    plots.learning_curves(history, tmp_path / "curves.png")
+    loss, *_ = drawn[0].axes[0].lines
+    assert list(loss.get_xdata()) == [1, 2, 3, 4, *range(8, 61)]
 
 
 @pytest.mark.parametrize("num_tasks", [2, 3, 9])
