@@ -121,10 +121,10 @@ async def said(line: RemoteHead, model: Loaded) -> str:
     return "an answer"
 
 
-async def refused_at_once(service: Service) -> None:
-    started = time.perf_counter()
+async def refused_unasked(service: Service, replica: Replica) -> None:
+    calls = replica.calls
     assert (await ask(service, "mood")).failures
-    assert time.perf_counter() - started < 0.1
+    assert replica.calls == calls
 
 
 def test_answers_are_those_of_the_offline_predictor(model: Loaded, predictor: Predictor) -> None:
@@ -715,12 +715,11 @@ def test_a_failure_of_a_head_in_this_process_is_counted_and_leaves_a_trace(
 
 def test_other_tasks_do_not_wait_for_a_head_that_hangs(model: Loaded) -> None:
     async def scenario() -> None:
-        service, metrics = remote(model, Replica(60.0, 60.0), timeout_s=0.5)
+        service, metrics = remote(model, Replica(60.0, 60.0), timeout_s=2)
         hanging = asyncio.create_task(ask(service, "mood"))
         await asyncio.sleep(0.05)
-        started = time.perf_counter()
         assert not (await ask(service, "topic")).failures
-        assert time.perf_counter() - started < 0.4
+        assert not hanging.done()
         assert set((await hanging).failures) == {"mood"}
         assert value(metrics, "mtl_head_failures_total", task="mood", reason="timeout") == 1
 
@@ -762,14 +761,15 @@ def test_after_a_timeout_the_head_is_left_alone_and_then_tried_by_one_request(
 
     async def scenario() -> None:
         replica = Replica(60.0, 60.0)
-        service, _ = remote(model, replica, timeout_s=0.2)
+        service, _ = remote(model, replica, timeout_s=0.5)
         assert (await ask(service, "mood")).failures
-        await refused_at_once(service)
+        await refused_unasked(service, replica)
         assert replica.calls == 1
         await asyncio.sleep(0.3)
         probe = asyncio.create_task(ask(service, "mood"))
         await asyncio.sleep(0.05)
-        await refused_at_once(service)  # another one finds out; this need not wait
+        await refused_unasked(service, replica)
+        assert not probe.done()  # another one finds out; this need not wait
         assert (await probe).failures
         await asyncio.sleep(0.4)
         assert not (await ask(service, "mood")).failures
