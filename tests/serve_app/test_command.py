@@ -26,7 +26,6 @@ from serve_app.__main__ import main
 from serve_app.application import share_gpus
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
-from serve_app.launch import SERVE_ENVIRONMENT
 from serve_app.ports import free_ports, haproxy_files
 from tests import preloaded
 from tests.servers import local_server
@@ -352,20 +351,6 @@ def test_the_file_that_ships_fits_the_demo_s_tasks() -> None:
     encoder, *others = map(resources, shipped["applications"])
     assert encoder == {"num_cpus": 1.0, "num_gpus": 0}
     assert others == [{"num_cpus": 0.1}] * len(heads)
-
-
-def test_ray_is_started_with_every_setting_of_serve() -> None:
-    show = "import json, os; print(json.dumps(dict(os.environ)))"
-    command = [sys.executable, "-m", "serve_app.environment", sys.executable, "-c", show]
-    given = {k: v for k, v in os.environ.items() if k not in SERVE_ENVIRONMENT}
-    given |= haproxy_files("/tmp/none")
-    given["RAY_SERVE_HAPROXY_NBTHREAD"] = "3"
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
-    found = json.loads(done.stdout)
-    assert {name: found[name] for name in SERVE_ENVIRONMENT} == {
-        **SERVE_ENVIRONMENT,
-        "RAY_SERVE_HAPROXY_NBTHREAD": "3",
-    }
 
 
 def test_on_a_cluster_haproxys_files_are_in_a_folder_that_others_cannot_read() -> None:

@@ -24,7 +24,7 @@ import yaml
 import serve_app.__main__
 from serve_app.errors import unavailable
 from serve_app.launch import SERVE_ENVIRONMENT
-from serve_app.ports import free_ports
+from serve_app.ports import free_ports, haproxy_files
 from tests.servers import call, local_server
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +156,7 @@ def test_ray_starts_with_what_serve_reads() -> None:
     entry = [sys.executable, *command("cpu")[1:3], sys.executable, "-c", printed]
     kept = {"RAY_SERVE_HAPROXY_RETRIES": "1"}
     clean = {name: value for name, value in os.environ.items() if name not in SERVE_ENVIRONMENT}
+    clean |= haproxy_files("/tmp/none")  # or a folder for them would stay
     out = subprocess.run(entry, cwd=ROOT, env={**clean, **kept}, stdout=subprocess.PIPE, check=True)
     found = json.loads(out.stdout)
     assert {name: found.get(name) for name in SERVE_ENVIRONMENT} == SERVE_ENVIRONMENT | kept
