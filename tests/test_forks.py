@@ -114,11 +114,10 @@ def scripts_of(preload: str, number: int) -> Iterator[tuple[str, psutil.Process]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preload", ["train_jobs.preload", "serve_app.preload"])
 def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that_asked(
-    preload: str, ray_like: Path
+    ray_like: Path,
 ) -> None:
-    with scripts_of(preload, signal.SIGKILL) as (folder, server):
+    with scripts_of("train_jobs.preload", signal.SIGKILL) as (folder, server):
         worker, setup = f"{folder}/default_worker.py", f"{folder}/setup_worker.py"
         of_no_job, _, _ = run_as_ray(ray_like, worker, job=None)
         said, complaint, variables = run_as_ray(ray_like, worker, "--number", "5")
@@ -151,7 +150,9 @@ def test_a_fork_has_the_streams_folder_environment_and_arguments_of_the_one_that
 def test_a_worker_that_does_not_end_with_ray_ends_with_the_command(ray_like: Path) -> None:
     with scripts_of("serve_app.preload", signal.SIGINT) as (folder, server):
         said, _, _ = run_as_ray(ray_like, f"{folder}/default_worker.py", "--stay")
-        worker = psutil.Process(json.loads(said)["pid"])
+        told = json.loads(said)
+        assert told["libraries"] == ["torch", "ray", "transformers"]
+        worker = psutil.Process(told["pid"])
         assert worker.ppid() == server.pid
     assert not server.is_running()
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
