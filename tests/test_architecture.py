@@ -124,14 +124,17 @@ def test_a_package_does_not_import(package: str, forbidden: set[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
-def test_importing_every_module_has_no_side_effects(package: str, tmp_path: Path) -> None:
+def test_importing_every_module_has_no_side_effects_and_of_mtl_core_loads_no_ray(
+    package: str, tmp_path: Path
+) -> None:
     names = [
         module_name(path)
         for path in FILES
         if path.relative_to(ROOT).parts[0] == package and path.name != "__main__.py"
     ]
-    effects, _ = import_fresh(tmp_path, *names)
+    effects, modules = import_fresh(tmp_path, *names)
     assert not effects
+    assert package != "mtl_core" or "ray" not in modules
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -140,14 +143,10 @@ def test_importing_a_package_alone_loads_nothing_heavy(package: str, tmp_path: P
     assert not modules & set(HEAVY)
 
 
-def test_checking_an_experiment_file_does_not_load_torch(tmp_path: Path) -> None:
-    _, modules = import_fresh(tmp_path, "mtl_core.config")
-    assert not modules & set(HEAVY)
-
-
 @pytest.mark.parametrize(
     ("name", "unloaded"),
     [
+        ("mtl_core.config", HEAVY),
         ("train_jobs.train", HEAVY),  # so that --help and a mistake in the file cost no seconds
         ("serve_app.__main__", HEAVY),
         ("train_jobs.runs", HEAVY),
@@ -160,12 +159,6 @@ def test_what_starts_first_does_not_load(
 ) -> None:
     _, modules = import_fresh(tmp_path, name)
     assert not modules & set(unloaded)
-
-
-def test_importing_mtl_core_never_loads_ray(tmp_path: Path) -> None:
-    names = [module_name(path) for path in FILES if path.relative_to(ROOT).parts[0] == "mtl_core"]
-    _, modules = import_fresh(tmp_path, *names)
-    assert "ray" not in modules
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
