@@ -234,15 +234,9 @@ def test_a_process_that_predicts_takes_free_gpus_or_no_more_threads_than_a_node_
         assert "predicting on CPUs; " + advice in said
 
 
-@pytest.mark.parametrize(("node", "told"), [(GPU, True), (SMALL, False)])
-def test_a_sweep_says_once_that_its_trials_leave_gpus_idle(
-    node: tuple[int, int],
-    told: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    cluster_of(monkeypatch, node)
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep reads no data, starts no Ray and trains nothing."""
     data = SimpleNamespace(labels={}, keys={})
     for name, stand_in in {
         "prepare": lambda _: data,
@@ -253,7 +247,33 @@ def test_a_sweep_says_once_that_its_trials_leave_gpus_idle(
         "run_phases": lambda *_: True,
     }.items():
         monkeypatch.setattr(tune, name, stand_in)
+
+
+@pytest.mark.usefixtures("no_cluster")
+@pytest.mark.parametrize(("node", "told"), [(GPU, True), (SMALL, False)])
+def test_a_sweep_says_once_that_its_trials_leave_gpus_idle(
+    node: tuple[int, int],
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cluster_of(monkeypatch, node)
     monkeypatch.chdir(tmp_path)
     plan = plan_of(tmp_path, {"workers": 2}, {"trials": 3})
     assert tune.sweep(plan, SweepFolder(plan.sweep))
     assert capsys.readouterr().out.count("training on CPUs") == told
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_sweep_that_this_machine_cannot_hold_is_refused_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_of(monkeypatch, SMALL)
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(tmp_path, {"workers": 500}, {"trials": 3})
+    folder = SweepFolder(plan.sweep)
+    with pytest.raises(ConfigError, match=r"500 worker\(s\)"):
+        tune.sweep(plan, folder)
+    assert not Path(folder.title).exists()

@@ -582,6 +582,20 @@ def test_a_gain_over_nothing_is_refused(
         assert asked[-1].alone == scores
 
 
+def test_a_search_of_which_no_trial_finished_leaves_a_table_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"reason": "Task was killed due to the node running low on memory.", "metrics": {}}
+    config = {"optim.learning_rate": 1e-4}
+    row = {"phase": "search", "trial": "a", "status": "failed", "config": config, **told}
+    monkeypatch.setattr(tune, "run_phase", lambda *_: ([row], True))
+    plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
+    folder = SweepFolder(plan.sweep)
+    with folder.claim(plan), pytest.raises(ConfigError, match=r"no trial of .*trials\.csv there"):
+        run_phases(Job(plan, folder.title, labels={}, keys={}), folder)
+    assert "running low on memory" in (Path(folder.title) / "trials.csv").read_text("utf-8")
+
+
 def test_a_task_alone_keeps_all_but_the_other_tasks(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     alone = plan.alone("entities")

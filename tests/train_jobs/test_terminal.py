@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -28,15 +29,17 @@ SEARCH = re.compile(
 )
 
 
-def test_a_sweep_s_table_is_redrawn_in_place_and_says_why_a_trial_failed(
+def test_a_sweep_s_table_is_redrawn_in_place_and_says_why_a_trial_failed_while_others_go_on(
     tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
+    """A rate that overflows fp32 gives a loss that is not finite."""
     base = {**experiment, "data": [{"demo": True, "limit": 80}], "scale": {"workers": 1}}
     write_config(tmp_path, base)
     sweep = {
+        "name": "sweep",
         "base": "experiment.yaml",
         "output_dir": str(tmp_path / "sweeps"),
-        "space": {"optim.learning_rate": {"grid": [1e38, 1e-3]}},  # the first overflows
+        "space": {"optim.learning_rate": {"grid": [1e38, 1e-3]}},
         "searcher": {"algorithm": "grid"},
         "budget": {"concurrency": 1},
         "seeds": 1,
@@ -61,6 +64,14 @@ def test_a_sweep_s_table_is_redrawn_in_place_and_says_why_a_trial_failed(
     assert re.search(r"^search: 1 failed, 1 finished  \d+:\d\d", screen.text, re.MULTILINE)
     assert "report: " in screen.text
     assert "Traceback" not in screen.text
+    folder = tmp_path / "sweeps/sweep"
+    trials = pd.read_csv(folder / "trials.csv")
+    (failed,) = trials[trials["status"] == "failed"].to_dict("records")
+    told = (folder / f"workers/{failed['trial']}/metrics.jsonl").read_text("utf-8")
+    assert failed["optim.learning_rate"] == 1e38
+    assert "is not finite at step" in failed["reason"]
+    assert told.count('"event": "start"') == 1, "it is not trained again"
+    assert (folder / "artifact/manifest.json").is_file()
 
 
 def test_progress_is_redrawn_in_place_and_ctrl_c_gives_the_terminal_back(

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SLOW: dict[str, Any] = {
     "set": {"training.epochs": 12},
-    "budget": {"trials": 4, "concurrency": 1},
+    "budget": {"trials": 3, "concurrency": 1},
     "seeds": 1,
 }
 """Trials of a few seconds, one after the other."""
@@ -151,45 +151,26 @@ def test_a_finished_sweep_is_shown_and_not_repeated(swept: Path) -> None:
     pd.testing.assert_frame_equal(trials_of(swept), before)
 
 
-def test_a_folder_of_another_sweep_is_refused(swept: Path) -> None:
-    done = run("tune", "--config", str(swept / "sweep.yaml"), "--set", "seeds=3")
-    assert done.returncode == 1
-    assert "sweep.seeds was 2, now 3" in done.stderr
-
-
-def test_what_this_machine_cannot_hold_is_refused_and_leaves_no_folder(
-    tmp_path: Path, experiment: dict[str, Any]
-) -> None:
-    path = write_sweep(tmp_path, experiment, set={"scale.workers": 500})
-    done = run("tune", "--config", str(path))
-    assert done.returncode == 1
-    assert "500 worker(s)" in done.stderr
-    assert not (tmp_path / "sweeps").exists()
-
-
 def test_a_search_whose_time_is_over_goes_on_when_it_gets_more(
     tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
     """A thousand short trials never end within the time that they get."""
-    budget = {"trials": 1000, "concurrency": 1, "minutes": 0.35}
+    budget = {"trials": 1000, "concurrency": 1, "minutes": 0.25}
     path = write_sweep(tmp_path, experiment, budget=budget, seeds=1)
     done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
-    assert "0.35 minutes are over" in done.stdout
+    assert "0.25 minutes are over" in done.stdout
     assert "WARNING" not in done.stderr
     first = trials_of(tmp_path)
     ended = finished_of(first)
     assert 2 <= len(ended) < 500
     assert (first[first["phase"] == "best"]["status"] == "finished").all()
 
-    done = run("tune", "--config", str(path))
-    assert "is finished" in done.stdout
-
-    more = ("--set", "budget.minutes=0.8", "--set", "budget.concurrency=2")
+    more = ("--set", "budget.minutes=0.5", "--set", "budget.concurrency=2")
     done = run("tune", "--config", str(path), *more)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
-    assert "0.8 minutes are over" in done.stdout
+    assert "0.5 minutes are over" in done.stdout
     searched = finished_of(trials_of(tmp_path))
     assert len(searched) > len(ended)
     before = ended["seconds"].iloc[:-1]  # the last may have been cut off behind its scores
@@ -198,51 +179,6 @@ def test_a_search_whose_time_is_over_goes_on_when_it_gets_more(
     best = searched["objective mean"].idxmax()
     assert summary["best"]["trial"] == best
     assert (tmp_path / f"sweeps/sweep/best-{best}").is_dir()
-
-
-def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
-    tmp_path: Path, experiment: dict[str, Any]
-) -> None:
-    """A rate that overflows fp32 gives a loss that is not finite."""
-    path = write_sweep(
-        tmp_path,
-        experiment,
-        space={"optim.learning_rate": {"grid": [1e-3, 1e38]}},
-        searcher={"algorithm": "grid"},
-        seeds=1,
-    )
-    done = run("tune", "--config", str(path))
-    assert done.returncode == 0, done.stderr
-    trials = trials_of(tmp_path)
-    failed = trials[trials["status"] == "failed"]
-    assert (failed["optim.learning_rate"] == 1e38).all()
-    assert len(failed)
-    assert failed["reason"].str.contains("is not finite at step").all()
-    for trial in failed["trial"]:
-        told = (tmp_path / f"sweeps/sweep/workers/{trial}/metrics.jsonl").read_text("utf-8")
-        assert told.count('"event": "start"') == 1, "it is not trained again"
-    assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
-
-
-def test_trials_that_run_out_of_memory_are_recorded_with_that_reason(
-    tmp_path: Path, experiment: dict[str, Any]
-) -> None:
-    """Ray kills what makes a node's memory run over its threshold; here that is a hundredth."""
-    path = write_sweep(tmp_path, experiment, budget={"trials": 2}, seeds=1)
-    done = run("tune", "--config", str(path), RAY_memory_usage_threshold="0.01")
-    while "Ray Tune broke off" in done.stderr:  # struck as a process began, which is rare
-        assert "running low on memory" in done.stderr
-        done = run("tune", "--config", str(path), RAY_memory_usage_threshold="0.01")
-    assert done.returncode == 1
-    assert "no trial of" in done.stderr
-    assert "trials.csv there says why" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    trials = trials_of(tmp_path)
-    assert (trials["status"] == "failed").all()
-    assert len(trials) == 2
-    assert trials["reason"].str.contains("running low on memory").all()
-    assert trials["optim.learning_rate"].notna().all()
-    assert "running low on memory" in done.stdout
 
 
 def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
@@ -280,15 +216,15 @@ def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
     assert "report:" in output
     ended = trials_of(tmp_path)
     before = ended[ended["status"] == "finished"].set_index("trial")
-    assert 1 <= len(before) < 4
+    assert 1 <= len(before) < 3
 
     done = run("tune", "--config", str(path))
     assert done.returncode == 0, done.stderr
-    assert "trial 4 finished" not in done.stdout  # numbered anew: three were left
+    assert "trial 3 finished" not in done.stdout  # numbered anew: two were left
     trials = trials_of(tmp_path).set_index("trial")
     assert (trials["status"] == "finished").all()
     searched = trials.index[trials["phase"] == "search"]
-    assert len(searched) == 4
+    assert len(searched) == 3
     assert list(searched[: len(ended)]) == list(ended["trial"]), "in the order of their draws"
     pd.testing.assert_series_equal(trials.loc[before.index, "seconds"], before["seconds"])
 
@@ -314,8 +250,8 @@ def test_a_killed_driver_and_a_killed_trial_cost_nothing_but_time(
     assert done.returncode == 0, done.stderr
     trials = trials_of(tmp_path)
     assert (trials["status"] == "finished").all(), trials["reason"].to_list()
-    assert (trials["phase"] == "search").sum() == 4
-    assert "trial 3 finished" not in done.stdout.partition("best:")[0]  # two were left
+    assert (trials["phase"] == "search").sum() == 3
+    assert "trial 2 finished" not in done.stdout.partition("best:")[0]  # one was left
 
 
 def trial_processes() -> list[psutil.Process]:
