@@ -26,7 +26,7 @@ os.environ["MTL_CACHE"] = _SESSION_CACHE.name
 
 LONGEST = (
     *("test_jobs.py", "test_train.py", "test_tune.py", "test_autoscaling.py", "test_cluster.py"),
-    *("test_sweep_job.py", "test_environment.py", "test_real_server.py", "test_s3_runs.py"),
+    *("test_sweep_job.py", "test_environment.py", "test_real_server.py"),
     *("train_jobs/test_predict.py", "train_jobs/test_shards.py", "test_faults.py"),
     *("test_terminal.py", "test_loop_distributed.py", "test_bench_train.py", "test_bench_serve.py"),
 )

@@ -1,4 +1,4 @@
-"""Training on Ray: what a run leaves behind, and what happens when something dies."""
+"""Training on Ray: what a run leaves behind, on S3 too, and what happens when something dies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from mtl_core.data.prepare import prepare
 from mtl_core.predictor import Predictor
 from tests.commands import ROOT, history, run, start, wait_for, weights, write_config
 from tests.preloaded import Process
+from tests.s3_server import checkpoints, s3_server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 STEPS_IN_EPOCH = 75
+S3_RUN = "team/runs/small"
 TEXTS = ["Maria Lopez loved the Grand Hotel in Lisbon.", "The food was cold."]
 
 
@@ -167,7 +170,7 @@ def test_a_folder_of_another_configuration_is_refused(finished: Path) -> None:
 
 
 def test_an_elastic_number_of_workers_gives_the_weights_of_two(
-    tmp_path: Path, experiment: dict[str, Any]
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
     no_dropout = {
         **experiment,
@@ -177,7 +180,7 @@ def test_an_elastic_number_of_workers_gives_the_weights_of_two(
     }
     for name, workers in (("two", 2), ("elastic", [1, 2])):
         config = write_config(tmp_path, no_dropout, name=name, scale={"workers": workers})
-        done = run("train", "--config", str(config))
+        done = run("train", "--config", str(config), address=ray_address)
         assert done.returncode == 0, done.stderr
         starts = [row for row in history(tmp_path, name) if row["event"] == "start"]
         assert [row["workers"] for row in starts] == [2]
@@ -251,7 +254,7 @@ def test_after_ctrl_c_and_after_the_driver_was_killed_the_same_command_goes_on(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_which_keeps_the_checkpoint_before(
-    tmp_path: Path, experiment: dict[str, Any]
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
     wild = {
         **experiment,
@@ -259,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_which_keeps_the_checkpoint_befo
         "training": {**experiment["training"], "checkpoint_every": 1},
     }
     config = write_config(tmp_path, wild)
-    done = run("train", "--config", str(config))
+    done = run("train", "--config", str(config), address=ray_address)
     assert done.returncode == 1
     assert "is not finite at step 2 (epoch 1)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -279,16 +282,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_which_keeps_the_checkpoint_befo
     refused = run("train", *lower)
     assert refused.returncode == 1
     assert "optim.learning_rate was 1e+30, now 0.001" in refused.stderr
-    calm = run("train", *lower, "--set", "name=calm", "--set", "data.0.limit=40")
+    small = ("--set", "name=calm", "--set", "data.0.limit=40")
+    calm = run("train", *lower, *small, address=ray_address)
     assert calm.returncode == 0, calm.stderr
 
 
 def test_a_mistake_that_only_the_encoder_shows_is_told_once(
-    tmp_path: Path, experiment: dict[str, Any]
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
     encoder = {**experiment["encoder"], "max_length": 5000}
     config = write_config(tmp_path, {**experiment, "encoder": encoder}, scale={"workers": 1})
-    done = run("train", "--config", str(config))
+    done = run("train", "--config", str(config), address=ray_address)
     assert done.returncode == 1
     assert "error: encoder.max_length: 5000 is more than" in done.stderr
     assert "retries" not in done.stderr
@@ -297,14 +301,14 @@ def test_a_mistake_that_only_the_encoder_shows_is_told_once(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_keeps_the_checkpoint_before(
-    tmp_path: Path, experiment: dict[str, Any]
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
     disk = tmp_path / "runs"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
     try:
         config = write_config(tmp_path, experiment, scale={"workers": 1, "max_failures": 0})
-        process = start("train", "--config", str(config))
+        process = start("train", "--config", str(config), address=ray_address)
         wait_for(lambda: announced(tmp_path, 30), process)
         fill(disk / "ballast")
         output = process.communicate(timeout=120)[0]
@@ -313,7 +317,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
         assert "run the same command to resume" in output
         assert "Traceback" not in output
         (disk / "ballast").unlink()
-        resumed = run("train", "--config", str(config))
+        resumed = run("train", "--config", str(config), address=ray_address)
         assert resumed.returncode == 0, resumed.stderr
         assert [r["step"] for r in history(tmp_path) if r["event"] == "start"][-1] > 0
     finally:
@@ -321,7 +325,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 
 
 def test_a_task_is_added_to_an_artifact_without_touching_what_it_had(
-    finished: Path, tmp_path: Path, experiment: dict[str, Any]
+    finished: Path, tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
     old = finished / "runs/small/artifact"
     rows = [{"text": f"{word} number {i}", "kind": word} for i in range(30) for word in ("a", "b")]
@@ -336,7 +340,8 @@ def test_a_task_is_added_to_an_artifact_without_touching_what_it_had(
         "freeze": {"encoder": True},
         "scale": {"workers": 1},
     }
-    done = run("train", "--config", str(write_config(tmp_path, added)))
+    config = str(write_config(tmp_path, added))
+    done = run("train", "--config", config, address=ray_address)
     assert done.returncode == 0, done.stderr
     new = tmp_path / "runs/added/artifact"
     before, after = read_manifest(old), read_manifest(new)
@@ -348,14 +353,89 @@ def test_a_task_is_added_to_an_artifact_without_touching_what_it_had(
 
 
 def test_with_everything_frozen_the_run_evaluates_and_says_so(
-    tmp_path: Path, experiment: dict[str, Any]
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
     frozen = {
         **experiment,
         "freeze": {"encoder": True, "heads": ["sentiment", "entities"]},
         "scale": {"workers": 1},
     }
-    done = run("train", "--config", str(write_config(tmp_path, frozen)))
+    config = str(write_config(tmp_path, frozen))
+    done = run("train", "--config", config, address=ray_address)
     assert done.returncode == 0, done.stderr
     assert "Nothing was trained" in done.stdout
     assert read_manifest(tmp_path / "runs/small/artifact").training["trained"] is False
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Any, dict[str, str]]]:
+    with s3_server("bucket") as both:
+        yield both
+
+
+def stored(client: Any) -> set[str]:
+    """What is in the run's folder."""
+    found = client.list_objects_v2(Bucket="bucket", Prefix=f"{S3_RUN}/").get("Contents", [])
+    return {item["Key"].removeprefix(f"{S3_RUN}/") for item in found}
+
+
+def told(client: Any) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl so far."""
+    if "metrics.jsonl" not in stored(client):
+        return []
+    text = client.get_object(Bucket="bucket", Key=f"{S3_RUN}/metrics.jsonl")["Body"].read().decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def download(client: Any, folder: Path) -> Path:
+    for name in stored(client):
+        if name.startswith("artifact/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            client.download_file("bucket", f"{S3_RUN}/{name}", str(folder / name))
+    return folder / "artifact"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_on_s3_goes_on_after_its_driver_was_killed_and_ends_as_one_on_a_disk(
+    finished: Path,
+    tmp_path: Path,
+    server: tuple[Any, dict[str, str]],
+    experiment: dict[str, Any],
+) -> None:
+    client, environment = server
+    config = write_config(tmp_path, experiment, output_dir="s3://bucket/team/runs")
+    process = start("train", "--config", str(config), **environment)
+    wait_for(lambda: checkpoints(client, S3_RUN), process)
+    process.kill()
+    process.communicate()
+    assert "run.lock" in stored(client)
+    assert "artifact/manifest.json" not in stored(client)
+
+    resumed = run("train", "--config", str(config), "--resume", **environment)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming s3://bucket/team/runs/small" in resumed.stdout
+    assert "accuracy" in resumed.stdout
+    assert [row["step"] for row in told(client) if row["event"] == "start"][-1] > 0
+    assert "run.lock" not in stored(client)
+    assert any(name.startswith("tensorboard/") for name in stored(client))
+
+    artifact = download(client, tmp_path / "runs/small")
+    assert weights(tmp_path) == weights(finished)
+    assert read_manifest(artifact).name == "small"
+    assert Predictor.load(artifact).predict(["The food was cold."])
+    shown = run("train", "--config", str(config), **environment)
+    assert shown.returncode == 0, shown.stderr
+    assert "s3://bucket/team/runs/small is finished" in shown.stdout
+
+    taken_up = {
+        "name": "next",
+        "init_from": "s3://bucket/team/runs/small/artifact",
+        "tasks": {"sentiment": experiment["tasks"]["sentiment"]},
+        "data": [{"demo": True, "columns": {"text": "text", "sentiment": "sentiment"}}],
+        "freeze": {"encoder": True, "heads": ["sentiment"]},
+        "weighting": {},
+    }
+    frozen = write_config(tmp_path, {**experiment, **taken_up})
+    started = run("train", "--config", str(frozen), **environment)
+    assert started.returncode == 0, started.stderr
+    assert weights(tmp_path, "next") == weights(finished)
