@@ -19,7 +19,7 @@ ROWS = examples(20_000, 60, everything=True)
 
 
 def test_a_multilabel_task_is_trained_scored_and_predicted(
-    tmp_path: Path, experiment: dict[str, Any]
+    tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
     for name, count in (("train", 200), ("validation", 40)):
         write_rows(tmp_path / f"{name}.jsonl", examples(count * 100, count, everything=True))
@@ -32,7 +32,7 @@ def test_a_multilabel_task_is_trained_scored_and_predicted(
         "scale": {"workers": 1},
     }
     config = write_config(tmp_path, experiment, **changes)
-    trained = run("train", "--config", str(config))
+    trained = run("train", "--config", str(config), address=ray_address)
     assert trained.returncode == 0, trained.stderr
     artifact = tmp_path / "runs/small/artifact"
 
@@ -41,7 +41,7 @@ def test_a_multilabel_task_is_trained_scored_and_predicted(
     assert scored.returncode == 0, scored.stderr
     assert "mood: by label (test)" in scored.stdout
     files = ("--input", str(test), "--output", str(tmp_path / "out.parquet"))
-    predicted = run("predict", "--artifact", str(artifact), *files)
+    predicted = run("predict", "--artifact", str(artifact), *files, address=ray_address)
     assert predicted.returncode == 0, predicted.stderr
 
     answers = pq.read_table(tmp_path / "out.parquet")["predicted_mood"].to_pylist()
