@@ -97,12 +97,11 @@ def test_a_loaded_model_gives_the_same_logits_to_the_bit(
     assert load_config(folder) == config
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
-def test_pooling_survives(pooling: str, tiny_encoders: dict[str, Path], tmp_path: Path) -> None:
-    model, config = untrained(tiny_encoders["bert"], encoder={"pooling": pooling})
+def test_pooling_survives(tiny_encoders: dict[str, Path], tmp_path: Path) -> None:
+    model, config = untrained(tiny_encoders["bert"], encoder={"pooling": "max"})
     folder = write_artifact(model, config, tmp_path / "artifact")
-    assert read_manifest(folder).encoder["pooling"] == pooling
-    assert load_model(folder).encoder.pooling == pooling
+    assert read_manifest(folder).encoder["pooling"] == "max"
+    assert load_model(folder).encoder.pooling == "max"
     assert not changed(answers(model), answers(load_model(folder)))
 
 
@@ -177,16 +176,19 @@ def test_an_encoder_can_be_opened_with_another_maximum_length(artifact: Path) ->
 # Other tools
 
 
-@pytest.mark.parametrize("name", ["bert", "mpnet"])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [("bert", "max"), ("mpnet", "mean")],  # positions of the second begin after padding's
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_sentence_transformers_opens_the_encoder(
-    pooling: str, name: str, tiny_encoders: dict[str, Path], tmp_path: Path
+    name: str, pooling: str, tiny_encoders: dict[str, Path], tmp_path: Path
 ) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+
     model, config = untrained(tiny_encoders[name], encoder={"pooling": pooling})
     folder = write_artifact(model, config, tmp_path / "artifact")
-    theirs = sentence_transformers.SentenceTransformer(str(folder / "encoder"), device="cpu")
+    theirs = SentenceTransformer(str(folder / "encoder"), device="cpu")
     assert theirs.max_seq_length == 48
     ours = torch.from_numpy(Predictor.load(folder).embed(TEXTS))
     torch.testing.assert_close(torch.from_numpy(theirs.encode(TEXTS)), ours, rtol=0, atol=1e-5)
