@@ -90,7 +90,7 @@ def test_answers_are_as_documented(
     bodies = method == "POST"
 
     @settings(
-        max_examples=80 if bodies else 3,
+        max_examples=50 if bodies else 3,
         deadline=None,
         derandomize=True,
         database=None,
