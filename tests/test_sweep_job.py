@@ -43,6 +43,8 @@ class User:
             "output_dir": "s3://bucket/sweeps",
             "set.encoder.model": self.encoder,
             "set.training.precision": "fp32",
+            "set.training.epochs": 1,
+            "set.data.0.limit": 80,
             "budget.trials": 2,
             "baselines": "false",
             "seeds": 1,
