@@ -300,7 +300,6 @@ def test_answers_are_counted_as_offline_evaluation_counts(
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("fastapi", None),
         ("fastapi", {"WEB_CONCURRENCY": "2", "PASSES": "1", "THREADS": "1"}),
         pytest.param("ray_serve", None, marks=pytest.mark.cluster),
     ],
