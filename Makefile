@@ -53,8 +53,9 @@ down: ## Stop these containers
 
 # Beside another a test may run out of time: what fails there has to pass alone.
 test: $(STAMP) ## Run all tests, three files at a time, the longest first
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder || \
-		$(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder || { \
+		$(BIN)/python -m pytest -q -rp --last-failed --last-failed-no-failures none && \
+		echo "these passed only when run again"; }
 
 test-fast: $(STAMP) ## Run the tests that need no Ray cluster and take no more than seconds
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not cluster and not slow"
