@@ -187,14 +187,6 @@ def test_a_worker_s_rights_are_these_alone(user: User) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64])
-def test_without_the_cluster_s_token_nothing_is_submitted(user: User, token: str) -> None:
-    home = {"HOME": str(user.folder), "RAY_AUTH_TOKEN": token}
-    done = user.cluster.ray("job", "submit", "--", "true", cwd=user.folder, **home)
-    assert done.returncode != 0
-    assert "token" in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("token", ["", "0" * 64])
 def test_a_command_of_ours_says_that_the_token_is_missing_or_wrong(user: User, token: str) -> None:
     environment = {**user.cluster.environment, "HOME": str(user.folder), "RAY_AUTH_TOKEN": token}
     config = ("--config", "train_jobs/configs/demo.yaml", "--set", f"output_dir={user.folder}")
@@ -218,17 +210,3 @@ def test_another_ray_than_the_cluster_s_is_named(user: User) -> None:
     assert f"Ray: {ray.__version__}" in said
     assert "Ray: 2.59.0" in said
     assert "Traceback" not in said
-
-
-def test_a_folder_too_large_to_upload_is_refused_with_what_to_do(
-    user: User, tmp_path: Path
-) -> None:
-    with (tmp_path / "model.bin").open("wb") as file:
-        file.truncate(101 << 20)
-    submit = ("job", "submit", "--working-dir", str(tmp_path), "--", "true")
-    done = user.cluster.ray(*submit, cwd=user.folder)
-    assert done.returncode != 0
-    said = " ".join((done.stdout + done.stderr).split())
-    assert "status code 413: Maximum request body size 104857600 exceeded" in said
-    assert "model.bin is very large" in said
-    assert "Consider adding this file to the 'excludes' list" in said
