@@ -97,7 +97,7 @@ def comparable(predictor: Predictor) -> list[str]:
     draw = random.Random(2)
     mixed = [" ".join(draw.choices(whole, k=draw.randint(3, 9))) for _ in range(400)]
     kept = []
-    for text in filter(partial(plain, predictor), [*TEXTS, *mixed]):
+    for text in filter(partial(plain, predictor), [*reversed(TEXTS), *mixed]):
         (item,) = predictor.tokenize([text])
         output: Any = run_head(head, predictor.stage.encode([item], [True]), all_tags=True)
         if (output.tags == output.scores.argmax(axis=1)).all():
