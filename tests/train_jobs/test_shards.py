@@ -34,13 +34,12 @@ def shards(folder: Path) -> list[int]:
 
 
 def test_a_run_in_shards_goes_on_after_its_driver_was_killed(
-    tmp_path: Path, ray_address: str, sharded: dict[str, Any]
+    tmp_path: Path, sharded: dict[str, Any]
 ) -> None:
     whole, cut = tmp_path / "undisturbed", tmp_path / "killed"
     whole.mkdir()
     cut.mkdir()
-    config = str(write_config(whole, sharded))
-    done = run("train", "--config", config, address=ray_address)
+    done = run("train", "--config", str(write_config(whole, sharded)))
     assert done.returncode == 0, done.stderr
     assert "reading all rows for the labels of entities, sentiment; name them" in done.stdout
     assert "train: 540 rows in 5 shards, which are read as they are needed" in done.stdout
@@ -52,7 +51,7 @@ def test_a_run_in_shards_goes_on_after_its_driver_was_killed(
     wait_for(lambda: len(shards(cut)) >= 7, process)  # inside the second epoch
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    done = run("train", "--config", config, "--resume", address=ray_address)
+    done = run("train", "--config", config, "--resume")
     assert done.returncode == 0, done.stderr
     starts = [row["step"] for row in history(cut) if row["event"] == "start"]
     assert starts[-1] > 5 * 27
