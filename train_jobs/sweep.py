@@ -320,7 +320,7 @@ def _check_space(sweep: Sweep, base: Experiment) -> None:
         except KeyError as error:
             raise SpaceError(["space", path], str(error.args[0])) from None
         for field in fields:
-            if (other := _overlapping(field, seen)) is not None:
+            if (other := _overlapping(field, [f for f in seen if seen[f] != path])) is not None:
                 inner = max(field, other, key=len)
                 raise SpaceError(["space", path], f"{inner} is searched by {seen[other]} already")
             seen[field] = path

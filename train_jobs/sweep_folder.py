@@ -89,13 +89,15 @@ class SweepFolder(NamedFolder):
         return True
 
     def _check_texts(self, keys: Mapping[str, str]) -> None:
-        """Raise DataError if the sweep was begun with other texts; old ones tell no keys."""
-        known = yaml.safe_load(self.read("sweep.yaml") or "{}").get("texts") or keys
+        """Raise DataError if trials were begun with other texts; old sweeps tell no keys."""
+        begun = self.holds("*/experiment_state-*.json")
+        known = yaml.safe_load(self.read("sweep.yaml") or "{}").get("texts") if begun else None
+        known = known or keys
         changed = [split for split in {**known, **keys} if known.get(split) != keys.get(split)]
         if changed:
             raise DataError(
-                f"the texts of {', '.join(changed)} have changed since {self.title} began; put "
-                "them back, or start a sweep of another name"
+                f"{', '.join(changed)}: texts, labels or tokenizer have changed since {self.title} "
+                "began; put them back, or start a sweep of another name"
             )
 
     def is_finished(self, minutes: float | None) -> bool:

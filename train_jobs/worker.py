@@ -136,8 +136,7 @@ def _damage_named(checkpoint: str) -> Iterator[None]:
     except (SafetensorError, ValueError, KeyError, FileNotFoundError) as error:
         raise DataError(
             f"{checkpoint}: this checkpoint is damaged ({type(error).__name__}: {error}), and "
-            f"training keeps no other; remove {checkpoint.rpartition('/')[0]} to begin anew, or "
-            "start a run of another name (--set name=…)"
+            "training keeps no other; start a run of another name, or empty its folder"
         ) from error
 
 

@@ -67,3 +67,5 @@ class Corpus:
     """Unreadable rows that were skipped on request, per source."""
     notes: tuple[str, ...] = ()
     """What else to tell of what was left out."""
+    carved: bool = False
+    """Whether rows of train serve as validation."""

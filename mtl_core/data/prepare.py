@@ -23,8 +23,8 @@ from mtl_core.encoder import tokenizer_of
 from mtl_core.folders import cache_root, one_at_a_time
 from mtl_core.storage import fetch
 
-TOKENISING = ("tokenizers", "transformers", "multitask-ray")
-"""Libraries that a split's key may change with."""
+TOKENISING = ("tokenizers", "transformers", "multitask-ray", "python")
+"""What a split's key may change with; of Python, as strings are written as it knows Unicode."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def prepare_scored(
     Raises:
         ArtifactError: the artifact is damaged.
         DataError: the split has no rows, or a label the artifact does not know; or it is no longer
-            the train or validation split that the artifact was made with.
+            what was carved from train, or left of it, when the artifact was made.
     """
     manifest = read_manifest(artifact, check_files=False)
     experiment = load_config(artifact)
@@ -223,14 +223,14 @@ def prepare_scored(
     in_shards = split == "train" and experiment.training.shard_texts is not None
     if sources is not None or limit is not None or in_shards:
         return data
-    return replace(data, notes=(*data.notes, *_changes(manifest, split, data)))
+    return replace(data, notes=(*data.notes, *_changes(manifest, split, data, corpus.carved)))
 
 
-def _changes(manifest: Manifest, split: Split, data: Data) -> list[str]:
+def _changes(manifest: Manifest, split: Split, data: Data, carved: bool) -> list[str]:
     """What to tell where a split is not the one that an artifact was made with.
 
     Raises:
-        DataError: it is train or validation, and rows may have moved from one into the other.
+        DataError: rows may have moved from train into what is carved from it, or back.
     """
     known = manifest.data.get(split, {})
     if known.get("fingerprint") in (None, data.keys[split]):
@@ -240,10 +240,10 @@ def _changes(manifest: Manifest, split: Split, data: Data) -> list[str]:
     certain = known["texts"] != len(data.splits[split]) or all(
         manifest.versions.get(name) == now.get(name) for name in TOKENISING
     )
-    if certain and split != "test":
+    if certain and carved and split != "test":
         raise DataError(
             f"{changed}, so rows that it was trained on may be in validation now: put its sources "
-            "back as they were, or give other files by --data"
+            "back as they were, or score other files (train_jobs.evaluate --data)"
         )
     return [changed if certain else f"{changed}, or has the way it is tokenised"]
 

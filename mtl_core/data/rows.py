@@ -49,7 +49,7 @@ class RowReader:
                     targets[task] = _label(value)
                 elif kind == "multilabel":
                     targets[task] = _labels(value)
-                elif self._are_entities(task, items := _items(value, None), words):
+                elif _are_entities(items := _items(value, None), words):
                     targets[task] = spans = _entities(items, text)
                     edges.update(edge for span in spans for edge in span[:2])
                 else:
@@ -64,12 +64,6 @@ class RowReader:
         if words is None and any(self.kinds[task] == "token_classification" for task in targets):
             found = _split(text)
         return Example(text, targets, tuple(_cut(text, found, edges) if edges else found))
-
-    def _are_entities(self, task: str, items: list[Any], words: list[Word | None] | None) -> bool:
-        """Whether a value lists entities, not tags; `[]` is no entities unless words have tags."""
-        if items:
-            return isinstance(items[0], dict)
-        return words is None or task not in self.prefixes
 
     def _text_and_words(self, row: Row) -> tuple[str, list[Word | None] | None]:
         text = row.get(self.columns["text"]) if "text" in self.columns else None
@@ -155,6 +149,11 @@ def _labels(value: Any) -> tuple[str, ...]:
     return tuple(labels)
 
 
+def _are_entities(items: list[Any], words: list[Word | None] | None) -> bool:
+    """Whether a token task's value lists entities, not tags; without words `[]` is no entities."""
+    return isinstance(items[0], dict) if items else words is None
+
+
 def _tagged(tags: list[Any], words: list[Word | None] | None) -> tuple[Span, ...]:
     wrong = [tag for tag in tags if not isinstance(tag, str)]
     if wrong:
@@ -162,7 +161,8 @@ def _tagged(tags: list[Any], words: list[Word | None] | None) -> tuple[Span, ...
     if words is None:
         raise BadRow("tags without words; name their column: `words: <column>`")
     if len(tags) != len(words):
-        raise BadRow(f"{len(tags)} tags for {len(words)} words")
+        hint = "" if tags else " (beside lists of entities, leave `words` out of columns)"
+        raise BadRow(f"{len(tags)} tags for {len(words)} words{hint}")
     pairs = list(zip(words, to_bio2(tags), strict=True))
     lost = next((tag for word, tag in pairs if word is None and tag.startswith("B-")), None)
     if lost is not None:

@@ -17,6 +17,12 @@ DEMO_COLUMNS: dict[Column, TaskKind] = {
     "sentiment": "classification",
     "entities": "token_classification",
 }
+UNLABELLED: dict[Split, str] = {
+    "train": "nothing is learned from it",
+    "validation": "a part of train takes its place",
+    "test": "it is not scored",
+}
+"""What becomes of a split without any task's column."""
 
 
 def read_corpus(
@@ -43,6 +49,7 @@ def read_corpus(
     labels: dict[str, tuple[str, ...]] = {}
     skipped: Counter[str] = Counter()
     notes: list[str] = []
+    carved = False
     for source in sources:
         part = read_source(source, tasks, seed, splits, single)
         for split in splits:
@@ -51,13 +58,14 @@ def read_corpus(
             labels[task] = tuple(dict.fromkeys(labels.get(task, ()) + names))
         skipped.update(part.skipped)
         notes += part.notes
+        carved |= part.carved
     if "train" in splits and not all(examples[split] for split in splits if split != "test"):
         where = ", ".join(source.title for source in sources)
         raise DataError(
             f"{where}: no row drawn for train or for validation has a label; draw more "
             "(limit, validation_fraction), or leave out rows without labels"
         )
-    return Corpus(examples, labels, dict(skipped), tuple(notes))
+    return Corpus(examples, labels, dict(skipped), tuple(notes), carved)
 
 
 def read_source(
@@ -81,6 +89,7 @@ def read_source(
     ordered = [split for split in SPLITS if split in needed]
     examples, labels, skipped, notes = _read(source, tasks, seed, ordered, single)
     found = {split: rows for split, rows in examples.items() if labelled(rows)}
+    carved = "validation" in needed - found.keys()
     if "train" in needed:
         train = found.get("train", [])
         _divide(source, found, seed)
@@ -89,7 +98,7 @@ def read_source(
             if names != names_of(task, found["train"]):  # the draw took a label's last row
                 labels[task] = tuple(dict.fromkeys((*labels.get(task, ()), *sorted(names))))
     kept: dict[str, list[Example]] = {split: labelled(found.get(split, [])) for split in splits}
-    return Corpus(kept, labels, {source.title: skipped} if skipped else {}, notes)
+    return Corpus(kept, labels, {source.title: skipped} if skipped else {}, notes, carved)
 
 
 def _read(
@@ -103,7 +112,8 @@ def _read(
     if source.demo:
         return _read_demo(source, tasks, seed), {}, 0, ()
     tables, labels = read_tables(source, tasks, splits, single)
-    check_columns(source, tables)
+    if "train" in splits or single != "train":  # else another split may have what this one lacks
+        check_columns(source, tables)
     notes = check_splits(source, tables)
     examples, skipped = to_examples(source, tasks, tables)
     return examples, labels, skipped, notes
@@ -163,20 +173,17 @@ def check_columns(source: SourceConfig, tables: Mapping[Split, Table]) -> None:
 
 
 def check_splits(source: SourceConfig, tables: Mapping[Split, Table]) -> tuple[str, ...]:
-    """Every split has the text or the words, and labels; what to tell of a test split without any.
+    """Every split has the text or the words; what to tell of one that lacks all labels' columns.
 
-    A column that is there without a value is as good: so comes GLUE's test split.
+    A column that is there without a value is not told: so comes GLUE's test split.
     """
     notes = []
     labels = list(source.task_columns.values())
     for split, table in tables.items():
         check_content(source, table)
         if table.columns and not set(labels) & set(table.columns):
-            problem = f"{table.title}: no column {labels[0]!r}"
-            if split != "test":
-                known = there_is(table.columns, labels[0])
-                raise DataError(f"{problem} (empty, if nothing there is labelled); {known}")
-            notes.append(f"{problem}: not scored")
+            known = there_is(table.columns, labels[0])
+            notes.append(f"{table.title}: no column {labels[0]!r}, so {UNLABELLED[split]}; {known}")
     return tuple(notes)
 
 

@@ -181,14 +181,14 @@ def artifact_of(experiment: Experiment, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "changed", [lambda lines: lines[::-1], lambda lines: lines[1:]], ids=["sorted anew", "deleted"]
 )
-def test_an_artifact_is_scored_on_its_own_train_and_validation_only_as_they_were(
+def test_an_artifact_is_scored_on_what_was_carved_and_left_only_as_it_was(
     experiment: Experiment, split: Any, changed: Any, tmp_path: Path
 ) -> None:
     artifact, path = artifact_of(experiment, tmp_path / "artifact"), tmp_path / "train.jsonl"
     found = prepare_scored(artifact, split)
     assert (found.keys[split], found.notes) == (prepare(experiment).keys[split], ())
     path.write_text("".join(changed(path.read_text().splitlines(keepends=True))))
-    with pytest.raises(DataError, match=rf"^{split} has changed since .* by --data$"):
+    with pytest.raises(DataError, match=rf"^{split} has changed since .* --data\)$"):
         prepare_scored(artifact, split)
     assert len(prepare_scored(artifact, "test", experiment.data).splits["test"]) in (19, 20)
     assert len(prepare_scored(artifact, "train", limit=3).splits["train"]) == 3
@@ -203,19 +203,20 @@ def test_every_tokenizer_knows_its_split_again(
     assert prepare_scored(artifact, "validation").notes == ()
 
 
-def test_a_test_split_that_has_changed_is_told_and_scored(
-    experiment: Experiment, tmp_path: Path
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_of_its_own_that_has_changed_is_told_and_scored(
+    experiment: Experiment, split: Any, tmp_path: Path
 ) -> None:
     source = {"path": str(tmp_path), "columns": {"text": "text", "t": "label"}}
     both = parse_experiment({**experiment.model_dump(), "data": [source]})
     lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "test.jsonl").write_text("".join(lines))
+    (tmp_path / f"{split}.jsonl").write_text("".join(lines))
     artifact = artifact_of(both, tmp_path / "artifact")
-    assert prepare_scored(artifact, "test").notes == ()
-    (tmp_path / "test.jsonl").write_text("".join(lines[1:]))
-    found = prepare_scored(artifact, "test")
-    assert found.remarks == ["test has changed since the artifact was made"]
-    assert len(found.splits["test"]) == 19
+    assert prepare_scored(artifact, split).notes == ()
+    (tmp_path / f"{split}.jsonl").write_text("".join(lines[1:]))
+    found = prepare_scored(artifact, split)
+    assert found.remarks == [f"{split} has changed since the artifact was made"]
+    assert len(found.splits[split]) == 19
 
 
 def test_another_release_of_the_tokenizers_may_be_why_a_split_differs(

@@ -282,10 +282,14 @@ def test_the_columns_of_held_out_files_are_checked(encoder: Path, tmp_path: Path
     chosen = experiment(encoder, {"path": str(tmp_path)})
     lacking = [{"text": row["text"]} for row in ROWS]
     write(tmp_path / "test.jsonl", lacking)
-    assert prepare(chosen).notes == (f"{tmp_path}/test.jsonl: no column 'label': not scored",)
     write(tmp_path / "validation.jsonl", lacking)
-    with pytest.raises(DataError, match=r"validation\.jsonl: no column 'label' .*; there is: text"):
-        prepare(chosen)
+    data = prepare(chosen)
+    problem = "no column 'label', so"
+    assert data.notes == (
+        f"{tmp_path}/validation.jsonl: {problem} a part of train takes its place; there is: text",
+        f"{tmp_path}/test.jsonl: {problem} it is not scored; there is: text",
+    )
+    assert len(data.splits["validation"])
 
 
 def test_epochs_go_through_all_shards_in_orders_of_their_own(encoder: Path, tmp_path: Path) -> None:

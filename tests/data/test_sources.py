@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_core.config import SourceConfig, TaskConfig
+from mtl_core.config import SourceConfig, Split, TaskConfig
 from mtl_core.data.encoding import resolve_labels
 from mtl_core.data.examples import Corpus, DataError, Example, Span, Target
 from mtl_core.data.rows import align
@@ -232,25 +232,6 @@ class TestRows:
         example = one(tmp_path, {"text": "a b", "tones": [], "spans": []}, columns)
         assert example == Example("a b", {"tones": (), "ner": ()}, ((0, 1), (2, 3)))
 
-    def test_a_row_without_entities_has_none_where_words_are_given_too(
-        self, tmp_path: Path
-    ) -> None:
-        spans = [{"start": 0, "end": 4, "label": "PER"}]
-        rows = [
-            {"text": "Anna left", "tokens": ["Anna", "left"], "spans": entities}
-            for entities in ([], spans, [])
-        ]
-        columns: Columns = {"text": "text", "words": "tokens", "ner": "spans"}
-        write_jsonl(tmp_path / "test.jsonl", rows)
-        source = SourceConfig(path=str(tmp_path), columns=columns)
-        found = read_source(source, TASKS, 1, ["test"]).splits["test"]
-        assert [row.targets for row in found] == [
-            {"ner": ()},
-            {"ner": (Span(0, 4, "PER"),)},
-            {"ner": ()},
-        ]
-        assert {row.words for row in found} == {((0, 4), (5, 9))}
-
     def test_entities_by_character_cut_the_words(self, tmp_path: Path) -> None:
         spans = [{"start": 12, "end": 16, "label": "LOC"}, {"start": 0, "end": 4, "label": "PER"}]
         columns: Columns = {"text": "text", "ner": "spans"}
@@ -397,30 +378,29 @@ class TestMistakes:
         with pytest.raises(DataError, match=r"test\.csv: no column 'text'; there is: sentence, l"):
             read(tmp_path, TOPIC)
 
-    @pytest.mark.parametrize("split", ["train", "validation"])
-    def test_a_label_column_that_train_or_validation_lacks(
-        self, split: str, tmp_path: Path
-    ) -> None:
-        for name in SPLIT_NAMES:
-            header = "text,Label" if name == split else "text,label"
-            (tmp_path / f"{name}.csv").write_text(f"{header}\nx,a\ny,a\n")
-        with pytest.raises(
-            DataError, match=rf"{split}\.csv: no column 'label' .*did you mean 'Lab"
-        ):
-            read(tmp_path, TOPIC)
-
-    def test_a_test_split_without_labels_is_told_if_their_column_is_not_there(
-        self, tmp_path: Path
+    @pytest.mark.parametrize(
+        ("split", "count", "becomes"),
+        [("validation", 2, "a part of train takes its place"), ("test", 0, "it is not scored")],
+    )
+    def test_a_split_without_the_label_column_is_told(
+        self, split: Split, count: int, becomes: str, tmp_path: Path
     ) -> None:
         for name in SPLIT_NAMES:
             write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
-        path = write_jsonl(tmp_path / "test.jsonl", [{"text": "x"}])
+        path = write_jsonl(tmp_path / f"{split}.jsonl", [{"text": "x", "Label": "a"}])
         source = SourceConfig(path=str(tmp_path), columns=TOPIC)
         corpus = read_corpus([source], TASKS, seed=1)
-        assert corpus.splits["test"] == []
-        assert corpus.notes == (f"{path}: no column 'label': not scored",)
+        assert len(corpus.splits[split]) == count
+        (note,) = corpus.notes
+        assert note.startswith(f"{path}: no column 'label', so {becomes}; did you mean 'Label'?")
         write_jsonl(path, [{"text": "x", "label": None}])
         assert read_corpus([source], TASKS, seed=1).notes == ()
+
+    def test_a_split_read_alone_may_lack_what_the_others_have(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", [{**row, "tones": ["x"]} for row in ROWS])
+        write_jsonl(tmp_path / "test.jsonl", ROWS)
+        source = SourceConfig(path=str(tmp_path), columns={**TOPIC, "tones": "tones"})
+        assert len(read_corpus([source], TASKS, 1, ["test"]).splits["test"]) == 20
 
     def test_a_split_with_labels_of_one_of_its_tasks_is_enough(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [{**row, "tones": []} for row in ROWS])
@@ -436,7 +416,7 @@ class TestMistakes:
     def test_a_row_without_tags_among_rows_with_some(self, message: Callable[..., str]) -> None:
         rows = [{"tokens": ["a"], "tags": tags} for tags in (["O"], [])]
         said = message("\n".join(json.dumps(row) for row in rows), NER)
-        assert said.startswith("train.jsonl:2: ner: 0 tags for 1 words")
+        assert said.startswith("train.jsonl:2: ner: 0 tags for 1 words (beside lists of entities")
 
     def test_tags_without_words(self, message: Callable[..., str]) -> None:
         said = message('{"text": "a", "tags": ["O"]}', {"text": "text", "ner": "tags"})

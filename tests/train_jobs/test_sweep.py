@@ -430,9 +430,11 @@ def test_a_sweep_does_not_go_on_with_other_texts_than_it_was_begun_with(tmp_path
     plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
     folder = SweepFolder(plan.sweep)
     keys = {"train": "a", "validation": "b"}
-    for _ in range(2):
-        with folder.claim(plan, keys):
+    for asked in ({"train": "z"}, keys, keys):  # nothing was tried with the first
+        with folder.claim(plan, asked):
             pass
+    (tmp_path / "sweeps/sweep/search").mkdir()
+    folder.write("search/experiment_state-1.json", "{}")
     assert folder.check(plan)
     for changed, splits in (
         ({**keys, "validation": "c"}, "validation"),
@@ -440,7 +442,7 @@ def test_a_sweep_does_not_go_on_with_other_texts_than_it_was_begun_with(tmp_path
         ({**keys, "test": "e"}, "test"),
     ):
         with (
-            pytest.raises(DataError, match=f"^the texts of {splits} have changed since .*sweep"),
+            pytest.raises(DataError, match=f"^{splits}: texts, .* have changed since .*sweep"),
             folder.claim(plan, changed),
         ):
             pass
