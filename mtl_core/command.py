@@ -65,7 +65,8 @@ def told(error: OSError) -> str:
     """An error of the system, and what to do where the cache cannot be used."""
     message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     with suppress(ConfigError):
-        if error.filename and holds_cache(str(error.filename)):
+        mistaken = isinstance(error, IsADirectoryError)  # in whose name the cache's may begin
+        if error.filename and not mistaken and holds_cache(str(error.filename)):
             message += "; set MTL_CACHE to another folder for the cache"
     return message
 

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+from contextlib import suppress
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -180,7 +181,8 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
             heads = HeadWatcher(config, options.head_replicas)
             ready = f"ready: {url}  (page, /docs, /v1/predict; Ctrl-C stops)"
             launch.wait_for_signal(heads.look, settings.poll_seconds, ready)
-            print("stopping …", flush=True)
+            with suppress(OSError):  # a terminal that has closed
+                print("stopping …", flush=True)
         finally:
             launch.stop()
 

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         if HAPROXY_VARIABLE not in os.environ:
             os.environ[HAPROXY_VARIABLE] = haproxy_script(loopback=False)
     except (ConfigError, OSError) as error:
-        print(f"note: HAProxy starts as by Ray, and says 404 at first: {error}", file=sys.stderr)
+        print(f"note: HAProxy is left as Ray starts it: {error}", file=sys.stderr)
     try:
         os.execvp(command[0], command)
     except OSError as error:

@@ -55,6 +55,9 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_variable_that_moves_it(
     told = capsys.readouterr().err
     assert told.startswith(f"error: Not a directory: {file}/a/encoded")
     assert ("MTL_CACHE" in told) == named
+    with pytest.raises(SystemExit):  # has nothing to do with the cache that it may hold
+        run_command(lambda: tmp_path.write_text("x"))
+    assert capsys.readouterr().err == f"error: Is a directory: {tmp_path}\n"
 
 
 @pytest.fixture

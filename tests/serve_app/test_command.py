@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +50,14 @@ def refused(*arguments: str | Path) -> str:
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def a_terminal_that_may_close() -> Iterator[None]:
+    """Not that of nohup, whose children inherit that it counts for nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
@@ -405,7 +414,7 @@ def test_ray_is_started_even_where_the_script_before_haproxy_cannot_be_written(
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     if lacking:
         assert done.stdout == "None\n"
-        assert done.stderr.startswith("note: HAProxy starts as by Ray, and says 404 at first")
+        assert done.stderr.startswith("note: HAProxy is left as Ray starts it")
         return
     found = subprocess.run(
         [done.stdout.strip(), "-v"], stdout=subprocess.PIPE, text=True, check=True

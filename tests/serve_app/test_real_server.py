@@ -235,8 +235,9 @@ def test_a_closed_terminal_is_for_the_command_alone(server: RealServer) -> None:
     """It needs the others to answer what is under way."""
     group = os.getpgid(server.process.pid)
     family = psutil.Process(server.process.pid).children(recursive=True)
-    told = [process for process in family if os.getpgid(process.pid) == group]
-    assert any("raylet" in process.name() for process in told)
+    lasting = [process for process in family if process.name() in ("raylet", "gcs_server")]
+    told = [process for process in lasting if os.getpgid(process.pid) == group]
+    assert len(told) == 2
     for process in told:
         process.send_signal(signal.SIGHUP)
     _, alive = psutil.wait_procs(told, timeout=1)
