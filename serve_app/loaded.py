@@ -83,7 +83,10 @@ def _open(
     batch_tokens: int,
     previous: Loaded | None,
 ) -> Loaded | None:
-    """What stands in a folder; None if that changed meanwhile."""
+    """What stands in a folder; None if that changed meanwhile.
+
+    In a function of its own: the encoder that it gives up is freed before another one is loaded.
+    """
     version = _standing(folder)
     if version is None:
         return None
