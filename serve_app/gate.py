@@ -57,11 +57,11 @@ def dump(content: Any) -> bytes:
 
 TIMING_HEADERS: dict[str, Callable[[Answer, float], Any]] = {
     "x-compute-type": lambda answer, _: answer.model.stage.runtime.name,
-    "x-compute-time": lambda answer, _: answer.timings.tokenize + answer.timings.inference,
+    "x-compute-time": lambda answer, _: answer.tokenize + answer.inference,
     "x-total-time": lambda _, total: total,
-    "x-tokenization-time": lambda answer, _: answer.timings.tokenize,
-    "x-queue-time": lambda answer, _: answer.timings.queue,
-    "x-inference-time": lambda answer, _: answer.timings.inference,
+    "x-tokenization-time": lambda answer, _: answer.tokenize,
+    "x-queue-time": lambda answer, _: answer.queue,
+    "x-inference-time": lambda answer, _: answer.inference,
     "x-compute-characters": lambda answer, _: answer.num_characters,
     "x-compute-tokens": lambda answer, _: answer.num_tokens,
 }

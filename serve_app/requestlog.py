@@ -47,7 +47,7 @@ class RequestLog:
         if answer is not None:
             row["texts"] = sum(len(part.items) for part in answer.parts)
             row["tokens"] = answer.num_tokens
-            row["queue_ms"] = round(1000 * answer.timings.queue, 2)
+            row["queue_ms"] = round(1000 * answer.queue, 2)
             row["version"] = answer.model.version
         self._write(row)
 

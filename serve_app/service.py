@@ -31,20 +31,6 @@ INLINE_CHARACTERS = 4_000
 """Texts up to this length in all are tokenised on the event loop: it takes a millisecond or two."""
 
 
-@dataclass
-class Timings:
-    """Seconds a request spent in each stage."""
-
-    tokenize: float = 0.0
-    queue: float = 0.0
-    encoder: float = 0.0
-    heads: float = 0.0
-
-    @property
-    def inference(self) -> float:
-        return self.encoder + self.heads
-
-
 @dataclass(frozen=True)
 class Part:
     """The answers for a run of a request's texts."""
@@ -54,6 +40,7 @@ class Part:
     """(N, H) vectors as the encoder gives them."""
     outputs: Mapping[str, Output | HeadUnavailable]
     queue: float
+    """Seconds, as are the next two."""
     encoder: float
     heads: float
 
@@ -64,9 +51,20 @@ class Answer:
 
     model: Loaded
     parts: Sequence[Part]
-    timings: Timings
+    tokenize: float
+    """Seconds, as are `queue` and `inference`."""
     beginnings: Sequence[int]
     """Texts of which only the beginning counts for labels and vectors."""
+
+    @property
+    def queue(self) -> float:
+        """Of the first part: what the others wait for then is this request's own encoding."""
+        return min(part.queue for part in self.parts)
+
+    @property
+    def inference(self) -> float:
+        encoder = sum(part.encoder for part in self.parts)
+        return encoder + max(part.heads for part in self.parts)
 
     @property
     def num_tokens(self) -> int:
@@ -168,17 +166,16 @@ class Service:
         cut = pooled or any(model.heads[task].level == "sentence" for task in tasks)
         asked = (self.max_tokens, want_states, whole and cut)
         items = await self._tokenize(model.stage.windows.split, texts, *asked)
-        timings = Timings(tokenize=time.perf_counter() - started)
+        tokenize = time.perf_counter() - started
         beginnings = [number for number, item in enumerate(items) if cut and item.long]
         parts: list[Part] = await self.batcher.submit(
             items, tuple(tasks), want_states, all_tags, model
         )
-        # Of the first part: what the others wait for then is this request's own encoding.
-        timings.queue = min(part.queue for part in parts)
-        timings.encoder = sum(part.encoder for part in parts)
-        timings.heads = max(part.heads for part in parts)
-        self._count(timings, len(texts))
-        return Answer(model, parts, timings, beginnings)
+        answer = Answer(model, parts, tokenize, beginnings)
+        self.metrics.texts.inc(len(texts))
+        self.metrics.stage.labels("tokenise").observe(answer.tokenize)
+        self.metrics.stage.labels("queue").observe(answer.queue)
+        return answer
 
     async def tokens(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
         """What `Windows.tokens` gives, within the limits of `answer`.
@@ -325,11 +322,6 @@ class Service:
             return error
         finally:
             self.metrics.stage.labels(f"head-{task}").observe(time.perf_counter() - started)
-
-    def _count(self, timings: Timings, texts: int) -> None:
-        self.metrics.texts.inc(texts)
-        self.metrics.stage.labels("tokenise").observe(timings.tokenize)
-        self.metrics.stage.labels("queue").observe(timings.queue)
 
 
 def needed(features: Features, rows: Sequence[int], level: str) -> Features:

@@ -14,7 +14,7 @@ from mtl_core.artifact import read_manifest, write_manifest
 from mtl_core.predictor import Predictor
 from serve_app.errors import unavailable
 from serve_app.gate import timing_headers
-from serve_app.service import Timings
+from serve_app.service import Answer, Part
 from tests.servers import call, local_server, metric
 
 TEXTS = ["Maria Lopez had the food in Berlin", "Zoë 👍🏽 in São Paulo", "日本語 東京"]
@@ -194,12 +194,12 @@ def test_answers_tell_where_the_time_went(local_url: str) -> None:
 
 
 def test_times_are_told_in_milliseconds_and_counts_as_they_are() -> None:
-    answer: Any = SimpleNamespace(
-        model=SimpleNamespace(stage=SimpleNamespace(runtime=SimpleNamespace(name="torch"))),
-        timings=Timings(tokenize=0.5, queue=0.0625, encoder=0.25, heads=0.125),
-        num_characters=40,
-        num_tokens=9,
-    )
+    model: Any = SimpleNamespace(stage=SimpleNamespace(runtime=SimpleNamespace(name="torch")))
+    items: Any = [SimpleNamespace(text="x" * 20, num_tokens=4)]
+    vectors = np.zeros((1, 2), np.float32)
+    first = Part(items, vectors, {}, queue=0.0625, encoder=0.125, heads=0.125)
+    second = Part(items, vectors, {}, queue=0.25, encoder=0.125, heads=0.0625)
+    answer = Answer(model, [first, second], tokenize=0.5, beginnings=[])
     assert timing_headers(answer, total=1.0) == {
         "x-compute-type": "torch",
         "x-compute-time": "875.00",
@@ -208,5 +208,5 @@ def test_times_are_told_in_milliseconds_and_counts_as_they_are() -> None:
         "x-queue-time": "62.50",
         "x-inference-time": "375.00",
         "x-compute-characters": "40",
-        "x-compute-tokens": "9",
+        "x-compute-tokens": "8",
     }
