@@ -59,14 +59,16 @@ class Features:
     lengths: NDArray[np.int64]
     """(N,) sub-words of each text."""
 
-    def select(self, rows: Sequence[int]) -> Features:
-        """The features of some of the texts."""
+    def select(self, rows: Sequence[int], level: str) -> Features:
+        """Only what a head of this level reads of some of the texts."""
+        nothing = np.zeros((0, 0), np.float32)
+        if level == "sentence":
+            return Features(self.pooled[list(rows)], nothing, np.zeros(0, np.int64))
         if len(rows) == len(self.lengths):
-            return self
+            return Features(nothing, self.states, self.lengths)
         ends = np.cumsum(self.lengths)
         spans = [np.arange(ends[row] - self.lengths[row], ends[row]) for row in rows]
-        states = self.states[np.concatenate(spans)] if len(self.states) else self.states
-        return Features(self.pooled[list(rows)], states, self.lengths[list(rows)])
+        return Features(nothing, self.states[np.concatenate(spans)], self.lengths[list(rows)])
 
 
 @dataclass(frozen=True)

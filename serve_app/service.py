@@ -309,7 +309,7 @@ class Service:
                 rows.extend(range(first, first + len(job.items)))
             first += len(job.items)
         head = batch.jobs[0].model.heads[task]
-        features = needed(batch.features, rows, head.level)
+        features = batch.features.select(rows, head.level)
         all_tags = any(job.all_tags and task in job.tasks for job in batch.jobs)
         try:
             if task not in self.calls:
@@ -322,12 +322,3 @@ class Service:
             return error
         finally:
             self.metrics.stage.labels(f"head-{task}").observe(time.perf_counter() - started)
-
-
-def needed(features: Features, rows: Sequence[int], level: str) -> Features:
-    """Only what a head of this level reads of these texts."""
-    nothing = np.zeros(0, dtype=np.int64)
-    if level == "sentence":
-        return Features(features.pooled[list(rows)], np.zeros((0, 0), np.float32), nothing)
-    chosen = features.select(rows)
-    return Features(np.zeros((0, 0), np.float32), chosen.states, chosen.lengths)

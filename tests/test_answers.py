@@ -113,7 +113,7 @@ def test_a_part_of_sentences_says_what_the_whole_says(kind: str) -> None:
 @pytest.mark.parametrize("rows", [[0], [3, 5], [5, 0, 3], [1], [0, 1, 2, 3, 4, 5]])
 def test_chosen_texts_are_answered_as_among_all(rows: list[int]) -> None:
     whole = features(LENGTHS)
-    chosen = whole.select(rows)
+    chosen = whole.select(rows, "token")
     assert chosen.lengths.tolist() == [LENGTHS[row] for row in rows]
     built = head("token_classification")
     every: Any = run_head(built, whole, all_tags=True)
@@ -123,10 +123,9 @@ def test_chosen_texts_are_answered_as_among_all(rows: list[int]) -> None:
     np.testing.assert_allclose(
         mine.scores, np.concatenate([part.scores for part in parts]), atol=1e-6
     )
-    sentences = Features(whole.pooled, whole.states[:0], whole.lengths).select(rows)
-    assert len(sentences.states) == 0
-    for found in (chosen, sentences):
-        np.testing.assert_array_equal(found.pooled, whole.pooled[rows])
+    sentences = Features(whole.pooled, whole.states[:0], whole.lengths).select(rows, "sentence")
+    np.testing.assert_array_equal(sentences.pooled, whole.pooled[rows])
+    assert len(chosen.pooled) == len(sentences.states) == 0
 
 
 def test_half_precision_states_change_little() -> None:
