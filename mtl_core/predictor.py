@@ -32,18 +32,13 @@ class EncodingStage:
     """Texts to features: tokenizer and runtime, without any head."""
 
     def __init__(
-        self,
-        windows: Windows,
-        runtime: Runtime,
-        hidden_size: int,
-        pad_id: int = 0,
-        batch_tokens: int = BATCH_TOKENS,
+        self, windows: Windows, runtime: Runtime, hidden_size: int, pad_id: int = 0
     ) -> None:
         self.windows = windows
         self.runtime = runtime
         self.hidden_size = hidden_size
         self.pad_id = pad_id
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = BATCH_TOKENS
         self.num_windows = 0
         """Windows encoded since this object was made."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError
@@ -97,4 +96,3 @@ def share(text: str) -> float:
 
 if __name__ == "__main__":
     run_command(main)
-    sys.exit(0)

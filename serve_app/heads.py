@@ -11,11 +11,11 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -99,10 +99,8 @@ class HeadReplica:
         return run_head(head, features, all_tags)
 
 
-class HeadCall(Protocol):
-    """The encoder's line to one task's head."""
-
-    async def __call__(self, head: StoredHead, features: Features, all_tags: bool) -> Output: ...
+HeadCall = Callable[[StoredHead, Features, bool], Awaitable[Output]]
+"""The encoder's line to one task's head; the last argument asks for every tag's probability."""
 
 
 class LocalHead:
