@@ -2,9 +2,9 @@
 
 HAProxy's statistics, and a port of each replica that takes pickled calls from other replicas, are
 bound to every address, and Serve has no option against it: where RAY_AUTH_MODE is disabled, anybody
-who reaches a replica's could run code. The statistics' numbers are the same in every server, and so
-is that of the proxy that HAProxy asks while no replica is up; both share a port with another server
-without a word, whose clients then get this one's answers. A HAProxy that has just started answers
+who reaches a replica's could run code. The ports of the statistics and of the proxy that HAProxy
+asks while no replica is up are the same in every server; a second server binds them without an
+error, and the clients of one may get the other's answers. A HAProxy that has just started answers
 404 for any route until it is told of an application: at first, on a new node, and after another one
 died. What it says itself when no replica answers is no JSON. And by headers any client tells Serve
 how long to work for it, and has it answer 500 where it cannot decode them.
