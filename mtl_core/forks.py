@@ -38,7 +38,7 @@ PATIENCE_S = 2.0
 SETUP, WORKER = SCRIPTS = ("setup_worker.py", "default_worker.py")
 """Of Ray; it goes by these names."""
 SETUP_OPTIONS = ("--serialized-runtime-env-context", "--language")
-"""Of the first of these scripts; it leaves the others to the second, which comes before them."""
+"""What setup_worker.py takes itself; the rest, behind default_worker.py's path, it passes on."""
 MOST_BYTES = 1 << 20
 """Of a request: a command and an environment."""
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
