@@ -1,9 +1,10 @@
 """A training corpus too large to hold: read, tokenised and shuffled a shard at a time.
 
-Rows are known by blocks, runs of consecutive rows that can be read on their own. Blocks are drawn
-in random order, and the k-th of n shards takes the k-th n-th of every source's, so each shard is a
-sample of the whole corpus in the sources' own proportions. (Shuffling blocks, then rows within a
-buffer, is how MosaicML's StreamingDataset and WebDataset order data that does not fit.)
+Rows are known by blocks, runs of consecutive rows that can be read on their own. Each source's list
+of blocks is put into random order and cut into n equal parts, and shard k takes part k of each, so
+a shard is a sample of the whole corpus in the sources' own proportions. (Shuffling blocks, then
+rows within a buffer, is how MosaicML's StreamingDataset and WebDataset order data that does not
+fit.)
 """
 
 from __future__ import annotations
