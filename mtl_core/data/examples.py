@@ -61,8 +61,8 @@ class Corpus:
 
     splits: dict[str, list[Example]]
     labels: dict[str, tuple[str, ...]]
-    """Labels that stand first, per task; often empty: those that a source declares (ClassLabel), or
-    all of its train split where drawing rows took one away."""
+    """Per task, labels that come first in the order, often none: those a source declares
+    (ClassLabel), or all of its train split if the rows drawn no longer show each."""
     skipped: dict[str, int]
     """Unreadable rows that were skipped on request, per source."""
     notes: tuple[str, ...] = ()
