@@ -103,7 +103,8 @@ class Limiter(ConcurrencyLimiter):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        # Ray's would keep from the search what became of trials that began without a limit.
+        # Ray's own ignores the results of trials that it did not start, such as those begun without
+        # a limit.
         self.live_trials.discard(trial_id)
         self.searcher.on_trial_complete(trial_id, result=result, error=error)
 
