@@ -1,5 +1,4 @@
-"""The cache's folder, one process at a time in it, the folder of sockets, folders that appear whole
-or not at all, copies without room, file hashes."""
+"""Where the cache and sockets are; folders written whole, copied or locked; hashes of files."""
 
 from __future__ import annotations
 
