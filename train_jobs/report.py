@@ -21,6 +21,7 @@ from mtl_core.artifact import (
     describe_encoder,
     library_versions,
     model_card,
+    parse_manifest,
     read_manifest,
     write_manifest,
 )
@@ -133,10 +134,8 @@ def label_rows(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def show_result(folder: RunFolder) -> None:
     """Print the artifact's scores and where to go from here."""
     console = Console(highlight=False)
-    with folder.artifact_to_show() as artifact:
-        manifest = read_manifest(artifact, check_files=False)
-        path = Path(artifact, "report.json")
-        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    manifest = parse_manifest((folder.read("artifact/manifest.json") or "").encode(), folder.title)
+    report = json.loads(folder.read("artifact/report.json") or "{}")
     if not manifest.training.get("trained", True):
         console.print(
             "Nothing was trained: every part is frozen. These are the scores as it stood."

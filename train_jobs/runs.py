@@ -11,7 +11,6 @@ artifact/         the result (mtl_core.artifact)
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -119,17 +118,6 @@ class RunFolder(NamedFolder):
         for path in sorted(paths, key=lambda p: p.name == "manifest.json"):
             target = f"{self.artifact}/{path.relative_to(folder).as_posix()}"
             self.filesystem.put_file(str(path), target)
-
-    @contextmanager
-    def artifact_to_show(self) -> Iterator[str]:
-        """A folder on this machine with what the artifact says of itself, without its weights."""
-        if self.is_local:
-            yield self.artifact
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            for name in ("manifest.json", "report.json"):
-                self.filesystem.get_file(f"{self.artifact}/{name}", f"{folder}/{name}")
-            yield folder
 
 
 def take(history: list[dict[str, Any]], event: str, row: Mapping[str, Any]) -> None:
