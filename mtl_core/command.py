@@ -11,12 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from mtl_core.config import ConfigError
-from mtl_core.data.examples import DataError
-from mtl_core.errors import ArtifactError, EncoderError, TextError, TrainingError
+from mtl_core.errors import UserError
 from mtl_core.folders import holds_cache
 from mtl_core.storage import advise, storage_errors
 
-USER_ERRORS = (ConfigError, DataError, EncoderError, ArtifactError, TrainingError, TextError)
 INTERRUPTED = 130
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -50,7 +48,7 @@ def run_command(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     try:
         main()
-    except USER_ERRORS as error:
+    except UserError as error:
         fail(str(error))
     except OSError as error:
         fail(told(error))

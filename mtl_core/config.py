@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mtl_core.errors import UserError
+
 TaskKind = Literal["classification", "multilabel", "token_classification"]
 Split = Literal["train", "validation", "test"]
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "conll"]
@@ -25,7 +27,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake in an experiment file; the message names the field, the value and the fix."""
 
 

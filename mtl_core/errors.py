@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 
-class ArtifactError(ValueError):
+class UserError(ValueError):
+    """Something that a person can mend; the message says how."""
+
+
+class ArtifactError(UserError):
     """The folder is no sound artifact; the message names the file and the reason."""
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError):
     """The encoder cannot be had; the message says where it was looked for and what to do."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; the message says where it stopped and what to try."""
 
 
-class TextError(ValueError):
+class TextError(UserError):
     """A text that cannot be predicted for."""

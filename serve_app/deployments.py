@@ -17,7 +17,7 @@ from ray import serve
 
 from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
-from mtl_core.errors import EncoderError
+from mtl_core.errors import UserError
 from mtl_core.runtime import usable_cpus
 from serve_app.app import build_app
 from serve_app.auth import KEYS_VARIABLE, Keys
@@ -199,7 +199,7 @@ class EncoderReplica:
                 # Not for good: what failed may have been the storage.
                 self.refused = (version, time.time() + RETRY_REFUSED_S)
                 self.metrics.loads.labels("refused").inc()
-                known = isinstance(error, ArtifactError | ConfigError | EncoderError)
+                known = isinstance(error, UserError)
                 reason = str(error) if known else type(error).__name__
                 self.log.event("artifact refused", version=version, reason=reason)
                 if not known:

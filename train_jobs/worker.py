@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from mtl_core import features
 from mtl_core.artifact import save_weights
 from mtl_core.build import begin
-from mtl_core.config import ConfigError, Experiment, parse_experiment
+from mtl_core.config import Experiment, parse_experiment
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, reopen
 from mtl_core.data.shards import ElsewhereError
-from mtl_core.errors import ArtifactError, EncoderError, TrainingError
+from mtl_core.errors import UserError
 from mtl_core.evaluation import evaluate
 from mtl_core.freezing import apply_freezing
 from mtl_core.loop import fit
@@ -32,9 +32,6 @@ from mtl_core.storage import may_pass, storage_errors
 from mtl_core.world import World
 from train_jobs.folders import NamedFolder, out_of_reach
 from train_jobs.runs import RESULT
-
-REFUSALS = (TrainingError, EncoderError, ArtifactError, DataError, ConfigError)
-"""What no retry mends, unless storage that may answer the next time made it."""
 
 
 class WorkerSession:
@@ -94,7 +91,7 @@ def train_worker(config: dict[str, Any]) -> None:
         _train(state, data, experiment, world, session)
     except ElsewhereError:
         return
-    except REFUSALS as error:
+    except UserError as error:
         _give_up(error, session)
         return
     _report_result(state, data, experiment, world, session)
@@ -116,7 +113,7 @@ def _set_up(
                     return None
                 with _damage_named(checkpoint.path):
                     state.load(Path(folder))
-    except REFUSALS as error:
+    except UserError as error:
         _give_up(error, session)
         return None
     return data, state

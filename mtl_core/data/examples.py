@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from mtl_core.errors import UserError
+
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 """Half of a character, as an emoji that was cut leaves it: no tokenizer takes such text."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A mistake in the user's data; the message names the file, the line and the fix."""
 
 
