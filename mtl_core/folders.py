@@ -47,24 +47,26 @@ def socket_root() -> str:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary sibling that takes `folder`'s place when the block ends without an error.
 
-    An older folder of that name stays until the new one is whole.
+    An older folder of that name stays until the new one is whole. Unless it is to `replace` one, it
+    stays for good: another process was first.
     """
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
         retired = partial.with_suffix(".old")
-        if folder.exists():
+        if replace and folder.exists():
             folder.rename(retired)
         try:
             partial.rename(folder)
         except OSError:
             if retired.exists():
                 retired.rename(folder)
-            raise
+            if replace or not folder.exists():
+                raise
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -354,12 +354,8 @@ def converted(
         if encoder_hash(read_manifest(artifact)) != wanted:
             raise ArtifactError(f"{artifact}: replaced while it was read; try again")
         model = convert(encoder)
-        try:
-            with atomic_folder(folder) as partial:
-                openvino.save_model(model, partial / "encoder.xml", compress_to_fp16=False)
-        except OSError:
-            if not path.is_file():  # else it was, where there are no locks
-                raise
+        with atomic_folder(folder, replace=folder.exists()) as partial:  # it was damaged
+            openvino.save_model(model, partial / "encoder.xml", compress_to_fp16=False)
     return path
 
 

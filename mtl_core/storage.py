@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from mtl_core.config import ConfigError
 from mtl_core.errors import ArtifactError
-from mtl_core.folders import cache_root, file_sha256
+from mtl_core.folders import atomic_folder, cache_root, file_sha256
 
 LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 LASTING_NUMBERS = (
@@ -120,8 +118,7 @@ def manifest_of(artifact: str) -> bytes:
 
 def _copy(files: Any, root: str, manifest: bytes, target: Path) -> None:
     """Everything that a manifest names as a folder of this machine, whole or not at all."""
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with atomic_folder(target, replace=False) as partial:
         for name, expected in json.loads(manifest)["files"].items():
             path = partial / name
             if not path.resolve().is_relative_to(partial.resolve()):
@@ -134,13 +131,6 @@ def _copy(files: Any, root: str, manifest: bytes, target: Path) -> None:
                     "being put there, try again when it is whole"
                 )
         (partial / "manifest.json").write_bytes(manifest)
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.exists():  # else another process fetched the same version first
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def download(path: str, folder: Path) -> Path:

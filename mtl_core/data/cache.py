@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from mtl_core.config import TaskConfig
 from mtl_core.data.encoding import EncodedSplit, Labels, encode_split
 from mtl_core.data.examples import Example
-from mtl_core.folders import cache_root
+from mtl_core.folders import atomic_folder, cache_root
 
 FORMAT_VERSION = 2
 INFO = "arrays.json"
@@ -89,21 +88,12 @@ def save_arrays(folder: Path, arrays: Mapping[str, Any], info: Mapping[str, Any]
     Raises:
         OSError: the disk is full.
     """
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(folder, replace=False) as partial:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
         (partial / INFO).write_text(json.dumps({"arrays": sorted(arrays), "info": info}))
         if folder.exists() and load_arrays(folder) is None:
-            shutil.rmtree(folder)  # it was damaged
-        if not folder.exists():
-            partial.rename(folder)
-    except OSError:
-        if load_arrays(folder) is None:  # else another process wrote the same content first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # it was damaged
 
 
 def load_arrays(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
