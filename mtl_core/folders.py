@@ -57,6 +57,10 @@ def atomic_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        # Else a name may outlive a power cut, and what is in the file not.
+        for path in filter(Path.is_file, partial.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         retired = partial.with_suffix(".old")
         if replace and folder.exists():
             folder.rename(retired)

@@ -374,6 +374,25 @@ def test_a_whole_folder_takes_the_place_of_the_old_one(old: bool, tmp_path: Path
     assert [path.name for path in folder.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_folder_s_files_are_on_the_disk_before_it_has_its_name(
+    replace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut might leave them empty, in a folder that counts as whole."""
+    folder, kept = tmp_path / "artifact", set[bytes]()
+
+    def fsync(file: int) -> None:
+        assert not folder.exists()
+        kept.add(os.pread(file, os.fstat(file).st_size, 0))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_folder(folder, replace) as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "one").write_text("one")
+        (partial / "two").write_text("two")
+    assert kept == {b"one", b"two"}
+
+
 def test_a_copied_artifact_is_sound_and_its_own(artifact: Path, tmp_path: Path) -> None:
     copy_tree(artifact, tmp_path)
     assert not changed(answers(load_model(artifact)), answers(load_model(tmp_path)))
