@@ -89,6 +89,7 @@ def add_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
         digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
 
 
+@torch.no_grad()
 def build_cache(
     model: MultiTaskModel,
     split: EncodedSplit,
@@ -110,46 +111,35 @@ def build_cache(
     with one_at_a_time(path.with_suffix(".lock")) as alone:
         for left in path.parent.glob(f"{path.stem}.*.partial.npy") if alone else ():
             left.unlink(missing_ok=True)  # by one that was killed
-        if not is_built(path):
-            yield from _write_states(model, split, path, depth, device, bf16)
-
-
-@torch.no_grad()
-def _write_states(
-    model: MultiTaskModel,
-    split: EncodedSplit,
-    path: Path,
-    depth: int,
-    device: torch.device,
-    bf16: bool,
-) -> Iterator[float]:
-    encoder, hidden, dtype = model.encoder, model.encoder.hidden_size, _dtype(bf16)
-    size = len(split.input_ids) * hidden * dtype.itemsize
-    if size > shutil.disk_usage(path.parent).free * 0.9:
-        raise OSError(f"{path.parent}: the feature cache needs {size / 2**30:.1f} GiB of disk")
-    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial.npy")
-    done = 0
-    encoder.eval()
-    try:
-        shape = (len(split.input_ids), hidden)
-        offset = np.lib.format.open_memmap(partial, "w+", dtype, shape).offset
-        with partial.open("r+b") as file:
-            for rows in evaluation_batches(split):
-                batch = collate(split, rows, encoder.pad_id, without_labels=True)
-                batch = batch.to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    output = encoder.lower(depth, batch.input_ids, batch.attention_mask)
-                states = output.float().cpu().numpy().astype(dtype, copy=False)
-                for row, (first, last) in zip(states, ranges(split, rows), strict=True):
-                    file.seek(offset + first * hidden * dtype.itemsize)
-                    file.write(row[: last - first].data)
-                    done += last - first
-                yield done / max(len(split.input_ids), 1)
-            file.flush()
-            os.fsync(file.fileno())  # else the name may outlive a power cut, and the states not
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        if is_built(path):
+            return
+        encoder, hidden, dtype = model.encoder, model.encoder.hidden_size, _dtype(bf16)
+        size = len(split.input_ids) * hidden * dtype.itemsize
+        if size > shutil.disk_usage(path.parent).free * 0.9:
+            raise OSError(f"{path.parent}: the feature cache needs {size / 2**30:.1f} GiB of disk")
+        partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial.npy")
+        done = 0
+        encoder.eval()
+        try:
+            shape = (len(split.input_ids), hidden)
+            offset = np.lib.format.open_memmap(partial, "w+", dtype, shape).offset
+            with partial.open("r+b") as file:
+                for rows in evaluation_batches(split):
+                    batch = collate(split, rows, encoder.pad_id, without_labels=True)
+                    batch = batch.to(device)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        output = encoder.lower(depth, batch.input_ids, batch.attention_mask)
+                    states = output.float().cpu().numpy().astype(dtype, copy=False)
+                    for row, (first, last) in zip(states, ranges(split, rows), strict=True):
+                        file.seek(offset + first * hidden * dtype.itemsize)
+                        file.write(row[: last - first].data)
+                        done += last - first
+                    yield done / max(len(split.input_ids), 1)
+                file.flush()
+                os.fsync(file.fileno())  # else the name may outlive a power cut, and the states not
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _dtype(bf16: bool) -> np.dtype[np.generic]:
@@ -164,11 +154,6 @@ def is_built(path: Path) -> bool:
     except (OSError, EOFError, ValueError):
         return False
     return True
-
-
-def open_cache(path: Path, depth: int) -> FeatureCache | None:
-    """The cache at `path` if it has been built."""
-    return FeatureCache(path, depth) if is_built(path) else None
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ class _Run:
         self.bf16 = use_bf16(experiment.training.precision, world.device)
         bound_kernel_caches()
         self.pad_id = self.model.encoder.pad_id
-        self.caches: dict[str, features.FeatureCache | None] = {"train": None, "validation": None}
+        self.caches: dict[str, features.FeatureCache] = {}
         self.wrapped: MultiTaskModel | DistributedDataParallel = self.model
         self.shared: SharedGradients | None = None
         self.connected = False
@@ -118,7 +118,7 @@ class _Run:
         depth = features.cached_layers(self.model, self.experiment, sample, device)
         if depth == 0 or self.data.shards is not None:
             return
-        for name in self.caches:
+        for name in ("train", "validation"):
             split = self.data.splits.get(name)
             if split is None or not len(split):
                 continue
@@ -130,7 +130,7 @@ class _Run:
                     shown = done
                     yield Event("features", {**row, "done": round(done, 2)})
             self.world.barrier()
-            self.caches[name] = features.open_cache(path, depth)
+            self.caches[name] = features.FeatureCache(path, depth)
             yield Event("features", {**row, "done": 1.0})
 
     def epoch(self) -> Iterator[Event]:
@@ -281,7 +281,7 @@ class _Run:
             mine = rows[:1]
         multiple = 8 if self.world.device.type == "cuda" else 1
         batch = collate(self.train, mine, self.pad_id, without_labels=empty, multiple_of=multiple)
-        cache = self.caches["train"]
+        cache = self.caches.get("train")
         if cache is not None:
             batch = cache.attach(batch, self.train, mine)
         tokens = 0 if empty else int(self.train.lengths[mine].sum())
@@ -343,7 +343,7 @@ class _Run:
             self.data.splits["validation"],
             self.world,
             self.bf16,
-            cache=self.caches["validation"],
+            cache=self.caches.get("validation"),
             tasks=self.tasks,
         )
         row.update(result.flat("validation"))

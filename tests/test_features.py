@@ -61,9 +61,7 @@ def build(
     done = list(features.build_cache(model, split, path, depth, CPU, bf16))
     assert done == sorted(done)
     assert done[-1] == 1
-    cache = features.open_cache(path, depth)
-    assert cache is not None
-    return cache
+    return features.FeatureCache(path, depth)
 
 
 def losses_and_gradients(
@@ -138,12 +136,11 @@ def test_to_open_a_cache_reads_none_of_it_and_closes_with_it(tmp_path: Path) -> 
     np.save(path, np.zeros((50_000, 32), dtype=np.float32))
     tracemalloc.start()
     try:
-        cache = features.open_cache(path, 3)
+        cache = features.FeatureCache(path, 3)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < path.stat().st_size / 10
-    assert cache is not None
     file = cache.file
     os.fstat(file)
     del cache
@@ -202,7 +199,7 @@ def test_a_build_that_stops_halfway_leaves_no_file(
     path = tmp_path / "cache" / "states.npy"
     running = features.build_cache(model, split, path, 3, CPU, False)
     assert 0 < next(running) < 1
-    assert features.open_cache(path, 3) is None
+    assert not features.is_built(path)
     assert list(path.parent.iterdir())
     running.close()
     assert list(path.parent.glob("*.npy")) == []
@@ -257,7 +254,7 @@ def test_a_file_that_was_cut_off_counts_as_none_and_is_written_again(
     whole = build(model, split, path, 3).tokens(0, 50)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    assert features.open_cache(path, 3) is None
+    assert not features.is_built(path)
     np.testing.assert_array_equal(build(model, split, path, 3).tokens(0, 50), whole)
     assert path.read_bytes() == content
 
@@ -350,7 +347,6 @@ def test_states_that_another_process_computes_are_waited_for(
         waiting.join(10)
     assert told == []
     assert model.encoder.num_passes == passes
-    found = features.open_cache(wanted, 2)
-    assert found is not None
+    found = features.FeatureCache(wanted, 2)
     for first, last in features.ranges(split, np.arange(len(split))):
         np.testing.assert_array_equal(found.tokens(first, last), made.tokens(first, last))

@@ -212,10 +212,10 @@ def _report_result(
 
 def _exact_states(
     model: MultiTaskModel, data: Data, experiment: Experiment, world: World
-) -> dict[str, features.FeatureCache | None]:
+) -> dict[str, features.FeatureCache]:
     """fp32 states at the freeze boundary of the splits to score; trials of a sweep share them."""
     depth = features.cached_layers(model, experiment, data.splits["validation"], world.device)
-    caches: dict[str, features.FeatureCache | None] = {}
+    caches: dict[str, features.FeatureCache] = {}
     for name, split in data.splits.items() if depth else ():
         if name == "train":
             continue
@@ -223,5 +223,5 @@ def _exact_states(
         for _ in features.build_cache(model, split, path, depth, world.device, bf16=False):
             pass
         world.barrier()
-        caches[name] = features.open_cache(path, depth)
+        caches[name] = features.FeatureCache(path, depth)
     return caches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,15 +58,15 @@ def test_a_frozen_encoder_runs_once_a_text_and_not_once_a_trial(
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
     plan = load_plan(tmp_path / "sweep.yaml")
 
-    write, texts = features._write_states, []
+    batches, texts = features.evaluation_batches, []
 
-    def counted(model: Any, split: Any, *more: Any) -> Iterator[float]:
+    def counted(split: Any) -> Any:
         texts.append(len(split))
-        yield from write(model, split, *more)
+        return batches(split)
 
     scores: list[dict[str, Any]] = []
     monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(features, "_write_states", counted)
+    monkeypatch.setattr(features, "evaluation_batches", counted)
     monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
     monkeypatch.setattr(tune, "report", lambda row, checkpoint: scores.append(row))
     data = prepare(plan.base)

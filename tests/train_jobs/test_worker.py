@@ -76,7 +76,7 @@ def rank(number: int, folder: Path, port: int, cache: str, configs: list[dict[st
     """One of two; writes what it told."""
     os.environ["MTL_CACHE"] = cache
     torch.set_num_threads(1)
-    features._write_states = slowly(features._write_states)
+    features.evaluation_batches = slowly(features.evaluation_batches)
     address, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=PATIENCE_S)
     dist.init_process_group(
         "gloo", init_method=address, rank=number, world_size=2, timeout=patience
