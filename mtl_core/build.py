@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mtl_core.artifact import ArtifactError, load_parts, read_manifest
+from mtl_core.artifact import load_parts, read_manifest
 from mtl_core.config import Experiment
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import Data
 from mtl_core.embeddings import learn_rows
 from mtl_core.encoder import SentenceEncoder
+from mtl_core.errors import ArtifactError
 from mtl_core.freezing import freezes_embeddings
 from mtl_core.heads import Head, build_head
 from mtl_core.model import MultiTaskModel

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_core.config import EncoderConfig, Experiment
-from mtl_core.errors import EncoderError as EncoderError
+from mtl_core.errors import EncoderError
 from mtl_core.folders import file_sha256
 from mtl_core.storage import fetch
 

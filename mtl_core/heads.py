@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mtl_core.config import TaskConfig, TaskKind
-from mtl_core.data.tags import tag_names as tag_names
+from mtl_core.data.tags import tag_names
 
 Level = Literal["sentence", "token"]
 

@@ -27,7 +27,7 @@ from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import Data
 from mtl_core.data.shards import ShardLoader, Whole
 from mtl_core.dropout import QuickDropout
-from mtl_core.errors import TrainingError as TrainingError
+from mtl_core.errors import TrainingError
 from mtl_core.evaluation import evaluate
 from mtl_core.model import Batch, MultiTaskModel
 from mtl_core.runtime import bound_kernel_caches, use_bf16

@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer
 
 from mtl_core.data.encoding import token_offsets
 from mtl_core.data.examples import LONE_SURROGATE
-from mtl_core.errors import TextError as TextError
+from mtl_core.errors import TextError
 
 Offsets = list[tuple[int, int]]
 

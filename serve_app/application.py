@@ -16,10 +16,9 @@ from mtl_core.artifact import parse_manifest, read_manifest
 from mtl_core.config import ConfigError, parse_override
 from mtl_core.folders import socket_root
 from mtl_core.runtime import usable_cpus
-from mtl_core.storage import manifest_of, version_of
+from mtl_core.storage import fetch, manifest_of, version_of
 from serve_app import launch
 from serve_app.auth import KEYS_VARIABLE, Keys
-from serve_app.loaded import fetch
 from serve_app.settings import ENCODER, ENCODER_CPUS, HEAD_CPUS, LOOPBACK, head_name, parse_settings
 
 EVERYWHERE = "0.0.0.0"

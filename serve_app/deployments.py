@@ -15,9 +15,8 @@ from typing import Any
 
 from ray import serve
 
-from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
-from mtl_core.errors import UserError
+from mtl_core.errors import ArtifactError, UserError
 from mtl_core.runtime import usable_cpus
 from serve_app.app import build_app
 from serve_app.auth import KEYS_VARIABLE, Keys

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mtl_core.windows import TextError, TooLong, TooMany
+from mtl_core.errors import TextError
+from mtl_core.windows import TooLong, TooMany
 from serve_app.auth import Keys, bearer
 from serve_app.batcher import Overloaded
 from serve_app.errors import ApiError, invalid, overloaded, too_large, unauthorized

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtl_core.artifact import ArtifactError, Manifest, read_head, read_manifest
+from mtl_core.artifact import Manifest, read_head, read_manifest
+from mtl_core.errors import ArtifactError
 from mtl_core.heads import HEADS
 from mtl_core.predictor import EncodingStage
 from mtl_core.runtime import RuntimeName
-from mtl_core.storage import fetch as fetch
-from mtl_core.storage import manifest_of, version_of
+from mtl_core.storage import fetch, manifest_of, version_of
 from serve_app.heads import StoredHead
 
 TRIES = 3

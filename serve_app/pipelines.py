@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mtl_core.answers import TokenOutput
-from mtl_core.heads import tag_names
+from mtl_core.data.tags import tag_names
 from mtl_core.windows import Tokenized
 from serve_app.schemas import Strategy
 

@@ -22,8 +22,9 @@ from mtl_core.build import begin
 from mtl_core.config import Experiment
 from mtl_core.data.batching import evaluation_batches
 from mtl_core.data.prepare import Data
+from mtl_core.errors import TrainingError
 from mtl_core.evaluation import Evaluation, evaluate
-from mtl_core.loop import TrainingError, fit
+from mtl_core.loop import fit
 from mtl_core.shared_gradients import SharedGradients
 from mtl_core.state import TrainState
 from mtl_core.world import World

@@ -16,9 +16,6 @@ from safetensors import safe_open
 
 from mtl_core.artifact import (
     SCHEMA_VERSION,
-    ArtifactError,
-    atomic_folder,
-    copy_tree,
     load_config,
     load_head,
     load_model,
@@ -28,6 +25,8 @@ from mtl_core.artifact import (
 )
 from mtl_core.build import begin
 from mtl_core.config import Experiment
+from mtl_core.errors import ArtifactError
+from mtl_core.folders import atomic_folder, copy_tree
 from mtl_core.model import MultiTaskModel
 from mtl_core.predictor import Predictor
 from tests.small_runs import LABELS, changed, data, experiment, write_artifact

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from mtl_core import encoder as encoder_module
 from mtl_core.config import EncoderConfig
-from mtl_core.encoder import (
-    EncoderError,
-    SentenceEncoder,
-    embeddings_name,
-    layers,
-    load_tokenizer,
-    resolve_model,
-)
+from mtl_core.encoder import SentenceEncoder, embeddings_name, layers, load_tokenizer, resolve_model
+from mtl_core.errors import EncoderError
 from mtl_core.folders import file_sha256
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "deberta-v2", "mpnet", "deberta-v2-conv")

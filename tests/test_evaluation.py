@@ -19,8 +19,8 @@ from mtl_core.data.encoding import EncodedSplit, resolve_labels
 from mtl_core.data.examples import Corpus
 from mtl_core.data.prepare import Data, encode
 from mtl_core.data.sources import read_corpus
+from mtl_core.data.tags import tag_names
 from mtl_core.evaluation import Evaluation, evaluate
-from mtl_core.heads import tag_names
 from mtl_core.model import MultiTaskModel
 from mtl_core.world import World
 from tests.small_runs import data, experiment, learned, train

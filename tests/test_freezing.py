@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mtl_core.config import EncoderConfig, FreezeConfig, TaskConfig
-from mtl_core.encoder import EncoderError, SentenceEncoder, layers
+from mtl_core.encoder import SentenceEncoder, layers
+from mtl_core.errors import EncoderError
 from mtl_core.freezing import apply_freezing, frozen_layers, without_unused
 from mtl_core.heads import build_head
 from mtl_core.model import Batch, Labelled, MultiTaskModel

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 from mtl_core.config import TaskConfig
-from mtl_core.heads import HEADS, Head, build_head, legalise, tag_names, viterbi
+from mtl_core.data.tags import tag_names
+from mtl_core.heads import HEADS, Head, build_head, legalise, viterbi
 
 LABELS = ("a", "b", "c")
 KINDS: tuple[Any, ...] = ("classification", "multilabel", "token_classification")

@@ -18,8 +18,9 @@ from mtl_core.build import begin
 from mtl_core.config import Experiment
 from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data
+from mtl_core.errors import TrainingError
 from mtl_core.evaluation import evaluate
-from mtl_core.loop import Event, TrainingError, fit
+from mtl_core.loop import Event, fit
 from mtl_core.runtime import use_bf16
 from mtl_core.state import TrainState
 from mtl_core.weighting import STRATEGIES

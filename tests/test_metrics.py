@@ -15,7 +15,8 @@ from seqeval.metrics import recall_score as seqeval_recall
 from seqeval.scheme import IOB2
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from mtl_core.heads import legalise, tag_names
+from mtl_core.data.tags import tag_names
+from mtl_core.heads import legalise
 from mtl_core.metrics import (
     count_classes,
     count_entities,

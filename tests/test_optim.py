@@ -10,7 +10,8 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mtl_core.config import EncoderConfig, FreezeConfig, OptimConfig, TaskConfig
-from mtl_core.encoder import EncoderError, SentenceEncoder, layers
+from mtl_core.encoder import SentenceEncoder, layers
+from mtl_core.errors import EncoderError
 from mtl_core.freezing import apply_freezing
 from mtl_core.heads import build_head
 from mtl_core.model import MultiTaskModel

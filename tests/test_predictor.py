@@ -15,12 +15,12 @@ from mtl_core.answers import Features, Prediction, run_head
 from mtl_core.build import begin
 from mtl_core.data.encoding import encode_split
 from mtl_core.data.examples import Example, Span
-from mtl_core.data.tags import spans_to_tags
+from mtl_core.data.tags import spans_to_tags, tag_names
+from mtl_core.errors import TextError
 from mtl_core.evaluation import evaluate
-from mtl_core.heads import tag_names
 from mtl_core.model import MultiTaskModel
 from mtl_core.predictor import Predictor
-from mtl_core.windows import TextError, Tokenized
+from mtl_core.windows import Tokenized
 from tests.small_runs import LABELS, data, example, experiment, learned, write_artifact
 
 NUM_LAYERS = 3

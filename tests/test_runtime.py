@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModel
 
 from mtl_core import predictor
 from mtl_core import runtime as runtimes
-from mtl_core.artifact import ArtifactError, load_encoder, read_manifest
+from mtl_core.artifact import load_encoder, read_manifest
 from mtl_core.build import begin
 from mtl_core.config import ConfigError
+from mtl_core.errors import ArtifactError
 from mtl_core.folders import one_at_a_time
 from mtl_core.packing import Layout, pack
 from mtl_core.predictor import EncodingStage, Predictor

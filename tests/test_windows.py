@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from mtl_core.artifact import load_encoder, read_manifest
 from mtl_core.build import begin
+from mtl_core.errors import TextError
 from mtl_core.predictor import EncodingStage
-from mtl_core.windows import TextError, TooLong, TooMany, Windows
+from mtl_core.windows import TooLong, TooMany, Windows
 from tests.conftest import SENTENCES
 from tests.small_runs import data, experiment, write_artifact
 

@@ -17,7 +17,6 @@ from mtl_core import plots
 from mtl_core.artifact import (
     SCHEMA_VERSION,
     Manifest,
-    copy_tree,
     describe_encoder,
     library_versions,
     model_card,
@@ -28,6 +27,7 @@ from mtl_core.artifact import (
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.prepare import Data
 from mtl_core.evaluation import Evaluation
+from mtl_core.folders import copy_tree
 from mtl_core.storage import fetch
 from train_jobs.console import label_table, score_table
 from train_jobs.runs import RESULT, RunFolder

@@ -32,8 +32,8 @@ from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.examples import Example
 from mtl_core.data.prepare import prepare_scored
 from mtl_core.data.sources import read_corpus
+from mtl_core.data.tags import tag_names
 from mtl_core.evaluation import Evaluation, evaluate
-from mtl_core.heads import tag_names
 
 TOLERANCE = 0.2
 """Points that the fast runtime may differ by."""

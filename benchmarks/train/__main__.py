@@ -21,8 +21,8 @@ from benchmarks.environments import environment
 from benchmarks.train.slices import in_turn
 from mtl_core.config import load_experiment
 from mtl_core.data.prepare import Data, prepare
+from mtl_core.data.tags import tag_names
 from mtl_core.encoder import resolve_model
-from mtl_core.heads import tag_names
 
 HERE = Path(__file__).parent
 RESULT = Path("build/bench-train.json")

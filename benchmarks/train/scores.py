@@ -29,8 +29,8 @@ from mtl_core.build import begin
 from mtl_core.config import load_experiment
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import Data, prepare
+from mtl_core.data.tags import tag_names
 from mtl_core.evaluation import evaluate
-from mtl_core.heads import tag_names
 from mtl_core.loop import fit
 
 CONFIG = CONFIGS["snips"]

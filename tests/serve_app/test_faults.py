@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mtl_core.artifact import Manifest, atomic_folder, read_manifest, write_manifest
+from mtl_core.artifact import Manifest, read_manifest, write_manifest
+from mtl_core.folders import atomic_folder
 from mtl_core.predictor import Predictor
 from tests.servers import (
     Answer,

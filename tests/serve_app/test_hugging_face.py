@@ -23,7 +23,7 @@ from transformers import (
 
 from mtl_core.answers import run_head
 from mtl_core.artifact import load_model
-from mtl_core.heads import tag_names
+from mtl_core.data.tags import tag_names
 from mtl_core.predictor import Predictor
 from tests.conftest import SENTENCES
 from tests.servers import call, local_server

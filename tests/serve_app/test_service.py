@@ -26,7 +26,9 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from mtl_core import answers
 from mtl_core.answers import Features, Output
-from mtl_core.artifact import ArtifactError, atomic_folder, read_manifest, write_manifest
+from mtl_core.artifact import read_manifest, write_manifest
+from mtl_core.errors import ArtifactError
+from mtl_core.folders import atomic_folder
 from mtl_core.predictor import EncodingStage, Predictor
 from mtl_core.windows import TooMany
 from serve_app import deployments, heads, loaded

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtl_core.artifact import ArtifactError
 from mtl_core.config import ConfigError
 from mtl_core.data.examples import DataError
+from mtl_core.errors import ArtifactError
 from mtl_core.predictor import Predictor
 from tests.commands import run
 from tests.terminal import Terminal
