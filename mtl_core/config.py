@@ -372,7 +372,11 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
         )
     raw.setdefault("name", Path(path).stem)
     for override in overrides:
-        _apply_override(raw, override)
+        key, value = parse_override(override)
+        try:
+            set_field(raw, key, value)
+        except ConfigError as error:
+            raise ConfigError(f"--set {override}: {error}") from error
     return raw, Lines(root)
 
 
@@ -460,39 +464,43 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
 
 
-def longest_key(section: Any, parts: Sequence[str]) -> str:
-    """The key that a dotted path's parts begin with: names may hold dots, so the longest there is.
+def first_key(node: Any, parts: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The key that a dotted path's parts begin with, and what follows it.
 
-    The first part where the section has none of them.
+    Names may hold dots, so it is the longest that a section has; the first part if it has none.
     """
-    keys = (".".join(parts[:count]) for count in range(len(parts), 1, -1))
-    known = section if isinstance(section, Mapping) else ()
-    return next((key for key in keys if key in known), parts[0])
+    known = node if isinstance(node, Mapping) else ()
+    ends = range(len(parts), 1, -1)
+    end = next((end for end in ends if ".".join(parts[:end]) in known), 1)
+    return ".".join(parts[:end]), parts[end:]
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, parsed = parse_override(override)
+def set_field(raw: dict[str, Any], path: str, value: Any) -> None:
+    """Set what a dotted path names, in sections that are made where there are none.
+
+    Raises:
+        ConfigError: the path leads through a value, or a list that has no such index.
+    """
     node: Any = raw
-    parts = key.split(".")
+    parts: Sequence[str] = path.split(".")
     while True:
-        part = longest_key(node, parts)
-        parts = parts[part.count(".") + 1 :]
-        place: Any = _list_index(node, part, override) if isinstance(node, list) else part
+        key, parts = first_key(node, parts)
+        place: Any = _list_index(node, key) if isinstance(node, list) else key
         if not parts:
-            node[place] = parsed
+            node[place] = value
             return
         inner = node[place] if isinstance(node, list) else node.get(place)
         inner = {} if inner is None else copy.copy(inner)  # an alias's section is not its anchor's
         if not isinstance(inner, dict | list):
-            raise ConfigError(f"--set {override}: {part!r} holds a value, not a section")
+            raise ConfigError(f"{key!r} holds a value, not a section")
         node[place] = inner
         node = inner
 
 
-def _list_index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"--set {override}: {part!r} is no index into a list of {len(node)}")
-    return int(part)
+def _list_index(node: list[Any], key: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"{key!r} is no index into a list of {len(node)}")
+    return int(key)
 
 
 def dump_experiment(experiment: Config) -> str:

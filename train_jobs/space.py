@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
+from mtl_core.config import first_key
+
 SHAPES: dict[str, tuple[str, ...]] = {
     "uniform": ("low", "high"),
     "loguniform": ("low", "high"),
@@ -143,8 +145,10 @@ def _expand(node: Any, parts: Sequence[str], prefix: str) -> Iterator[str]:
     if not parts:
         yield prefix
         return
-    part, rest = _first(node, parts)
-    names = _names(node)
+    part, rest = first_key(node, parts)
+    if isinstance(node, list):
+        node = {str(number): item for number, item in enumerate(node)}
+    names = list(node) if isinstance(node, Mapping) else []
     chosen = names if part == "*" else [name for name in names if name == part]
     if not chosen:
         close = difflib.get_close_matches(part, names, n=1)
@@ -152,36 +156,4 @@ def _expand(node: Any, parts: Sequence[str], prefix: str) -> Iterator[str]:
         where = prefix or "the experiment"
         raise KeyError(f"{where} has no field {part!r}; {hint if names else 'a value'}")
     for name in chosen:
-        yield from _expand(_child(node, name), rest, f"{prefix}.{name}" if prefix else name)
-
-
-def assign(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Set a field that `expand` found."""
-    node: Any = raw
-    name, rest = _first(node, path.split("."))
-    while rest:
-        node = _child(node, name)
-        name, rest = _first(node, rest)
-    if isinstance(node, list):
-        node[int(name)] = value
-    else:
-        node[name] = value
-
-
-def _first(node: Any, parts: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The longest of a node's names that a path begins with, as tasks may have dots in theirs, else
-    its first part; and what follows."""
-    names = _names(node)
-    ends = range(len(parts), 0, -1)
-    end = next((end for end in ends if ".".join(parts[:end]) in names), 1)
-    return ".".join(parts[:end]), parts[end:]
-
-
-def _names(node: Any) -> list[str]:
-    if isinstance(node, Mapping):
-        return list(node)
-    return [str(number) for number in range(len(node))] if isinstance(node, list) else []
-
-
-def _child(node: Any, name: str) -> Any:
-    return node[int(name)] if isinstance(node, list) else node[name]
+        yield from _expand(node[name], rest, f"{prefix}.{name}" if prefix else name)

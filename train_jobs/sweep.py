@@ -28,10 +28,11 @@ from mtl_core.config import (
     parse_experiment,
     parse_override,
     read_yaml,
+    set_field,
 )
 from mtl_core.metrics import metric_names
 from mtl_core.storage import fetch
-from train_jobs.space import Parameter, Range, assign, expand
+from train_jobs.space import Parameter, Range, expand
 
 FIXED = ("name", "output_dir", "scale", "seed", "init_from", "tasks", "data")
 """Fields that make a trial another experiment, not another setting of this one."""
@@ -167,7 +168,7 @@ class Plan:
         """
         raw = self.base.model_dump(mode="json")
         for path, value in self.settings(values).items():
-            assign(raw, path, value)
+            set_field(raw, path, value)
         if isinstance(raw["training"], dict):  # may have been drawn as a whole
             raw["training"] = self.sweep.training | raw["training"]
         if seed is not None:
