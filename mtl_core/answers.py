@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mtl_core.config import TaskKind
 from mtl_core.heads import Head
 from mtl_core.metrics import tagged_spans
 from mtl_core.windows import Tokenized
@@ -184,4 +185,21 @@ def flatten(prediction: Mapping[str, Any]) -> dict[str, Any]:
         else:
             columns[task] = answer["label"]
             columns[f"{task}_score"] = answer["score"]
+    return columns
+
+
+def flat_types(kinds: Mapping[str, TaskKind]) -> dict[str, Any]:
+    """The Arrow types of the columns that `flatten` makes for tasks of these kinds."""
+    import pyarrow as pa
+
+    text, score, place = pa.string(), pa.float64(), pa.int64()
+    entity = pa.struct(
+        {"entity_group": text, "score": score, "word": text, "start": place, "end": place}
+    )
+    columns: dict[str, Any] = {}
+    for task, kind in kinds.items():
+        if kind == "classification":
+            columns |= {task: text, f"{task}_score": score}
+        else:
+            columns[task] = pa.list_(text if kind == "multilabel" else entity)
     return columns

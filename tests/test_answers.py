@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl_core.answers import Features, SentenceOutput, TokenOutput, flatten, run_head
+from mtl_core.answers import Features, SentenceOutput, TokenOutput, flat_types, flatten, run_head
 from mtl_core.config import TaskConfig
 from mtl_core.heads import Head, TokenClassificationHead, build_head
 from mtl_core.windows import Tokenized
@@ -168,15 +169,16 @@ def test_a_label_whose_probability_is_the_threshold_is_given() -> None:
         assert answer["labels"] == list(TYPES)
 
 
-def test_answers_become_columns() -> None:
+def test_answers_become_columns_of_known_types() -> None:
+    entity = {"entity_group": "person", "score": 0.5, "word": "Zoë", "start": 0, "end": 3}
     row = {
         "topic": {"label": "food", "score": 0.5, "scores": {"food": 0.5}},
         "mood": {"labels": ["good"], "scores": {"good": 0.9}},
-        "entities": [{"word": "Zoë"}],
+        "entities": [entity],
     }
-    assert flatten(row) == {
-        "topic": "food",
-        "topic_score": 0.5,
-        "mood": ["good"],
-        "entities": [{"word": "Zoë"}],
-    }
+    columns = {"topic": "food", "topic_score": 0.5, "mood": ["good"], "entities": [entity]}
+    assert flatten(row) == columns
+    types = flat_types(
+        {"topic": "classification", "mood": "multilabel", "entities": "token_classification"}
+    )
+    assert types == {name: pa.array([value]).type for name, value in columns.items()}

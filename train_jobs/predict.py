@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mtl_core.answers import flatten
+from mtl_core.answers import flat_types, flatten
 from mtl_core.artifact import read_manifest
 from mtl_core.command import run_command
 from mtl_core.config import ConfigError
@@ -185,14 +185,18 @@ def predict_file(
     """
     side = target.with_name(target.name + BAD_ROWS)
     check_files(source, target, column, overwrite)
-    types = column_types(source) if target.suffix == ".parquet" else {}
-    known = {name: kind for name, kind in types.items() if not name.startswith("predicted_")}
+    types = {}
+    if target.suffix == ".parquet":
+        manifest = read_manifest(fetch(artifact), check_files=False)
+        kinds = {task: manifest.tasks[task]["kind"] for task in tasks or manifest.tasks}
+        answered = {f"predicted_{name}": kind for name, kind in flat_types(kinds).items()}
+        types = column_types(source) | answered
     written = bad = 0
     with (
         forked_workers("train_jobs.preload") as scripts,
         ray_cluster(scripts),
         closing(_answers(artifact, source, column, tasks, workers, runtime)) as answers,
-        TableWriter(target, known) as output,
+        TableWriter(target, types) as output,
         TableWriter(side) as rejected,
         Progress(
             TextColumn("{task.description}"),

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -169,24 +169,10 @@ def column_types(path: Path) -> dict[str, Any]:
         rows = (row.values for row in read_rows(path) if row.error is None)
         with _refused_by_parquet():
             while chunk := list(islice(rows, ROWS_AT_ONCE)):
-                schema = _promoted(_as_table(chunk, {}), schema).schema
+                names = dict.fromkeys(name for row in chunk for name in row)
+                found = pa.table({n: pa.array([row.get(n) for row in chunk]) for n in names})
+                schema = pa.unify_schemas([schema, found.schema], promote_options="permissive")
     return dict(zip(schema.names, schema.types, strict=True))
-
-
-def _as_table(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> Any:
-    """An Arrow table of all columns that some row has, or that a type is known of."""
-    import pyarrow as pa
-
-    names = dict.fromkeys([*types, *(name for row in rows for name in row)])
-    columns = {n: pa.array([row.get(n) for row in rows], types.get(n)) for n in names}
-    return pa.table(columns)
-
-
-def _promoted(table: Any, schema: Any) -> Any:
-    """The table, with columns and types that hold what is of this schema too."""
-    import pyarrow as pa
-
-    return pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
 
 
 @contextmanager
@@ -206,7 +192,7 @@ class TableWriter:
 
     Args:
         path: the file.
-        types: of columns whose Arrow type is known; Parquet has them even without any row.
+        types: the Arrow types of a Parquet file's columns.
     """
 
     def __init__(self, path: Path, types: Mapping[str, Any] | None = None) -> None:
@@ -252,33 +238,15 @@ class TableWriter:
         self.writer.writerow(flat)
 
     def _flush(self) -> None:
-        """Write what is pending; what was written before it is widened to hold it."""
-        import pyarrow.parquet as pq
-
-        with _refused_by_parquet():
-            table = _as_table(self.pending, self.types)
-            if self.writer is None:
-                self.writer = pq.ParquetWriter(self.partial, table.schema)
-            table = _promoted(table, self.writer.schema)
-            if table.schema != self.writer.schema:
-                self._widen(table.schema)
-            self.writer.write_table(table)
-        self.pending = []
-
-    def _widen(self, schema: Any) -> None:
-        """Write all anew under a schema that holds more, such as entities after texts without."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.writer.close()
-        narrow = self.partial.rename(self.partial.with_suffix(".narrow"))
-        try:
-            self.writer = pq.ParquetWriter(self.partial, schema)
-            with pq.ParquetFile(narrow) as file:
-                for batch in file.iter_batches(ROWS_AT_ONCE):
-                    self.writer.write_table(_promoted(pa.Table.from_batches([batch]), schema))
-        finally:
-            narrow.unlink()
+        with _refused_by_parquet():
+            table = pa.Table.from_pylist(self.pending, pa.schema(self.types))
+            if self.writer is None:
+                self.writer = pq.ParquetWriter(self.partial, table.schema)
+            self.writer.write_table(table)
+        self.pending = []
 
     def __exit__(
         self,

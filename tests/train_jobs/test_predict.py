@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mtl_core.answers import flat_types
 from mtl_core.config import ConfigError
 from mtl_core.data.examples import DataError
 from mtl_core.errors import ArtifactError
@@ -141,7 +142,9 @@ def test_a_file_of_blank_texts_gives_a_table_without_rows(
     assert f"0 row(s) written to {target}, 2 bad row(s)" in done.stdout
     table = pq.read_table(target)
     assert len(table) == 0
-    assert table.schema.equals(pa.schema({"id": pa.int64(), "text": pa.string()}))
+    answered = flat_types({"entities": "token_classification", "sentiment": "classification"})
+    types = {f"predicted_{name}": kind for name, kind in answered.items()}
+    assert table.schema.equals(pa.schema({"id": pa.int64(), "text": pa.string()} | types))
     assert [row["line"] for row in jsonl(tmp_path / "out.parquet.bad.jsonl")] == [1, 2]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -106,15 +106,22 @@ def test_a_parquet_string_that_is_no_utf8_is_refused_with_the_place(tmp_path: Pa
         list(read_rows(path))
 
 
-def written(
-    path: Path, rows: Iterable[dict[str, Any]], types: Mapping[str, Any] | None = None
-) -> Any:
+def written(path: Path, rows: Iterable[dict[str, Any]], types: Mapping[str, Any]) -> Any:
     """What a Parquet file holds after these rows were written to it."""
     with TableWriter(path, types) as table:
         for row in rows:
             table.write(row)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     return pq.read_table(path)
+
+
+def copied(folder: Path, rows: Sequence[dict[str, Any]]) -> Any:
+    """What a Parquet file holds of the rows of a JSONL file."""
+    source = folder / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    types = column_types(source)
+    source.unlink()
+    return written(folder / "out.parquet", rows, types)
 
 
 ENTITY = {"entity_group": "place", "score": 0.5, "start": 0, "end": 3}
@@ -135,7 +142,7 @@ def test_parquet_holds_what_comes_after_the_first_thousand_rows(
     tmp_path: Path, first: Any, later: Any
 ) -> None:
     values = [first] * 1500 + [later] * 1500 + [first]
-    table = written(tmp_path / "out.parquet", ({"id": i, "x": v} for i, v in enumerate(values)))
+    table = copied(tmp_path, [{"id": i, "x": v} for i, v in enumerate(values)])
     assert table["id"].to_pylist() == list(range(3001))
     # What pyarrow infers from all values at once.
     assert table["x"].combine_chunks() == pa.array(values)
@@ -143,7 +150,7 @@ def test_parquet_holds_what_comes_after_the_first_thousand_rows(
 
 def test_a_column_may_begin_in_any_row(tmp_path: Path) -> None:
     rows = [{"a": 1}, {"a": 2, "b": "x"}, *[{"a": 3}] * 2000, {"a": 4, "c": True}]
-    table = written(tmp_path / "out.parquet", rows)
+    table = copied(tmp_path, rows)
     assert table.to_pylist() == [{"a": None, "b": None, "c": None} | row for row in rows]
 
 
@@ -151,12 +158,12 @@ def test_values_that_no_type_holds_are_refused_and_leave_no_file(tmp_path: Path)
     rows = [{"x": 1}] * 1024
     for wrong in ("one", {}, 2**70):
         with pytest.raises(ConfigError, match=r"--output: Parquet cannot hold .*write \.jsonl"):
-            written(tmp_path / "out.parquet", [*rows, {"x": wrong}])
+            written(tmp_path / "out.parquet", [*rows, {"x": wrong}], {"x": pa.int64()})
         assert not list(tmp_path.iterdir())
 
 
 def test_parquet_without_a_row_has_the_columns_that_are_known(tmp_path: Path) -> None:
-    assert written(tmp_path / "none.parquet", []).shape == (0, 0)
+    assert written(tmp_path / "none.parquet", [], {}).shape == (0, 0)
     (tmp_path / "none.parquet").unlink()
     table = written(tmp_path / "out.parquet", [], {"id": pa.int32(), "text": pa.string()})
     assert table.schema.equals(pa.schema({"id": pa.int32(), "text": pa.string()}))
