@@ -62,15 +62,8 @@ def build_artifact(
             },
             versions=library_versions(),
             files={},
-            training={
-                "trained": result["trained"],
-                "steps": result["steps"],
-                "epochs": result["epochs"],
-                "best_epoch": result["best_epoch"],
-                "encoder_passes": result["encoder_passes"],
-                "seconds": round(seconds, 1),
-                "skipped_rows": sum(data.skipped.values()),
-            },
+            training=result["training"]
+            | {"seconds": round(seconds, 1), "skipped_rows": sum(data.skipped.values())},
         )
         write_manifest(root, manifest)
         card = model_card(manifest, pictures, label_rows(report))

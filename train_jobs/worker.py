@@ -193,11 +193,13 @@ def _report_result(
         if world.rank == 0:
             save_weights(model, Path(folder))
             content = {
-                "steps": state.step,
-                "epochs": state.epoch,
-                "best_epoch": state.best_epoch,
-                "trained": state.optimizer is not None,
-                "encoder_passes": model.encoder.num_passes,
+                "training": {
+                    "trained": state.optimizer is not None,
+                    "steps": state.step,
+                    "epochs": state.epoch,
+                    "best_epoch": state.best_epoch,
+                    "encoder_passes": model.encoder.num_passes,
+                },
                 "splits": {
                     name: {
                         task: {"counts": counts.tolist(), "loss": result.losses.get(task)}
