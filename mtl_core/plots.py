@@ -39,9 +39,6 @@ Rows: TypeAlias = Sequence[Mapping[str, Any]]
 Curve: TypeAlias = list[tuple[float, float]]
 """Points of step and value."""
 
-PRIMARY_METRICS = tuple(reversed(PRIMARY.values()))
-"""A task's score is the first of these that it has."""
-
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is faint on white.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", ":")
@@ -95,7 +92,8 @@ def confusion_matrix(matrix: Matrix, labels: Sequence[str], path: str | Path, ti
 
     Up to 20 classes have their counts in the cells. A class without gold rows is all blank.
     """
-    num_classes = _check_square(matrix, labels)
+    num_classes = len(labels)
+    assert matrix.shape == (num_classes, num_classes)
     totals = matrix.sum(axis=1, keepdims=True)
     shares = matrix / np.maximum(totals, 1)
     has_counts = num_classes <= _MAX_CLASSES_WITH_COUNTS
@@ -116,7 +114,8 @@ def similarity_heatmap(matrix: Matrix, labels: Sequence[str], path: str | Path) 
 
     The colours span [0, 1], or [-1, 1] around white once a value is clearly negative.
     """
-    num_texts = _check_square(matrix, labels)
+    num_texts = len(labels)
+    assert matrix.shape == (num_texts, num_texts)
     is_signed = bool((matrix < -0.05).any())
     has_values = num_texts <= _MAX_TEXTS_WITH_VALUES
     figure, axes = square_grid(labels, cell=0.6 if has_values else 0.18)
@@ -264,8 +263,8 @@ def _curve(rows: Rows, key: str) -> Curve:
 
 
 def _score_curve(validations: Rows, task: str) -> Curve:
-    """The task's primary metric by step."""
-    curves = (_curve(validations, f"validation/{task}/{metric}") for metric in PRIMARY_METRICS)
+    """The task's primary metric by step; no kind reports that of another."""
+    curves = (_curve(validations, f"validation/{task}/{metric}") for metric in PRIMARY.values())
     return next((curve for curve in curves if curve), [])
 
 
@@ -289,11 +288,3 @@ def _best(validations: Rows) -> tuple[float, str] | None:
     epochs = dict(_curve(validations, "epoch"))
     when = f"epoch {epochs[step]:g}" if step in epochs else f"step {step:g}"
     return step, f"best {score:.3f} at {when}"
-
-
-def _check_square(matrix: Matrix, labels: Sequence[str]) -> int:
-    if matrix.shape != (len(labels), len(labels)):
-        raise ValueError(
-            f"matrix has shape {matrix.shape}; {len(labels)} labels need a square of that side"
-        )
-    return len(labels)
