@@ -81,12 +81,6 @@ class MultiTaskModel(nn.Module):
     def head_items(self) -> list[tuple[str, Head]]:
         return [(name, self.head(name)) for name in self.heads]
 
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Token states (B, L, H) and pooled vectors (B, H), from one pass through the encoder."""
-        if batch.states is None:
-            return self.encoder(batch.input_ids, batch.attention_mask)  # type: ignore[no-any-return]
-        return self.encoder.upper(batch.states_depth, batch.states, batch.attention_mask)
-
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Task → () sum of the losses of the items labelled in this batch, 0 without any."""
         return {
@@ -95,8 +89,12 @@ class MultiTaskModel(nn.Module):
         }
 
     def logits(self, batch: Batch) -> dict[str, Tensor]:
-        """Task → (N, outputs) logits of the items labelled in this batch."""
-        states, pooled = self.features(batch)
+        """Task → (N, outputs) logits of the items labelled in this batch; one encoder pass."""
+        mask = batch.attention_mask
+        if batch.states is None:
+            states, pooled = self.encoder(batch.input_ids, mask)
+        else:
+            states, pooled = self.encoder.upper(batch.states_depth, batch.states, mask)
         flat = states.flatten(0, 1)
         logits = {}
         for task, labelled in batch.labelled.items():

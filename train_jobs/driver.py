@@ -46,7 +46,7 @@ def train(experiment: Experiment, data: Data, folder: RunFolder) -> Checkpoint:
     """
     if hint := idle_gpus(experiment.scale):
         print(hint)
-    wait_for_nodes(experiment.scale, print)
+    wait_for_nodes(experiment.scale)
     log = progress_log()
     trainer = build_trainer(experiment, folder, data, log)
     follower = Follower(experiment, folder, log)

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +36,7 @@ class Wait:
     """No node that can be had would end it."""
 
 
-def wait_for_nodes(scale: ScaleConfig, tell: Callable[[str], None]) -> None:
+def wait_for_nodes(scale: ScaleConfig) -> None:
     """Return once there is room for the workers; a cluster that grows is made to.
 
     Ray Train would wait for the same room, but cannot be told to give up. Room that is taken
@@ -60,7 +60,7 @@ def wait_for_nodes(scale: ScaleConfig, tell: Callable[[str], None]) -> None:
                 wait = why_workers_wait(since) or not_yet
             if wait.reason != told:
                 told = wait.reason
-                tell(f"waiting: {told}")
+                print(f"waiting: {told}")
             if not wait.in_vain:
                 vain_since = None
                 continue

@@ -6,7 +6,6 @@ A node that joins the cluster later is not asked.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -22,7 +21,7 @@ PROOF = "sweep.yaml"
 """A file of the folder that every node has to read as the driver wrote it."""
 
 
-def rehearse(scale: ScaleConfig, sweep: Sweep, tell: Callable[[str], None] = print) -> None:
+def rehearse(scale: ScaleConfig, sweep: Sweep) -> None:
     """Wait for room for one trial, and read the sweep's folder on every node that there is then.
 
     Raises:
@@ -30,7 +29,7 @@ def rehearse(scale: ScaleConfig, sweep: Sweep, tell: Callable[[str], None] = pri
     """
     if not os.environ.get("RAY_ADDRESS"):
         return  # this machine alone, whose size was looked at already
-    wait_for_nodes(scale, tell)
+    wait_for_nodes(scale)
     read = ray.remote(read_proof)
     # Nothing is reserved, so that no node has to be idle; one that dies meanwhile is passed over.
     asked = [
