@@ -11,8 +11,6 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among the data-parallel ones."""
-
     rank: int = 0
     size: int = 1
     local_rank: int = 0

@@ -21,8 +21,6 @@ PAUSE_SECONDS = 5.0
 
 
 class Follower:
-    """Shows and stores the workers' progress while the driver waits for them."""
-
     def __init__(self, experiment: Experiment, folder: RunFolder, log: Any) -> None:
         self.folder, self.log = folder, log
         self.progress = Progress(experiment.training.epochs, list(experiment.tasks))

@@ -31,8 +31,6 @@ RESULT = "result.json"
 
 
 class RunFolder(NamedFolder):
-    """A run's folder."""
-
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment.output_dir, experiment.name)
 

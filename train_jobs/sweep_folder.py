@@ -36,8 +36,6 @@ FINISHED = "finished"
 
 
 class SweepFolder(NamedFolder):
-    """A sweep's folder."""
-
     def __init__(self, sweep: Sweep) -> None:
         super().__init__(sweep.output_dir, sweep.name)
 
