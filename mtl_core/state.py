@@ -24,8 +24,6 @@ from mtl_core.features import add_tensors
 from mtl_core.model import MultiTaskModel
 from mtl_core.optim import build_optimizer
 
-KEPT = {"train": "training", "validation": "validation"}
-"""Splits that a checkpoint is bound to, and what messages call them: it holds the best score."""
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
 
 
@@ -33,11 +31,11 @@ class TrainState:
     """A model in training; None as optimiser when nothing learns."""
 
     def __init__(
-        self, model: MultiTaskModel, experiment: Experiment, keys: Mapping[str, str] | None = None
+        self, model: MultiTaskModel, experiment: Experiment, keys: Mapping[str, str]
     ) -> None:
         self.model = model
-        self.keys = {split: (keys or {}).get(split) for split in KEPT}
-        """Of the texts, as `Data` has them; without one a checkpoint of any is taken up."""
+        self.keys = keys
+        """Of the texts, as `Data` has them."""
         self.optimizer = build_optimizer(
             model, experiment.optim, experiment.freeze, experiment.training.epochs
         )
@@ -110,11 +108,7 @@ class TrainState:
             "step_in_part": self.step_in_part,
             "best_epoch": self.best_epoch,
             "best_score": self.best_score if self.best else None,
-            "learned_rows": learned_rows(self.model.encoder.transformer),
-            **{f"{split}_key": key for split, key in self.keys.items()},
-            "frozen": self.frozen,
-            "pooling": self.model.encoder.pooling,
-            "labels": self._labels(),
+            "made_for": self._made_for(),
         }
         (folder / FILES[2]).write_text(json.dumps(progress, indent=2))
 
@@ -123,12 +117,11 @@ class TrainState:
         """Take up what `save` wrote, on whatever device the model is.
 
         Raises:
-            DataError: labels, pooling, names of parameters, training or validation texts or what
-                never learns are not those of the checkpoint.
+            DataError: it was made for other than what is here, or by another version.
         """
         assert self.optimizer is not None
         progress = json.loads((folder / FILES[2]).read_text())
-        self._check_data(progress, folder / FILES[0])
+        self._check(progress, folder / FILES[0])
         tensors = load_file(folder / FILES[0])
         moments = load_file(folder / FILES[1])
         for name, tensor in self.remembered().items():
@@ -152,47 +145,35 @@ class TrainState:
                 if name.startswith(prefix)
             }
 
-    def _labels(self) -> dict[str, list[str]]:
-        return {task: list(head.labels) for task, head in self.model.head_items}
+    def _made_for(self) -> dict[str, Any]:
+        """All that a checkpoint fits only as it is, by what messages call it."""
+        encoder, heads = self.model.encoder, self.model.head_items
+        return {
+            **{f"the labels of task {task!r}": list(head.labels) for task, head in heads},
+            f"pooling by {encoder.pooling} (encoder.pooling)": True,
+            "the training texts": [self.keys.get("train"), learned_rows(encoder.transformer)],
+            "the validation texts": self.keys.get("validation"),  # the best score is of them
+            "the weights that never learn, of init_from or encoder.model,": self.frozen,
+        }
 
-    def _check_data(self, progress: Mapping[str, Any], weights: Path) -> None:
-        """Raise DataError unless a checkpoint fits; old ones tell no keys, no labels, no frozen."""
-        fix = "put them back, or start a run of another name"
-        labels = self._labels()
-        for task, known in progress.get("labels", labels).items():
-            if labels.get(task) != known:
-                raise DataError(
-                    f"the labels of task {task!r} have changed since the checkpoint; {fix}"
-                )
-        pooling = self.model.encoder.pooling
-        if progress.get("pooling", pooling) != pooling:
-            raise DataError(
-                f"the checkpoint's encoder pools by {progress['pooling']}, this one by {pooling}: "
-                "set encoder.pooling"
-            )
-        self._check_names(weights)
-        rows = learned_rows(self.model.encoder.transformer)
-        for split, called in KEPT.items():
-            keys = {progress.get(f"{split}_key"), self.keys[split]} - {None}
-            if len(keys) > 1 or (split == "train" and progress["learned_rows"] != rows):
-                raise DataError(f"the {called} texts have changed since the checkpoint; {fix}")
-        if progress.get("frozen") not in (None, self.frozen):
-            raise DataError(
-                "the weights that never learn, of init_from or encoder.model, have changed since "
-                f"the checkpoint; {fix}"
-            )
-
-    def _check_names(self, weights: Path) -> None:
-        """Raise DataError unless a file holds what learns here, and nothing else."""
+    def _check(self, progress: Mapping[str, Any], weights: Path) -> None:
+        """Raise DataError unless a checkpoint holds what learns here, and was made for it."""
         expected = {f"now.{name}" for name in self.learning()}
         expected |= {f"kept.{name}" for name in self.remembered()}
         with safe_open(weights, "pt") as file:
             names = set(file.keys())
         found = {name for name in names if not name.startswith("best.")}
-        if found != expected:
+        if found != expected or "made_for" not in progress:
             raise DataError(
                 "the checkpoint is of another version of this software: start a run of another name"
             )
+        here = self._made_for()
+        for what, then in progress["made_for"].items():
+            if here.get(what) != then:
+                raise DataError(
+                    f"{what} changed since the checkpoint; put back what was there, or start a run "
+                    "of another name"
+                )
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -187,10 +187,10 @@ def predict_file(
     check_files(source, target, column, overwrite)
     types = {}
     if target.suffix == ".parquet":
+        types = column_types(source)
         manifest = read_manifest(fetch(artifact), check_files=False)
         kinds = {task: manifest.tasks[task]["kind"] for task in tasks or manifest.tasks}
-        answered = {f"predicted_{name}": kind for name, kind in flat_types(kinds).items()}
-        types = column_types(source) | answered
+        types |= {f"predicted_{name}": kind for name, kind in flat_types(kinds).items()}
     written = bad = 0
     with (
         forked_workers("train_jobs.preload") as scripts,
