@@ -133,7 +133,7 @@ def _damage_named(checkpoint: str) -> Iterator[None]:
     except (SafetensorError, ValueError, KeyError, FileNotFoundError) as error:
         raise DataError(
             f"{checkpoint}: this checkpoint is damaged ({type(error).__name__}: {error}), and "
-            "training keeps no other; start a run of another name, or empty its folder"
+            "training keeps no other; start a run of another name, or remove this one's folder"
         ) from error
 
 
