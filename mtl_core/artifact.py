@@ -43,7 +43,7 @@ class Manifest:
     encoder: dict[str, Any]
     """id, hash, pooling, dimension, max_length."""
     data: dict[str, Any]
-    """split → content fingerprint and number of texts."""
+    """split → content fingerprint, number of texts, whether train was divided for it."""
     versions: dict[str, str]
     files: dict[str, str]
     """weight and configuration file → sha256."""

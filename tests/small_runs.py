@@ -197,11 +197,7 @@ def write_artifact(
         for task, head in model.head_items
     }
     encoder = describe_encoder(folder, config.encoder.model)
-    texts = {
-        split: {"fingerprint": key, "texts": encoded.num_texts(split)}
-        for split, key in (encoded.keys if encoded else {}).items()
-        if encoded
-    }
+    texts = encoded.summary() if encoded else {}
     manifest = Manifest(SCHEMA_VERSION, config.name, tasks, encoder, texts, library_versions(), {})
     write_manifest(folder, manifest)
     return folder

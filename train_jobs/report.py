@@ -56,10 +56,7 @@ def build_artifact(
             name=experiment.name,
             tasks=describe_tasks(root, experiment, report),
             encoder=describe_encoder(root, experiment.init_from or experiment.encoder.model),
-            data={
-                name: {"fingerprint": key, "texts": data.num_texts(name)}
-                for name, key in data.keys.items()
-            },
+            data=data.summary(),
             versions=library_versions(),
             files={},
             training=result["training"]
@@ -127,7 +124,8 @@ def label_rows(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def show_result(folder: RunFolder) -> None:
     """Print the artifact's scores and where to go from here."""
     console = Console(highlight=False)
-    manifest = parse_manifest((folder.read("artifact/manifest.json") or "").encode(), folder.title)
+    content = folder.read("artifact/manifest.json") or ""
+    manifest = parse_manifest(content.encode(), f"{folder.title}/artifact")
     report = json.loads(folder.read("artifact/report.json") or "{}")
     if not manifest.training.get("trained", True):
         console.print(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def save_arrays(folder: Path, arrays: Mapping[str, Any], info: Mapping[str, Any]
             np.save(partial / f"{name}.npy", array)
         (partial / INFO).write_text(json.dumps({"arrays": sorted(arrays), "info": info}))
         if folder.exists() and load_arrays(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # it was damaged
+            with suppress(FileNotFoundError):  # another process was first
+                shutil.rmtree(folder)  # it was damaged
 
 
 def load_arrays(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:

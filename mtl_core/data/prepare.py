@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from mtl_core.artifact import Manifest, library_versions, load_config, read_manifest
 from mtl_core.config import SPLITS, Experiment, SourceConfig, Split, TaskConfig
@@ -40,12 +41,25 @@ class Data:
     shards: Shards | None = None
     notes: tuple[str, ...] = ()
     """What else to tell of what was left out or has changed."""
+    carved: bool = False
+    """Whether rows of train serve as validation."""
 
     @property
     def remarks(self) -> list[str]:
         """Lines about what was left out, or has changed."""
         counts = self.skipped.items()
         return [f"{source}: {n} unreadable row(s) skipped" for source, n in counts] + [*self.notes]
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """What a manifest says of each split."""
+        return {
+            split: {
+                "fingerprint": key,
+                "texts": self.num_texts(split),
+                "carved": self.carved and split != "test",
+            }
+            for split, key in self.keys.items()
+        }
 
     def num_texts(self, split: str) -> int:
         """How many texts a split has; for shards, how many rows they are made of."""
@@ -130,7 +144,8 @@ def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
             keys[name], splits[name] = encode_cached(
                 examples, experiment.tasks, labels, tokenizer, experiment.encoder.max_length
             )
-    return Data(splits, keys, dict(labels), corpus.skipped, notes=corpus.notes)
+    told = (corpus.notes, corpus.carved)
+    return Data(splits, keys, dict(labels), corpus.skipped, None, *told)
 
 
 def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> Data:
@@ -214,7 +229,8 @@ def prepare_scored(
         corpus.splits[split] = corpus.splits[split][:limit]
     if not corpus.splits[split]:
         if sources is None:
-            raise DataError(f"no labelled rows in {split}: choose another --split, or give --data")
+            problem = f"no labelled rows in {split}: choose another --split, or give --data"
+            raise DataError("\n".join((problem, *corpus.notes)))
         where = ", ".join(source.title for source in sources)
         raise DataError(f"{where}: no labelled rows; give a file, or a folder with one for {split}")
     check_labels(corpus, tasks, labels)
@@ -223,10 +239,10 @@ def prepare_scored(
     in_shards = split == "train" and experiment.training.shard_texts is not None
     if sources is not None or limit is not None or in_shards:
         return data
-    return replace(data, notes=(*data.notes, *_changes(manifest, split, data, corpus.carved)))
+    return replace(data, notes=(*data.notes, *_changes(manifest, split, data)))
 
 
-def _changes(manifest: Manifest, split: Split, data: Data, carved: bool) -> list[str]:
+def _changes(manifest: Manifest, split: Split, data: Data) -> list[str]:
     """What to tell where a split is not the one that an artifact was made with.
 
     Raises:
@@ -240,7 +256,7 @@ def _changes(manifest: Manifest, split: Split, data: Data, carved: bool) -> list
     certain = known["texts"] != len(data.splits[split]) or all(
         manifest.versions.get(name) == now.get(name) for name in TOKENISING
     )
-    if certain and carved and split != "test":
+    if certain and (data.carved or known.get("carved")):
         raise DataError(
             f"{changed}, so rows that it was trained on may be in validation now: put its sources "
             "back as they were, or score other files (train_jobs.evaluate --data)"

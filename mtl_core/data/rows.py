@@ -30,7 +30,7 @@ class RowReader:
         """The row's text with the labels it carries.
 
         A missing value (no key, null, NaN, an empty string) leaves the row unlabelled for that
-        task; an empty list says that there are no labels or no entities.
+        task; an empty list says that there are no labels or, without words, no entities.
 
         Raises:
             BadRow: blank text, tags and words of unequal number, words or entities off the text.
@@ -161,7 +161,7 @@ def _tagged(tags: list[Any], words: list[Word | None] | None) -> tuple[Span, ...
     if words is None:
         raise BadRow("tags without words; name their column: `words: <column>`")
     if len(tags) != len(words):
-        hint = "" if tags else " (beside lists of entities, leave `words` out of columns)"
+        hint = "" if tags else " (lists of entities need a source without `words`)"
         raise BadRow(f"{len(tags)} tags for {len(words)} words{hint}")
     pairs = list(zip(words, to_bio2(tags), strict=True))
     lost = next((tag for word, tag in pairs if word is None and tag.startswith("B-")), None)

@@ -18,7 +18,6 @@ DEMO_COLUMNS: dict[Column, TaskKind] = {
     "entities": "token_classification",
 }
 UNLABELLED: dict[Split, str] = {
-    "train": "nothing is learned from it",
     "validation": "a part of train takes its place",
     "test": "it is not scored",
 }
@@ -176,14 +175,20 @@ def check_splits(source: SourceConfig, tables: Mapping[Split, Table]) -> tuple[s
     """Every split has the text or the words; what to tell of one that lacks all labels' columns.
 
     A column that is there without a value is not told: so comes GLUE's test split.
+
+    Raises:
+        DataError: train lacks them.
     """
     notes = []
     labels = list(source.task_columns.values())
     for split, table in tables.items():
         check_content(source, table)
         if table.columns and not set(labels) & set(table.columns):
+            problem = f"{table.title}: no column {labels[0]!r}"
             known = there_is(table.columns, labels[0])
-            notes.append(f"{table.title}: no column {labels[0]!r}, so {UNLABELLED[split]}; {known}")
+            if split == "train":
+                raise DataError(f"{problem}; {known}")
+            notes.append(f"{problem}, so {UNLABELLED[split]}; {known}")
     return tuple(notes)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from mtl_core.build import begin
 from mtl_core.config import Experiment, parse_experiment
@@ -190,6 +191,13 @@ def test_an_artifact_is_scored_on_what_was_carved_and_left_only_as_it_was(
     path.write_text("".join(changed(path.read_text().splitlines(keepends=True))))
     with pytest.raises(DataError, match=rf"^{split} has changed since .* --data\)$"):
         prepare_scored(artifact, split)
+    (tmp_path / "aside.jsonl").write_text(path.read_text())
+    divided = {"train": "train.jsonl", "validation": "aside.jsonl"}
+    content = yaml.safe_load((artifact / "experiment.yaml").read_text())
+    content["data"][0] |= {"path": str(tmp_path), "splits": divided}
+    (artifact / "experiment.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match=f"^{split} has changed since"):  # it was carved then
+        prepare_scored(artifact, split)
     assert len(prepare_scored(artifact, "test", experiment.data).splits["test"]) in (19, 20)
     assert len(prepare_scored(artifact, "train", limit=3).splits["train"]) == 3
 
@@ -217,6 +225,9 @@ def test_a_split_of_its_own_that_has_changed_is_told_and_scored(
     found = prepare_scored(artifact, split)
     assert found.remarks == [f"{split} has changed since the artifact was made"]
     assert len(found.splits[split]) == 19
+    (tmp_path / "test.jsonl").write_text('{"text": "x", "lable": "a"}')
+    with pytest.raises(DataError, match=r"(?s)no labelled rows in test.*did you mean 'lable'"):
+        prepare_scored(artifact, "test")
 
 
 def test_another_release_of_the_tokenizers_may_be_why_a_split_differs(

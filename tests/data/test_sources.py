@@ -396,6 +396,15 @@ class TestMistakes:
         write_jsonl(path, [{"text": "x", "label": None}])
         assert read_corpus([source], TASKS, seed=1).notes == ()
 
+    def test_train_without_the_label_column(self, tmp_path: Path) -> None:
+        for name in SPLIT_NAMES:
+            write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
+        write_jsonl(tmp_path / "train.jsonl", [{"text": "x", "Label": "a"}])
+        with pytest.raises(
+            DataError, match=r"train\.jsonl: no column 'label'; did you mean 'Label"
+        ):
+            read(tmp_path, TOPIC)
+
     def test_a_split_read_alone_may_lack_what_the_others_have(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [{**row, "tones": ["x"]} for row in ROWS])
         write_jsonl(tmp_path / "test.jsonl", ROWS)
@@ -416,7 +425,7 @@ class TestMistakes:
     def test_a_row_without_tags_among_rows_with_some(self, message: Callable[..., str]) -> None:
         rows = [{"tokens": ["a"], "tags": tags} for tags in (["O"], [])]
         said = message("\n".join(json.dumps(row) for row in rows), NER)
-        assert said.startswith("train.jsonl:2: ner: 0 tags for 1 words (beside lists of entities")
+        assert said.startswith("train.jsonl:2: ner: 0 tags for 1 words (lists of entities need")
 
     def test_tags_without_words(self, message: Callable[..., str]) -> None:
         said = message('{"text": "a", "tags": ["O"]}', {"text": "text", "ner": "tags"})
