@@ -144,8 +144,9 @@ def encode(corpus: Corpus, experiment: Experiment, labels: Labels) -> Data:
             keys[name], splits[name] = encode_cached(
                 examples, experiment.tasks, labels, tokenizer, experiment.encoder.max_length
             )
-    told = (corpus.notes, corpus.carved)
-    return Data(splits, keys, dict(labels), corpus.skipped, None, *told)
+    return Data(
+        splits, keys, dict(labels), corpus.skipped, notes=corpus.notes, carved=corpus.carved
+    )
 
 
 def reopen(experiment: Experiment, labels: Labels, keys: Mapping[str, str]) -> Data:

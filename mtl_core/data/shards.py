@@ -173,8 +173,9 @@ class ShardedCorpus:
             drawn.append(indices)
         total = sum(int(b.rows[i].sum()) for b, i in zip(found, drawn, strict=True))
         count = min(-(-total // size), max(map(len, drawn)))
-        skipped, some = dict(self.skipped), bool(self.carved)
-        corpus = replace(corpus, skipped=skipped, notes=tuple(notes), carved=some)
+        corpus = replace(
+            corpus, skipped=dict(self.skipped), notes=tuple(notes), carved=bool(self.carved)
+        )
         return Shards(tuple(found), tuple(drawn), count), corpus
 
     def _to_examples(self, number: int, tables: Mapping[Split, Table]) -> Examples:
