@@ -1,4 +1,4 @@
-"""What every command shares: errors without tracebacks, exit codes, Ctrl-C."""
+"""What every command shares: errors without tracebacks, exit codes, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import atexit
 import gc
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,8 +36,12 @@ def start_in_utf8() -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; a user's mistake gives its message and exit code 1, Ctrl-C gives 130."""
+    """Run a command; a user's mistake gives its message and exit code 1.
+
+    Ctrl-C and SIGTERM give 130, and leave nothing behind.
+    """
     start_in_utf8()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Or Python goes through the libraries' objects again and again as they are made, for half a
     # second, and for a second as it ends.
     gc.set_threshold(100_000, 50, 50)

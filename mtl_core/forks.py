@@ -27,10 +27,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import psutil
 
 STREAMS = (0, 1, 2)
 PATIENCE_S = 2.0
@@ -73,7 +76,7 @@ def forked_workers(preload: str) -> Iterator[str | None]:
         try:
             yield folder
         finally:
-            end(server)
+            end_server(server)
 
 
 def start_server(number: int, preload: str) -> subprocess.Popen[bytes]:
@@ -88,7 +91,7 @@ def start_server(number: int, preload: str) -> subprocess.Popen[bytes]:
     )
 
 
-def end(server: subprocess.Popen[bytes]) -> None:
+def end_server(server: subprocess.Popen[bytes]) -> None:
     """Stop the process that forks, and what is left of its workers: they should go with Ray."""
     import psutil
 
@@ -159,7 +162,8 @@ def own_node(kind: Any, scripts: str | None) -> Iterator[None]:
 
     With `scripts`, a folder of `forked_workers`, its workers are forks. What watches for demand
     that other machines could meet, what collects the output of workers and the server of a
-    dashboard that is off are left out. `kind` is Ray's `Node`.
+    dashboard that is off are left out. And SIGTERM means afterwards what it meant before: Ray would
+    end what this process is connected to, and the process with it. `kind` is Ray's `Node`.
 
     Raises:
         ValueError: without `scripts` no worker would start.
@@ -184,8 +188,27 @@ def own_node(kind: Any, scripts: str | None) -> Iterator[None]:
     def start_nothing(*_: Any, **__: Any) -> None:
         pass
 
-    with patch.multiple(kind, __init__=begin_bare, start_api_server=start_nothing):
-        yield
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        with patch.multiple(kind, __init__=begin_bare, start_api_server=start_nothing):
+            yield
+    except SystemExit as stop:  # what Ray makes of SIGTERM meanwhile
+        raise KeyboardInterrupt from stop
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def end(processes: Sequence[psutil.Process], patience_s: float = 3.0) -> None:
+    """Stop processes, by force where they do not go by themselves."""
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.Error):
+            process.terminate()
+    _, left = psutil.wait_procs(processes, timeout=patience_s)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def run(

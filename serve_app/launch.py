@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from mtl_core.config import ConfigError
-from mtl_core.forks import own_node
+from mtl_core.forks import end, own_node
 from serve_app.errors import ApiError
 from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script, own_haproxy_ports
 
@@ -317,17 +317,6 @@ def stop_serve(patience_s: float = 30.0) -> None:
         while time.monotonic() < deadline:
             ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
             time.sleep(0.1)
-
-
-def end(processes: Sequence[psutil.Process], patience_s: float = 3.0) -> None:
-    """Stop processes, by force where they do not go by themselves."""
-    for process in processes:
-        with suppress(psutil.Error):
-            process.terminate()
-    _, left = psutil.wait_procs(processes, timeout=patience_s)
-    for process in left:
-        with suppress(psutil.Error):
-            process.kill()
 
 
 def wait_for_signal(meanwhile: Callable[[], None], seconds: float, message: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import yaml
 
-from serve_app.launch import end
+from mtl_core.forks import end
 from serve_app.ports import free_ports
 from tests import preloaded
 from tests.commands import ROOT

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import psutil
 import ray
 import torch
 from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 
 from mtl_core.config import ConfigError, ScaleConfig
-from mtl_core.forks import own_node
+from mtl_core.forks import end, own_node
 
 LOCAL_SETTINGS = {
     # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
@@ -57,17 +58,35 @@ def ray_cluster(scripts: str | None = None) -> Iterator[Callable[[], Any]]:
         # Ray counts GPUs with too old a driver, and with a torch without CUDA, too.
         num_gpus = None if torch.cuda.is_available() else 0
         options = {"address": "local", "include_dashboard": False, "num_gpus": num_gpus}
-    try:
-        with nullcontext() if address else own_node(Node, scripts):
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
-        raise ConfigError(f"cannot reach {where}: {error}") from error
+    before = psutil.Process().children(recursive=True)
+
+    def shut_down() -> None:
+        family = [] if address else psutil.Process().children(recursive=True)
+        ray.shutdown()
+        # Agents of a node that had only just begun would go on for a minute without it.
+        end([process for process in family if process not in before])
+
     with ThreadPoolExecutor(1) as aside:
         try:
-            yield lambda: aside.submit(ray.shutdown)
+            start_ray(scripts, options)
+            yield lambda: aside.submit(shut_down)
         finally:
-            aside.submit(ray.shutdown).result()  # a second time it finds nothing to do
+            aside.submit(shut_down).result()  # a second time it finds nothing to do
+
+
+def start_ray(scripts: str | None, options: Mapping[str, Any]) -> None:
+    """`ray.init`, whose workers are forks where `scripts` are given.
+
+    Raises:
+        ConfigError: Ray cannot be had.
+    """
+    address = options["address"]
+    try:
+        with own_node(Node, scripts) if address == "local" else nullcontext():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        where = "a local Ray" if address == "local" else f"the cluster at RAY_ADDRESS={address}"
+        raise ConfigError(f"cannot reach {where}: {error}") from error
 
 
 def is_own() -> bool:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,26 @@ def test_a_proxy_that_is_not_ready_in_time_is_told_without_a_traceback(artifact:
     assert "error: Serve's proxy did not start: " in done.stderr
     assert "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sigterm_during_the_start_leaves_nothing_behind(artifact: Path, tmp_path: Path) -> None:
+    with TemporaryDirectory(dir="/tmp") as short, (tmp_path / "log").open("w+b") as log:
+        env = {**os.environ, "RAY_TMPDIR": short}
+        arguments = ("--artifact", str(artifact), "--port", "0")
+        process = preloaded.Process("serve_app", arguments, Path.cwd(), env, log, log)
+        server = RealServer("not yet", process, tmp_path / "log")
+        wait_for(lambda: processes(server, "ray::"))
+        assert list(Path(short).glob("mtl-*"))
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert server.stop(signal.SIGTERM) == 130
+        log.seek(0)
+        assert log.read().decode().splitlines() == [
+            "starting Ray and the replicas …",
+            "interrupted; run the same command again to go on",
+        ]
+        assert not list(Path(short).glob("mtl-*"))
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
 
 
 def test_a_second_ctrl_c_ends_it_at_once(server: RealServer) -> None:

@@ -253,6 +253,28 @@ def test_after_ctrl_c_and_after_the_driver_was_killed_the_same_command_goes_on(
     assert weights(tmp_path) == weights(finished)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_as_its_own_ray_starts_it_leaves_no_process(
+    number: signal.Signals, tmp_path: Path, experiment: dict[str, Any]
+) -> None:
+    process = start("train", "--config", str(write_config(tmp_path, experiment)))
+
+    def agents() -> list[psutil.Process]:
+        family = psutil.Process(process.pid).children(recursive=True)
+        with contextlib.suppress(psutil.Error):  # some come and go
+            if any("ray::" in " ".join(each.cmdline()) for each in family):
+                return family
+        return []
+
+    family = wait_for(agents, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1] == "interrupted; run the same command again to go on"
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_which_keeps_the_checkpoint_before(
     tmp_path: Path, ray_address: str, experiment: dict[str, Any]
 ) -> None:
