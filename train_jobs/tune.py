@@ -24,6 +24,7 @@ from mtl_core.forks import forked_workers
 from mtl_core.metrics import PRIMARY
 from train_jobs.cluster import cpu_share, idle_gpus, ray_cluster, room_for, worker_resources
 from train_jobs.console import describe_data
+from train_jobs.driver import stop_as_interrupt
 from train_jobs.rehearsal import rehearse
 from train_jobs.search import TimeBudget, comparison_options, search_options
 from train_jobs.sweep import Plan, check_baselines, load_plan
@@ -205,7 +206,7 @@ def run_phase(
     table = SweepTable(phase, job.plan, sweep.objectives if searching else ("mean",))
     budget = TimeBudget(sweep.budget.minutes if searching else None)
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), _resources(job.plan))
-    with table, tune_breaking_off():
+    with table, stop_as_interrupt(), tune_breaking_off():
         # Tuner.restore would take all settings from its records, and the command may change some.
         analysis = tune.run(
             trainable,

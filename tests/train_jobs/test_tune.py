@@ -204,13 +204,14 @@ def test_trials_of_two_workers_share_two_cpus_and_report_every_epoch(
     assert (tmp_path / "sweeps/sweep/artifact/manifest.json").is_file()
 
 
-def test_ctrl_c_reports_what_there_is_and_the_same_command_goes_on(
+def test_stopped_it_reports_what_there_is_and_the_same_command_goes_on(
     tmp_path: Path, experiment: dict[str, Any]
 ) -> None:
+    """By the signal of `ray job stop`, which becomes Ctrl-C's."""
     path = write_sweep(tmp_path, experiment, **SLOW)
     sweep = start("tune", "--config", str(path))
     read_until(sweep, "trial 1 finished")
-    sweep.send_signal(signal.SIGINT)
+    sweep.send_signal(signal.SIGTERM)
     output, _ = sweep.communicate(timeout=120)
     assert sweep.returncode == 130, output
     assert "report:" in output
