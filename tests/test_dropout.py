@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtl_core.config import EncoderConfig
-from mtl_core.dropout import QuickDropout
+from mtl_core.dropout import SHORT, QuickDropout
 from mtl_core.encoder import SentenceEncoder
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "deberta-v2", "mpnet")
@@ -75,6 +75,29 @@ def test_nothing_is_dropped_outside_of_training_or_of_the_context() -> None:
         pass
     torch.manual_seed(3)
     assert torch.equal(F.dropout(x, 0.5), expected)
+
+
+@pytest.mark.parametrize("length", [5, SHORT, SHORT + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_dropout_attention_and_its_gradient_are_pytorchs(
+    length: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    mask = torch.rand(2, 1, length, length) < 0.7
+    mask[..., 0] = True
+
+    def attend() -> list[torch.Tensor]:
+        y = F.scaled_dot_product_attention(*given, attn_mask=mask)
+        return [y, *torch.autograd.grad(y.float().square().sum(), given)]
+
+    expected = attend()
+    with quick():
+        found = attend()
+    fused = "ScaledDotProduct" in found[0].grad_fn.name()
+    assert fused == (length > SHORT)
+    close = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found, expected, **close)
 
 
 @pytest.mark.parametrize("scale", [0.4, None])
