@@ -23,7 +23,7 @@ from disjoint_pair import alone
 from seed_runs import spread
 from transformers.utils.logging import disable_progress_bar
 
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import load_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.evaluation import evaluate
@@ -108,7 +108,7 @@ def measure(case: str, vary: str, variant: str, seed: int) -> dict[str, Any]:
         experiment = load_experiment(config, changes)
         data = prepare(experiment)
         started = time.perf_counter()
-        state = begin(experiment, data)
+        state = build_train_state(experiment, data)
         for _ in fit(state, data, experiment):
             pass
         seconds = time.perf_counter() - started

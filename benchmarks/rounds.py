@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment
 from mtl_core.data.prepare import Data, prepare
 from mtl_core.loop import fit
@@ -34,7 +34,7 @@ def ratios(figures: Sequence[float], base: Sequence[float]) -> list[float]:
 def steps(experiment: Experiment, data: Data | None = None) -> Iterator[float]:
     """Seconds that each next `loop.LOG_EVERY` steps of a run take."""
     data = data or prepare(experiment)
-    run = fit(begin(experiment, data), data, experiment)
+    run = fit(build_train_state(experiment, data), data, experiment)
     while True:
         started = time.perf_counter()
         event = next(run)

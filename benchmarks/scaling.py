@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train.slices import in_turn
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import load_experiment
 from mtl_core.data.batching import Schedule, deal
 from mtl_core.data.prepare import prepare
@@ -172,7 +172,9 @@ def gradient_bytes() -> int:
     """What workers exchange in a step: fp32 gradients of all that learns."""
     experiment = load_experiment(CONFIG, ["freeze.embeddings=false"])
     data = prepare(experiment)
-    return 4 * sum(p.numel() for p in begin(experiment, data).learning().values())
+    return 4 * sum(
+        p.numel() for p in build_train_state(experiment, data).trainable_parameters().values()
+    )
 
 
 def all_reduce() -> tuple[float, float]:

@@ -22,9 +22,9 @@ from typing import Any
 
 from safetensors.torch import load, save_file
 
-from mtl_core.config import ConfigError, EncoderConfig, Experiment, TaskConfig, load_experiment
+from mtl_core.config import EncoderConfig, Experiment, TaskConfig, load_experiment
 from mtl_core.encoder import POOLING_FILE, SentenceEncoder, declared_pooling
-from mtl_core.errors import ArtifactError
+from mtl_core.errors import ArtifactError, ConfigError
 from mtl_core.folders import file_sha256
 from mtl_core.heads import Head, build_head
 from mtl_core.model import MultiTaskModel

@@ -24,7 +24,7 @@ from mtl_core.weighting import build_weighting
 CPU = torch.device("cpu")
 
 
-def inherit(experiment: Experiment) -> Experiment:
+def resolve_init_from(experiment: Experiment) -> Experiment:
     """An experiment file's contents with what `init_from` decides unless the file says otherwise.
 
     Raises:
@@ -37,7 +37,7 @@ def inherit(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"encoder": encoder})
 
 
-def begin(experiment: Experiment, data: Data, device: torch.device = CPU) -> TrainState:
+def build_train_state(experiment: Experiment, data: Data, device: torch.device = CPU) -> TrainState:
     """What a run starts from: a model that knows its data, and the optimiser made for it.
 
     Raises:
@@ -90,7 +90,7 @@ def fit_to_data(model: MultiTaskModel, experiment: Experiment, train: EncodedSpl
 
 
 def _start_from(experiment: Experiment, artifact: str) -> tuple[SentenceEncoder, dict[str, Head]]:
-    """An artifact's encoder and heads; heads that this run does not train must stay true."""
+    """An artifact's encoder and heads; refuses heads that a learning encoder would invalidate."""
     encoder, carried = load_parts(
         fetch(artifact), experiment.encoder.max_length, experiment.encoder.dropout
     )

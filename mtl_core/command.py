@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from mtl_core.config import ConfigError
-from mtl_core.errors import UserError
+from mtl_core.errors import ConfigError, UserError
 from mtl_core.folders import holds_cache
 from mtl_core.storage import advise, storage_errors
 

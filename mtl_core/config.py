@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mtl_core.errors import UserError
+from mtl_core.errors import ConfigError
 
 TaskKind = Literal["classification", "multilabel", "token_classification"]
 Split = Literal["train", "validation", "test"]
@@ -25,10 +25,6 @@ RESERVED_COLUMNS = ("text", "words")
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-
-class ConfigError(UserError):
-    """A mistake in an experiment file; the message names the field, the value and the fix."""
 
 
 class Config(BaseModel):

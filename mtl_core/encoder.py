@@ -311,7 +311,7 @@ def layers(transformer: nn.Module) -> nn.ModuleList:
     return transformer.get_submodule(_stack_name(transformer))  # type: ignore[return-value]
 
 
-def blocks(transformer: nn.Module) -> list[nn.Module]:
+def layer_groups(transformer: nn.Module) -> list[nn.Module]:
     """What freezes and learns as one, lowest first: each layer, the top one with a norm above it.
 
     Raises:

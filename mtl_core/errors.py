@@ -7,6 +7,14 @@ class UserError(ValueError):
     """Something that a person can mend; the message says how."""
 
 
+class ConfigError(UserError):
+    """A setting, option or environment that cannot work; the message names it and the fix."""
+
+
+class DataError(UserError):
+    """A mistake in the user's data; the message names the file, the line and the fix."""
+
+
 class ArtifactError(UserError):
     """The folder is no sound artifact; the message names the file and the reason."""
 

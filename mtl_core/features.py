@@ -143,7 +143,7 @@ def build_cache(
 
 
 def _dtype(bf16: bool) -> np.dtype[np.generic]:
-    """What keeps states of a pass in bfloat16, which NumPy has not, or in fp32."""
+    """Storage type: fp16 for passes in bf16, which NumPy lacks, else fp32."""
     return np.dtype(np.float16 if bf16 else np.float32)
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 
-LONGEST_SOCKET_ROOT = 21
+MAX_SOCKET_ROOT = 21
 """What HAProxy takes for a socket's path, 97 bytes, less /mtl-…, a node's id, and /admin."""
 
 
@@ -40,7 +40,7 @@ def holds_cache(path: str) -> bool:
 def socket_root() -> str:
     """Where folders with sockets go: RAY_TMPDIR, as Ray's own do, or /tmp if that is too long."""
     folder = os.path.abspath(os.environ.get("RAY_TMPDIR") or "/tmp")
-    if len(os.fsencode(folder)) > LONGEST_SOCKET_ROOT:
+    if len(os.fsencode(folder)) > MAX_SOCKET_ROOT:
         return "/tmp"
     os.makedirs(folder, exist_ok=True)
     return folder

@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     import psutil
 
 STREAMS = (0, 1, 2)
-PATIENCE_S = 2.0
-"""With a worker that Ray has left behind."""
+KILL_TIMEOUT_S = 2.0
+"""Seconds to wait for an orphaned worker before killing it."""
 SETUP, WORKER = SCRIPTS = ("setup_worker.py", "default_worker.py")
-"""Of Ray; it goes by these names."""
+"""Ray's worker scripts; ours must have the same names."""
 SETUP_OPTIONS = ("--serialized-runtime-env-context", "--language")
 """What setup_worker.py takes itself; the rest, behind default_worker.py's path, it passes on."""
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 """Of a request: a command and an environment."""
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
 """Of NVIDIA's driver, and of the one that Linux in Windows (WSL2) has."""
-OF_SHELLS = frozenset(" \t'\"\\$`&;()<>|")
-"""What a shell does not take for part of a path."""
+SHELL_METACHARACTERS = frozenset(" \t'\"\\$`&;()<>|")
+"""Characters that a shell treats specially in a path."""
 
 
 @contextmanager
@@ -98,10 +98,10 @@ def end_server(server: subprocess.Popen[bytes]) -> None:
     workers = []
     with suppress(psutil.NoSuchProcess):
         workers = psutil.Process(server.pid).children()
-    _, left = psutil.wait_procs(workers, timeout=PATIENCE_S)
+    _, left = psutil.wait_procs(workers, timeout=KILL_TIMEOUT_S)
     for worker in left:
         worker.kill()
-    psutil.wait_procs(left, timeout=PATIENCE_S)
+    psutil.wait_procs(left, timeout=KILL_TIMEOUT_S)
     server.kill()  # after them: whoever is not its child may stay in the system's table when dead
     server.communicate()
 
@@ -142,7 +142,7 @@ def serve(number: int, preload: str) -> None:
                 os.close(stream)
 
 
-class SystemDrawn:
+class OsRandomIds:
     """Draws ids of a type of Ray's from the system's random numbers.
 
     Ray's generator of ids is seeded at its first draw, and forks made after it would all draw the
@@ -170,7 +170,7 @@ def own_node(kind: Any, scripts: str | None) -> Iterator[None]:
     """
     from unittest.mock import patch
 
-    if scripts is None and OF_SHELLS.intersection(sys.executable):
+    if scripts is None and SHELL_METACHARACTERS.intersection(sys.executable):
         raise ValueError(
             f"its workers do not start where Python is, {sys.executable}, since a shell reads that "
             "path: put the virtual environment where no folder has a space, quote or bracket"
@@ -229,8 +229,8 @@ def run(
 
 def receive(connection: socket.socket) -> tuple[list[str], dict[str, str], str, list[int]]:
     """Command, environment, folder and streams that `ask` sent."""
-    content, streams, _, _ = socket.recv_fds(connection, MOST_BYTES, len(STREAMS))
-    while part := connection.recv(MOST_BYTES):
+    content, streams, _, _ = socket.recv_fds(connection, MAX_BYTES, len(STREAMS))
+    while part := connection.recv(MAX_BYTES):
         content += part
     return (*json.loads(content), streams)
 

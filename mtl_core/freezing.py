@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from mtl_core.config import FreezeConfig
-from mtl_core.encoder import SentenceEncoder, blocks
+from mtl_core.encoder import SentenceEncoder, layer_groups
 from mtl_core.model import MultiTaskModel
 
 
@@ -50,7 +50,7 @@ def apply_freezing(model: MultiTaskModel, freeze: FreezeConfig, epoch: int) -> b
         learns = not freezes_embeddings(freeze, encoder.num_layers, epoch)
         encoder.requires_grad_(learns)
         encoder.train(learns)
-        for depth, block in enumerate(() if learns else blocks(transformer)):
+        for depth, block in enumerate(() if learns else layer_groups(transformer)):
             block.requires_grad_(depth >= frozen)
             block.train(depth >= frozen)
         for name, parameter in transformer.named_parameters():

@@ -85,7 +85,7 @@ def cosines(tasks: Sequence[str], gram: Gram) -> dict[tuple[str, str], float]:
     }
 
 
-def surgery(gram: Gram, random: np.random.Generator) -> NDArray[np.float64]:
+def pcgrad_coefficients(gram: Gram, random: np.random.Generator) -> NDArray[np.float64]:
     """How often each task's gradient is in the sum of the projected ones.
 
     Algorithm 1 of Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020: each task's

@@ -201,7 +201,7 @@ class _Run:
     def _connect(self) -> None:
         """Have the gradients of what learns now averaged over ranks, anew whenever that changes.
 
-        Not where weighting does it.
+        Skipped where the weighting strategy averages gradients itself.
         """
         self.connected, self.wrapped, self.shared = True, self.model, None
         if self.world.size == 1 or not self._learns() or self.weighting.reduces_gradients:
@@ -348,7 +348,7 @@ class _Run:
         )
         row.update(result.flat("validation"))
         row["score"] = result.score(self.experiment.training.metric)
-        state.offer(row["score"])
+        state.update_best(row["score"])
         row["best"] = state.best_epoch == state.epoch
         yield Event("validation", row)
         yield Event("checkpoint", {"step": state.step})

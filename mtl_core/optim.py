@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtl_core.config import FreezeConfig, OptimConfig
-from mtl_core.encoder import blocks
+from mtl_core.encoder import layer_groups
 from mtl_core.freezing import apply_freezing
 from mtl_core.model import MultiTaskModel
 
@@ -25,7 +25,7 @@ def build_optimizer(
     """
     apply_freezing(model, freeze, epochs - 1)  # what thaws learns from then on to the end
     even = freeze.encoder or config.layer_decay == 1
-    stack = () if even else blocks(model.encoder.transformer)
+    stack = () if even else layer_groups(model.encoder.transformer)
     depths = {id(p): depth for depth, block in enumerate(stack, 1) for p in block.parameters()}
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mtl_core.artifact import Manifest, encoder_hash, read_manifest
-from mtl_core.config import ConfigError
 from mtl_core.encoder import Pooling, SentenceEncoder
-from mtl_core.errors import ArtifactError
+from mtl_core.errors import ArtifactError, ConfigError
 from mtl_core.folders import atomic_folder, cache_root, one_at_a_time
 from mtl_core.model import MultiTaskModel
 from mtl_core.packing import GPU_PASS_TOKENS, PASS_TOKENS, Layout, Sequences, pack, pad

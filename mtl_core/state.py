@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtl_core.config import Experiment
-from mtl_core.data.examples import DataError
 from mtl_core.embeddings import fixed_table, learned_rows
+from mtl_core.errors import DataError
 from mtl_core.features import add_tensors
 from mtl_core.model import MultiTaskModel
 from mtl_core.optim import build_optimizer
@@ -35,7 +35,7 @@ class TrainState:
     ) -> None:
         self.model = model
         self.keys = keys
-        """Of the texts, as `Data` has them."""
+        """Content keys of the encoded splits (`Data.keys`)."""
         self.optimizer = build_optimizer(
             model, experiment.optim, experiment.freeze, experiment.training.epochs
         )
@@ -49,36 +49,38 @@ class TrainState:
         self.best: dict[str, Tensor] = {}
         """Weights of the best epoch, on the CPU."""
 
-    def learning(self) -> dict[str, torch.nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that learn at some time of the run, by name."""
         assert self.optimizer is not None
         ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {name: p for name, p in self.model.named_parameters() if id(p) in ours}
 
     @cached_property
-    def frozen(self) -> str:
+    def frozen_fingerprint(self) -> str:
         """Fingerprint of what never learns, which no checkpoint holds; poolers feed no head."""
-        learning = self.learning()
+        learning = self.trainable_parameters()
         named = self.model.named_parameters()
         never = {n: p for n, p in named if n not in learning and ".pooler." not in n}
         digest = hashlib.sha256()
         add_tensors(digest, never | fixed_table(self.model.encoder.transformer))
         return digest.hexdigest()[:32]
 
-    def remembered(self) -> dict[str, Tensor]:
+    def weighting_buffers(self) -> dict[str, Tensor]:
         """What the weighting strategy keeps from step to step besides parameters, by name."""
         return dict(self.model.weighting.named_buffers(prefix="weighting"))
 
-    def offer(self, score: float) -> None:
+    def update_best(self, score: float) -> None:
         """Keep the present weights if this score beats the best one."""
         if score > self.best_score:
             self.best_score, self.best_epoch = score, self.epoch
-            self.best = {n: p.detach().cpu().clone() for n, p in self.learning().items()}
+            self.best = {
+                n: p.detach().cpu().clone() for n, p in self.trainable_parameters().items()
+            }
 
     @torch.no_grad()
     def restore_best(self) -> None:
         """Put the best epoch's weights back into the model."""
-        parameters = self.learning()
+        parameters = self.trainable_parameters()
         for name, tensor in self.best.items():
             parameters[name].copy_(tensor)
 
@@ -89,9 +91,11 @@ class TrainState:
             OSError: the disk is full.
         """
         assert self.optimizer is not None
-        parameters = self.learning()
+        parameters = self.trainable_parameters()
         tensors = {f"now.{n}": p.detach().cpu().contiguous() for n, p in parameters.items()}
-        tensors |= {f"kept.{name}": tensor.cpu() for name, tensor in self.remembered().items()}
+        tensors |= {
+            f"kept.{name}": tensor.cpu() for name, tensor in self.weighting_buffers().items()
+        }
         if self.best_epoch != self.epoch or self.step_in_part:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         moments = {
@@ -124,9 +128,9 @@ class TrainState:
         self._check(progress, folder / FILES[0])
         tensors = load_file(folder / FILES[0])
         moments = load_file(folder / FILES[1])
-        for name, tensor in self.remembered().items():
+        for name, tensor in self.weighting_buffers().items():
             tensor.copy_(tensors[f"kept.{name}"])
-        for name, parameter in self.learning().items():
+        for name, parameter in self.trainable_parameters().items():
             parameter.copy_(tensors[f"now.{name}"])
             if f"step.{name}" in moments:
                 self.optimizer.state[parameter] = {
@@ -153,13 +157,13 @@ class TrainState:
             f"pooling by {encoder.pooling} (encoder.pooling)": True,
             "the training texts": [self.keys.get("train"), learned_rows(encoder.transformer)],
             "the validation texts": self.keys.get("validation"),  # the best score is of them
-            "the weights that never learn, of init_from or encoder.model,": self.frozen,
+            "the weights that never learn, of init_from or encoder.model,": self.frozen_fingerprint,
         }
 
     def _check(self, progress: Mapping[str, Any], weights: Path) -> None:
         """Raise DataError unless a checkpoint holds what learns here, and was made for it."""
-        expected = {f"now.{name}" for name in self.learning()}
-        expected |= {f"kept.{name}" for name in self.remembered()}
+        expected = {f"now.{name}" for name in self.trainable_parameters()}
+        expected |= {f"kept.{name}" for name in self.weighting_buffers()}
         with safe_open(weights, "pt") as file:
             names = set(file.keys())
         found = {name for name in names if not name.startswith("best.")}

@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mtl_core.config import ConfigError
-from mtl_core.errors import ArtifactError
+from mtl_core.errors import ArtifactError, ConfigError
 from mtl_core.folders import atomic_folder, cache_root, file_sha256
 
 LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_core.config import Experiment, WeightingConfig
-from mtl_core.gradients import TaskGradients, cosines, surgery
+from mtl_core.gradients import TaskGradients, cosines, pcgrad_coefficients
 from mtl_core.world import World
 
 
@@ -227,7 +227,7 @@ class RandomLossWeighting(Weighting):
 
 
 class GradientSurgery(Weighting):
-    """PCGrad: in the encoder, no task's gradient works against another's; see `surgery`.
+    """PCGrad: in the encoder no task's gradient works against another's (`pcgrad_coefficients`).
 
     Projection is not linear, so it needs each task's gradient of the whole step: all micro-batches
     and all ranks. DistributedDataParallel reduces the sum over tasks during a backward pass, which
@@ -259,7 +259,7 @@ class GradientSurgery(Weighting):
         if self.asked:
             self._see(cosines(gradients.tasks, gram))
         rows = gradients.rows
-        factors = torch.from_numpy(surgery(gram, self.random)).to(rows)
+        factors = torch.from_numpy(pcgrad_coefficients(gram, self.random)).to(rows)
         shared, own = rows[:, : self.num_shared], rows[:, self.num_shared :]
         total = torch.cat([factors @ shared, own.sum(dim=0)])
         for parameter, gradient in zip(gradients.parameters, gradients.views(total), strict=True):

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from mtl_core.command import run_command
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from mtl_core.forks import forked_workers
 
 EPILOG = """examples:

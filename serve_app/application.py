@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from mtl_core.artifact import parse_manifest, read_manifest
-from mtl_core.config import ConfigError, parse_override
+from mtl_core.config import parse_override
+from mtl_core.errors import ConfigError
 from mtl_core.folders import socket_root
 from mtl_core.runtime import usable_cpus
 from mtl_core.storage import fetch, manifest_of, version_of

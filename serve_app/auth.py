@@ -8,7 +8,7 @@ import re
 import time
 from pathlib import Path
 
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 
 KEYS_VARIABLE = "MTL_API_KEYS"
 KEY = re.compile(rb"[\x21-\x7e]+")

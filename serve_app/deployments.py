@@ -15,15 +15,14 @@ from typing import Any
 
 from ray import serve
 
-from mtl_core.config import ConfigError
-from mtl_core.errors import ArtifactError, UserError
+from mtl_core.errors import ArtifactError, ConfigError, UserError
 from mtl_core.runtime import usable_cpus
 from serve_app.app import build_app
 from serve_app.auth import KEYS_VARIABLE, Keys
 from serve_app.errors import unavailable
 from serve_app.gate import Gate
 from serve_app.heads import HeadCall, HeadReplica, HeadUnavailable, LocalHead, RemoteHead
-from serve_app.loaded import Loaded, current_version, load_artifact
+from serve_app.loaded import ServedModel, current_version, load_artifact
 from serve_app.metrics import Metrics
 from serve_app.ports import bind_replicas_to_their_node
 from serve_app.requestlog import RequestLog
@@ -104,7 +103,7 @@ class EncoderReplica:
         self.watcher: asyncio.Task[None] | None = None
         self.refused = ("", 0.0)
         """The version that was refused last, and when to try it again."""
-        self.waiting: Loaded | None = None
+        self.waiting: ServedModel | None = None
         """A version that is ready but for a head of its own."""
         self.looking: asyncio.Task[None] | None = None
         self.look_again = 0.0
@@ -113,7 +112,7 @@ class EncoderReplica:
         gate = Gate(self.service, self.settings, self.keys, self.log)
         return build_app(Routes(gate, self.check_ready))
 
-    def _load(self, previous: Loaded | None) -> Loaded:
+    def _load(self, previous: ServedModel | None) -> ServedModel:
         settings = self.settings
         return load_artifact(
             settings.artifact,

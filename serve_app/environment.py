@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from mtl_core.folders import socket_root
 from serve_app.launch import set_environment
 from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script

@@ -25,7 +25,7 @@ from serve_app.service import Answer, Service
 from serve_app.settings import Settings
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-MOST_ERRORS = 1_000
+MAX_ERRORS = 1_000
 """Errors of a body that are looked at; only unknown keys can be so many."""
 
 
@@ -66,7 +66,7 @@ TIMING_HEADERS: dict[str, Callable[[Answer, float], Any]] = {
     "x-compute-characters": lambda answer, _: answer.num_characters,
     "x-compute-tokens": lambda answer, _: answer.num_tokens,
 }
-"""Text Embeddings Inference's, of an answer and the seconds since it was asked for."""
+"""Headers of Text Embeddings Inference, from an answer and its total seconds."""
 
 
 def timing_headers(answer: Answer, total: float) -> dict[str, str]:
@@ -220,7 +220,7 @@ def request_id(request: Request) -> str:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with a body, field by field, without repeating what it held."""
-    if (count := error.error_count()) > MOST_ERRORS:
+    if (count := error.error_count()) > MAX_ERRORS:
         return f"{count} things are wrong; known keys: {', '.join(model.model_fields)}"
     lines = []
     for item in error.errors(include_input=False, include_url=False)[:5]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from mtl_core.forks import end, own_node
 from serve_app.errors import ApiError
 from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script, own_haproxy_ports
@@ -119,7 +119,7 @@ def start_ray(
 
     address = os.environ.get("RAY_ADDRESS")
     if address and "://" not in address:
-        knock(address)
+        check_listening(address)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address:
@@ -178,7 +178,7 @@ def gpus() -> float:
     return found
 
 
-def knock(address: str) -> None:
+def check_listening(address: str) -> None:
     """See that something listens where Ray will look; Ray itself would try for many minutes.
 
     Raises:
@@ -233,11 +233,11 @@ def deploy(config: Mapping[str, Any]) -> None:
     try:
         serve.run_many(targets)
     except (RuntimeError, RayServeException) as error:
-        reason = failure([app["name"] for app in config["applications"]]) or error
+        reason = deployment_error([app["name"] for app in config["applications"]]) or error
         raise ConfigError(f"the deployments did not come up: {reason}") from error
 
 
-def failure(names: Sequence[str]) -> str | None:
+def deployment_error(names: Sequence[str]) -> str | None:
     """Why one of these applications did not come up, in its replica's own words if it has any."""
     from ray import serve
 
@@ -269,7 +269,7 @@ def deploy_on_cluster(config: Mapping[str, Any], timeout_s: float = 600.0) -> No
     while True:
         found = serve.status().applications
         states = {name: found[name] for name in names if name in found}
-        if reason := failure(names):
+        if reason := deployment_error(names):
             raise ConfigError(f"the deployments did not come up: {reason}")
         if len(states) == len(names) and all(s.status == "RUNNING" for s in states.values()):
             return

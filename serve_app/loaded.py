@@ -24,7 +24,7 @@ PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ServedModel:
     """Encoder and heads that belong together."""
 
     manifest: Manifest
@@ -49,8 +49,8 @@ def load_artifact(
     threads: int,
     device: str,
     batch_tokens: int,
-    previous: Loaded | None = None,
-) -> Loaded:
+    previous: ServedModel | None = None,
+) -> ServedModel:
     """Open an artifact for serving; one that is replaced meanwhile is opened anew.
 
     Args:
@@ -81,8 +81,8 @@ def _open(
     threads: int,
     device: str,
     batch_tokens: int,
-    previous: Loaded | None,
-) -> Loaded | None:
+    previous: ServedModel | None,
+) -> ServedModel | None:
     """What stands in a folder; None if that changed meanwhile.
 
     In a function of its own: the encoder that it gives up is freed before another one is loaded.
@@ -103,7 +103,7 @@ def _open(
         if _standing(folder) == version:
             raise
         return None
-    return Loaded(manifest, version, stage, heads) if _standing(folder) == version else None
+    return ServedModel(manifest, version, stage, heads) if _standing(folder) == version else None
 
 
 def _standing(folder: Path) -> str | None:

@@ -17,9 +17,9 @@ import torch
 
 from mtl_core.artifact import load_model, read_manifest, write_manifest
 from mtl_core.command import run_command
-from mtl_core.config import ConfigError
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import prepare_scored
+from mtl_core.errors import ConfigError
 from mtl_core.evaluation import evaluate
 from mtl_core.folders import atomic_folder
 from mtl_core.metrics import PRIMARY

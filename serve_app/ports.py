@@ -22,7 +22,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from mtl_core.folders import cache_root
 from serve_app.errors import unavailable
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
-from mtl_core.forks import SystemDrawn
+from mtl_core.forks import OsRandomIds
 
 
 def load_libraries() -> None:
@@ -20,7 +20,7 @@ def load_libraries() -> None:
 def load_ray() -> None:
     import ray.actor
 
-    with patch.object(ray.actor, "ActorClassID", SystemDrawn(ray.ActorClassID)):
+    with patch.object(ray.actor, "ActorClassID", OsRandomIds(ray.ActorClassID)):
         import ray.serve._private.controller
         import ray.serve._private.haproxy
         import ray.serve._private.replica

@@ -21,7 +21,7 @@ from mtl_core.predictor import EncodingStage, unit
 from mtl_core.windows import Tokenized
 from serve_app.batcher import Batch, Batcher, Job, fail
 from serve_app.heads import HeadCall, HeadUnavailable
-from serve_app.loaded import Loaded
+from serve_app.loaded import ServedModel
 from serve_app.metrics import Metrics
 from serve_app.requestlog import RequestLog
 from serve_app.settings import Settings
@@ -49,7 +49,7 @@ class Part:
 class Answer:
     """The answers for all of a request's texts."""
 
-    model: Loaded
+    model: ServedModel
     parts: Sequence[Part]
     tokenize: float
     """Seconds, as are `queue` and `inference`."""
@@ -92,7 +92,7 @@ class Answer:
             yield from output.predictions(part.items)
 
 
-class Place(NamedTuple):
+class BatchSlice(NamedTuple):
     """Where a job's texts begin in its batch, and among those that each of its heads is sent."""
 
     job: Job
@@ -113,7 +113,7 @@ class Service:
 
     def __init__(
         self,
-        model: Loaded,
+        model: ServedModel,
         head_call: Callable[[str], HeadCall],
         metrics: Metrics,
         settings: Settings,
@@ -190,14 +190,14 @@ class Service:
     async def _tokenize(
         self, tokenize: Callable[..., list[T]], texts: Sequence[str], *more: Any
     ) -> list[T]:
-        """What it makes of texts, which count as waiting meanwhile; long ones in their thread."""
+        """Tokenise texts, counted as waiting meanwhile; long ones in a thread of their own."""
         with self.batcher.held(len(texts)):
             if sum(map(len, texts)) <= INLINE_CHARACTERS:
                 return tokenize(texts, *more)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.tokenizing, tokenize, texts, *more)
 
-    async def warm_up(self, model: Loaded, counts: Sequence[int] = (1, 4, 16)) -> None:
+    async def warm_up(self, model: ServedModel, counts: Sequence[int] = (1, 4, 16)) -> None:
         """Run a model's encoder through shapes before it answers anybody; heads: `reach_heads`."""
         split, text = model.stage.windows.split, "A sentence to warm up with."
         for count in counts:
@@ -206,7 +206,7 @@ class Service:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self.batcher.thread, self._encode, jobs)
 
-    async def reach_heads(self, model: Loaded) -> None:
+    async def reach_heads(self, model: ServedModel) -> None:
         """Ask every head of a model once, which also gives their replicas its weights.
 
         Raises:
@@ -220,7 +220,7 @@ class Service:
             if isinstance(reply, HeadUnavailable):
                 raise reply
 
-    def _job(self, item: Tokenized, model: Loaded) -> Job:
+    def _job(self, item: Tokenized, model: ServedModel) -> Job:
         future = asyncio.get_running_loop().create_future()
         return Job([item], tuple(model.heads), True, False, future, item.num_tokens, model)
 
@@ -248,10 +248,10 @@ class Service:
     async def _finish(self, batch: Batch) -> None:
         """Ask every head at once; whoever waits for one waits for no other."""
         started = time.perf_counter()
-        groups: dict[tuple[str, ...], list[Place]] = {}
+        groups: dict[tuple[str, ...], list[BatchSlice]] = {}
         first, firsts = 0, dict.fromkeys([task for job in batch.jobs for task in job.tasks], 0)
         for job in batch.jobs:
-            place = Place(job, first, [firsts[task] for task in job.tasks])
+            place = BatchSlice(job, first, [firsts[task] for task in job.tasks])
             groups.setdefault(job.tasks, []).append(place)
             first += len(job.items)
             for task in job.tasks:
@@ -270,7 +270,7 @@ class Service:
     async def _settle(
         self,
         batch: Batch,
-        places: Sequence[Place],
+        places: Sequence[BatchSlice],
         asked: Sequence[asyncio.Task[Output | HeadUnavailable]],
         started: float,
     ) -> None:

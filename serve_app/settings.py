@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from mtl_core.config import Config, ConfigError, describe
+from mtl_core.config import Config, describe
+from mtl_core.errors import ConfigError
 from mtl_core.runtime import RuntimeName
 
 ENCODER_CPUS, HEAD_CPUS = 1.0, 0.1

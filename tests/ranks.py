@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
 from mtl_core import evaluation, loop, shared_gradients
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment
 from mtl_core.data.batching import evaluation_batches
 from mtl_core.data.prepare import Data
@@ -75,7 +75,7 @@ def _process(rank: int, jobs: Jobs, ports: list[int]) -> None:
                 config, data = jobs.runs[name]
                 _train(jobs.folder / f"{group}.{name}.{rank}", config, data, world)
             config, data = jobs.runs["plain"]
-            result = evaluate_in_small_batches(begin(config, data), data, world)
+            result = evaluate_in_small_batches(build_train_state(config, data), data, world)
             (jobs.folder / f"{group}.{rank}.evaluation").write_text(json.dumps(plain(result)))
             (jobs.folder / f"{group}.{rank}.failure").write_text(_fail(config, data, world))
         finally:
@@ -89,7 +89,7 @@ def runs_of(group: str, runs: Iterable[str]) -> list[str]:
 
 def _train(path: Path, config: Experiment, data: Data, world: World) -> None:
     """Some steps; writes the first gradients and the last weights."""
-    state = begin(config, data)
+    state = build_train_state(config, data)
     gradients = first_gradients(state)
     ways: list[str] = []
 
@@ -147,7 +147,7 @@ def plain(result: Evaluation) -> dict[str, Any]:
 
 def _fail(config: Experiment, data: Data, world: World) -> str:
     """What a rank says when one rank's loss, and only its, stops being finite."""
-    state = begin(config, data)
+    state = build_train_state(config, data)
     try:
         for event in fit(state, data, config, world):
             if event.kind == "step" and world.rank == world.size - 1:

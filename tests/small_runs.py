@@ -21,7 +21,7 @@ from mtl_core.artifact import (
     save_weights,
     write_manifest,
 )
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.examples import Corpus, Example, Span
 from mtl_core.data.prepare import Data, encode, prepare
@@ -136,7 +136,7 @@ def train(
     config: Experiment, encoded: Data, world: World | None = None
 ) -> tuple[TrainState, list[Event]]:
     """A whole run and what it told."""
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     return state, list(fit(state, encoded, config, world))
 
 

@@ -23,7 +23,7 @@ from mtl_core.artifact import (
     model_card,
     read_manifest,
 )
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment
 from mtl_core.errors import ArtifactError
 from mtl_core.folders import atomic_folder, copy_tree
@@ -37,7 +37,7 @@ TEXTS = ["Maria Lopez had the food in São Paulo", "a new phone in Berlin, cold"
 
 def untrained(folder: Path, **changes: Any) -> tuple[MultiTaskModel, Experiment]:
     config = experiment(folder, **changes)
-    return begin(config, data(config)).model.eval(), config
+    return build_train_state(config, data(config)).model.eval(), config
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from benchmarks.serve.report import compare, table
 from benchmarks.serve.scores import Scored, complaints
 from benchmarks.serve.servers import SERVERS, Running, ServerError, running
 from benchmarks.serve.wrk import LoadError, Sample, drive, parse, warm_up
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.encoder import load_tokenizer
 from mtl_core.evaluation import evaluate
 from mtl_core.predictor import Predictor
@@ -278,7 +278,7 @@ def test_answers_are_counted_as_offline_evaluation_counts(
     # A model that has learned nothing: labels at random, entities that begin inside words.
     config = experiment(tiny_encoders["bert"])
     encoded = data(config)
-    model = begin(config, encoded).model
+    model = build_train_state(config, encoded).model
     split = encoded.splits["train"]
     kinds = {task: settings.kind for task, settings in config.tasks.items()}
     scored = Scored(examples(0, 40), split, kinds, encoded.labels)

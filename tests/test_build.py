@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtl_core.artifact import load_model
-from mtl_core.build import begin, build_model, inherit
+from mtl_core.build import build_model, build_train_state, resolve_init_from
 from mtl_core.config import Experiment, TaskConfig
 from mtl_core.data.examples import Corpus
 from mtl_core.data.prepare import with_known_labels
@@ -22,7 +22,7 @@ from tests.small_runs import LABELS, changed, data, examples, experiment, weight
 def artifact(tiny_encoders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Heads that no seed of a test gives."""
     config = experiment(tiny_encoders["bert"], seed=99)
-    model = begin(config, data(config)).model
+    model = build_train_state(config, data(config)).model
     return write_artifact(model, config, tmp_path_factory.mktemp("old") / "artifact")
 
 
@@ -74,9 +74,9 @@ def test_the_window_is_the_artifacts_unless_the_file_says_otherwise(artifact: Pa
     config = start_from(artifact, set(LABELS))
     silent = config.model_copy(update={"encoder": Experiment.model_fields["encoder"].default})
     assert silent.encoder.max_length != 48
-    assert inherit(silent).encoder.max_length == 48
+    assert resolve_init_from(silent).encoder.max_length == 48
     said = experiment("not used", init_from=str(artifact), encoder={"max_length": 32})
-    assert inherit(said).encoder.max_length == 32
+    assert resolve_init_from(said).encoder.max_length == 32
 
 
 def test_the_artifact_may_stand_behind_a_url(
@@ -88,7 +88,7 @@ def test_the_artifact_may_stand_behind_a_url(
     here = start_from(artifact, {"topic"}, encoder=True)
     there = here.model_copy(update={"init_from": f"memory://{tmp_path.name}"})
     silent = there.model_copy(update={"encoder": Experiment.model_fields["encoder"].default})
-    assert inherit(silent).encoder.max_length == 48
+    assert resolve_init_from(silent).encoder.max_length == 48
     rows = Corpus({"train": examples(0, 20)}, {}, {})
     assert with_known_labels(there, rows) == with_known_labels(here, rows)
     assert tokenizer_of(there).get_vocab() == tokenizer_of(here).get_vocab()

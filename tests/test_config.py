@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from mtl_core import config
 from mtl_core.config import (
     Config,
-    ConfigError,
     Experiment,
     dump_experiment,
     expand_path,
     load_experiment,
     parse_experiment,
 )
+from mtl_core.errors import ConfigError
 
 TEN_LINES = """\
 tasks:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtl_core import build
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import EncoderConfig
 from mtl_core.embeddings import RowsEmbedding, fixed_table, learn_rows, learned_rows
 from mtl_core.encoder import SentenceEncoder
@@ -36,11 +36,11 @@ def learn_apart(folder: Path | str, whole: bool, **changes: Any) -> TrainState:
     """A run of two epochs, if no more is said, on the whole table or on the rows that occur."""
     config = experiment(folder, **{"training": {"epochs": 2}, **changes})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     if whole:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "learn_rows", lambda *_: None)
-            state = begin(config, encoded)
+            state = build_train_state(config, encoded)
     list(fit(state, encoded, config))
     return state
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtl_core import evaluation, metrics
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment
 from mtl_core.data.batching import evaluation_batches
 from mtl_core.data.encoding import EncodedSplit, resolve_labels
@@ -153,7 +153,7 @@ def test_words_lost_to_truncation_count_as_missed(
 def test_evaluation_leaves_modes_and_weights_as_they_were(bert: Path) -> None:
     config = experiment(bert, freeze={"layers": 1})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     state.model.train()
     state.model.encoder.transformer.embeddings.eval()
     modes = [module.training for module in state.model.modules()]
@@ -170,7 +170,7 @@ def test_a_task_without_labels_in_a_split_has_no_score(bert: Path) -> None:
     encoded = data(config, validation=30)
     split = encoded.splits["validation"]
     split.present["mood"] = np.zeros_like(split.present["mood"])
-    result = evaluate(begin(config, encoded).model, split)
+    result = evaluate(build_train_state(config, encoded).model, split)
     assert set(result.scores()) == set(result.losses) == {"topic", "entities"}
     assert result.score("mood/micro_f1") == 0.0
     assert not [name for name in result.flat("validation") if "mood" in name]
@@ -198,14 +198,16 @@ def test_ranks_count_every_batch_once(
 def test_only_the_tasks_asked_for_are_scored(bert: Path) -> None:
     config = experiment(bert)
     encoded = data(config)
-    result = evaluate(begin(config, encoded).model, encoded.splits["validation"], tasks=["topic"])
+    result = evaluate(
+        build_train_state(config, encoded).model, encoded.splits["validation"], tasks=["topic"]
+    )
     assert set(result.counts) == set(result.losses) == {"topic"}
 
 
 def test_losses_are_means_over_labels(bert: Path) -> None:
     config = experiment(bert)
     encoded = data(config, validation=5)
-    model = begin(config, encoded).model.eval()
+    model = build_train_state(config, encoded).model.eval()
     split = encoded.splits["validation"]
     sums = dict.fromkeys(config.tasks, 0.0)
     for number in range(len(split)):

@@ -13,7 +13,7 @@ import pytest
 
 from mtl_core import forks
 from mtl_core.command import run_command
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from mtl_core.folders import cache_root, socket_root
 
 

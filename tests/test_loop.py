@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment
-from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data
-from mtl_core.errors import TrainingError
+from mtl_core.errors import DataError, TrainingError
 from mtl_core.evaluation import evaluate
 from mtl_core.loop import Event, fit
 from mtl_core.runtime import use_bf16
@@ -59,7 +58,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(strategy: str, ber
     gradients, ends = [], []
     for config in (large, parts):
         encoded = data(config, train=24)
-        state = begin(config, encoded)
+        state = build_train_state(config, encoded)
         gradients.append(first_gradients(state))
         events = list(fit(state, encoded, config))
         assert len(of(events, "step")) == state.step == 3
@@ -75,7 +74,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(strategy: str, ber
 def test_a_joint_step_is_one_pass_through_the_encoder_for_all_tasks(bert: Path) -> None:
     config = experiment(bert, mixing={"strategy": "joint"}, training={"epochs": 1})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     assert state.optimizer is not None
     labelled: list[set[str]] = []
     state.model.register_forward_pre_hook(
@@ -97,7 +96,7 @@ def test_batches_of_so_many_tokens_go_through_every_text_once(bert: Path) -> Non
     config = experiment(bert, training={"epochs": 1, "batch_tokens": 90})
     encoded = data(config)
     split = encoded.splits["train"]
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     masks: list[torch.Tensor] = []
     state.model.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[0].attention_mask))
     list(fit(state, encoded, config))
@@ -143,7 +142,7 @@ def test_auto_takes_bf16_where_the_hardware_has_it(
 def test_a_loss_weight_of_zero_silences_a_task(bert: Path) -> None:
     config = experiment(bert, tasks={"loss_weight": 0.0}, training={"epochs": 1})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     gradients = first_gradients(state)
     list(fit(state, encoded, config))
     assert gradients
@@ -153,7 +152,7 @@ def test_a_loss_weight_of_zero_silences_a_task(bert: Path) -> None:
 def test_the_gradient_is_clipped_to_the_norm_asked_for(bert: Path) -> None:
     config = experiment(bert, optim={"max_grad_norm": 1e-3}, training={"epochs": 1})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     gradients = first_gradients(state)
     list(fit(state, encoded, config))
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
@@ -168,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     weighting, training = {"strategy": strategy}, {"accumulation": accumulation}
     config = experiment(bert, training=training, weighting=weighting)
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     run = fit(state, encoded, config)
     next(run)
     with torch.no_grad():
@@ -204,7 +203,7 @@ def test_a_run_tells_losses_speed_and_the_scores_of_every_epoch(bert: Path) -> N
 def test_the_first_loss_told_is_the_mean_over_labels(bert: Path) -> None:
     config = experiment(bert, training={"epochs": 1, "batch_size": 40})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     expected = evaluate(state.model, encoded.splits["train"]).losses
     row = next(fit(state, encoded, config)).row
     for task in config.tasks:
@@ -228,7 +227,7 @@ def test_the_metric_of_one_task_can_pick_the_best_epoch(bert: Path) -> None:
 def test_the_model_ends_with_the_weights_of_the_best_epoch(bert: Path) -> None:
     config = experiment(bert, optim={"learning_rate": 3e-3})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     at_epoch: dict[int, Any] = {}
     for event in fit(state, encoded, config):
         if event.kind == "validation":
@@ -311,7 +310,7 @@ def undisturbed(
             config, encoded = in_shards(folder, config, 14)
         else:
             encoded = data(config)
-        state = begin(config, encoded)
+        state = build_train_state(config, encoded)
         told = list(save_each(state, encoded, config, folder))
         yield Undisturbed(config, encoded, state, told, folder)
 
@@ -332,7 +331,7 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(
     step: int, undisturbed: Undisturbed
 ) -> None:
     torch.rand(step)  # the generator stands elsewhere, as in a new process
-    resumed = begin(undisturbed.config, undisturbed.encoded)
+    resumed = build_train_state(undisturbed.config, undisturbed.encoded)
     resumed.load(undisturbed.folder / str(step))
     validations = of(undisturbed.told, "validation")
     epochs = sum(row["step"] <= step for row in validations)
@@ -362,7 +361,7 @@ def test_every_epoch_goes_through_the_texts_of_all_shards_once(
     sharded: tuple[Experiment, Data],
 ) -> None:
     config, encoded = sharded
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     seen: list[int] = []
     state.model.register_forward_pre_hook(
         lambda _, inputs: (
@@ -385,7 +384,7 @@ def test_rates_fall_and_epochs_count_evenly_through_shards(
     sharded: tuple[Experiment, Data],
 ) -> None:
     config, encoded = sharded
-    events = list(fit(begin(config, encoded), encoded, config))
+    events = list(fit(build_train_state(config, encoded), encoded, config))
     rates = [row["learning_rate"] for row in of(events, "step")]
     places = [row["epoch"] for row in of(events, "step")]
     assert places == sorted(set(places))
@@ -404,7 +403,7 @@ def test_a_row_that_cannot_be_read_stops_the_run_at_its_shard(
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     lines[last] = "x" * (len(lines[last]) - 1) + "\n"
     path.write_text("".join(lines), encoding="utf-8")
-    events = fit(begin(config, encoded), encoded, config)
+    events = fit(build_train_state(config, encoded), encoded, config)
     with pytest.raises(DataError, match=rf"train\.jsonl:{last + 1}: no valid JSON"):
         list(events)
 
@@ -417,14 +416,14 @@ def test_best_weights_and_patience_survive_a_resume(bert: Path, tmp_path: Path) 
         training={"checkpoint_every": 3, "patience": 2, "epochs": 9},
     )
     encoded = data(config)
-    state = begin(config, encoded)
-    state.offer(2.0)  # no epoch reaches this
+    state = build_train_state(config, encoded)
+    state.update_best(2.0)  # no epoch reaches this
     best = weights(state.model)
     told = list(save_each(state, encoded, config, tmp_path))
     assert state.epoch == 2
     assert of(told, "stopped")
 
-    resumed = begin(config, encoded)
+    resumed = build_train_state(config, encoded)
     resumed.load(tmp_path / "12")
     assert changed(best, weights(resumed.model))
     rest = list(fit(resumed, encoded, config))
@@ -439,12 +438,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from mtl_core.config import load_experiment
 from mtl_core.loop import fit
-from tests.small_runs import begin, data, weights
+from tests.small_runs import build_train_state, data, weights
 
 folder = Path(sys.argv[1])
 config = load_experiment(folder / "experiment.yaml")
 encoded = data(config)
-state = begin(config, encoded)
+state = build_train_state(config, encoded)
 state.load(folder / "15")
 list(fit(state, encoded, config))
 save_file(weights(state.model), folder / "end.safetensors")
@@ -459,7 +458,7 @@ def test_another_process_resumes_to_the_same_bit(bert: Path, tmp_path: Path) -> 
 
     config = experiment(bert, training={"checkpoint_every": 3}, **DROPOUT)
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     list(save_each(state, encoded, config, tmp_path))
     (tmp_path / "experiment.yaml").write_text(dump_experiment(config), encoding="utf-8")
     root = str(Path(__file__).parents[1])
@@ -473,7 +472,7 @@ def test_another_process_resumes_to_the_same_bit(bert: Path, tmp_path: Path) -> 
 def test_nothing_is_trained_when_everything_is_frozen(bert: Path) -> None:
     config = experiment(bert, freeze={"encoder": True, "heads": ["topic", "mood", "entities"]})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     before = weights(state.model)
     assert list(fit(state, encoded, config)) == []
     assert not changed(before, weights(state.model))
@@ -482,7 +481,7 @@ def test_nothing_is_trained_when_everything_is_frozen(bert: Path) -> None:
 def test_a_frozen_head_keeps_its_weights_while_the_rest_learns(bert: Path) -> None:
     config = experiment(bert, freeze={"heads": ["mood"]}, training={"epochs": 1})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     before = weights(state.model)
     list(fit(state, encoded, config))
     moved = changed(before, weights(state.model))
@@ -497,7 +496,7 @@ def test_a_frozen_encoder_keeps_its_bytes_and_reads_every_text_once(
     monkeypatch.setenv("MTL_CACHE", str(tmp_path))
     config = experiment(bert, freeze={"encoder": True}, training={"epochs": epochs}, **DROPOUT)
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     before = weights(state.model)
     passes = state.model.encoder.num_passes
     list(fit(state, encoded, config))
@@ -505,7 +504,7 @@ def test_a_frozen_encoder_keeps_its_bytes_and_reads_every_text_once(
     assert moved == {name for name in before if name.startswith("heads.")}
     # Per split one batch that fills the cache; and the check that the encoder splits cleanly.
     assert state.model.encoder.num_passes - passes == 2 + 2
-    again = begin(config, encoded)
+    again = build_train_state(config, encoded)
     list(fit(again, encoded, config))
     assert again.model.encoder.num_passes == 2
     assert not changed(weights(state.model), weights(again.model))
@@ -544,7 +543,7 @@ def test_cached_features_train_what_the_whole_encoder_trains(
     for cached in (True, False):
         config = experiment(folder, freeze=freeze, training={"feature_cache": cached, "epochs": 1})
         encoded = data(config)
-        state = begin(config, encoded)
+        state = build_train_state(config, encoded)
         gradients = first_gradients(state)
         events = list(fit(state, encoded, config))
         assert bool(of(events, "features")) == cached
@@ -558,7 +557,7 @@ def test_cached_features_train_what_the_whole_encoder_trains(
 def test_gradual_unfreezing_frees_one_more_layer_each_time(bert: Path) -> None:
     config = experiment(bert, freeze={"unfreeze_every": 2}, training={"epochs": 8})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     before = weights(state.model)
     moved: dict[int, set[str]] = {}
     for event in fit(state, encoded, config):
@@ -599,7 +598,7 @@ def test_unusual_architectures_learn_in_all_their_parts(
 ) -> None:
     config = experiment(unusual_encoders[name], training={"epochs": 1})
     encoded = data(config)
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     before = weights(state.model)
     list(fit(state, encoded, config))
     still = set(before) - changed(before, weights(state.model))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Schedule, deal
 from mtl_core.data.prepare import Data
@@ -114,7 +114,7 @@ def test_any_number_of_processes_gives_the_gradients_and_weights_of_one(
     name: str, runs: dict[str, tuple[Experiment, Data]], folder: Path
 ) -> None:
     config, encoded = runs[name]
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     gradients = first_gradients(state)
     rows = steps(state, encoded, config)
     for group, size in GROUPS.items():
@@ -195,7 +195,7 @@ def test_evaluation_in_shards_counts_exactly_what_one_process_counts(
     group: str, runs: dict[str, tuple[Experiment, Data]], folder: Path
 ) -> None:
     config, encoded = runs["plain"]
-    whole = plain(evaluate_in_small_batches(begin(config, encoded), encoded))
+    whole = plain(evaluate_in_small_batches(build_train_state(config, encoded), encoded))
     assert all(whole["scores"][task] for task in config.tasks)
     for rank in range(GROUPS[group]):
         theirs = json.loads((folder / f"{group}.{rank}.evaluation").read_text())

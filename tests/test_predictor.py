@@ -12,7 +12,7 @@ import torch
 
 from mtl_core import metrics
 from mtl_core.answers import Features, Prediction, run_head
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.data.encoding import encode_split
 from mtl_core.data.examples import Example, Span
 from mtl_core.data.tags import spans_to_tags, tag_names
@@ -40,7 +40,7 @@ MIXED = [
 def scattered(folder: Path, **changes: Any) -> Predictor:
     """An untrained model whose heads are so loud that its answers are many and sure."""
     config = experiment(folder, **changes)
-    model = begin(config, data(config)).model
+    model = build_train_state(config, data(config)).model
     torch.manual_seed(1)
     for _, head in model.head_items:
         torch.nn.init.normal_(head.output.weight, std=3.0)
@@ -326,7 +326,7 @@ def test_vectors_of_the_bundled_model_are_those_of_sentence_transformers(minilm:
 
     theirs = sentence_transformers.SentenceTransformer(resolve_model(minilm), device="cpu")
     config = experiment(minilm, encoder={"max_length": 128})
-    predictor = Predictor(MultiTaskModel(begin(config, data(config)).model.encoder, {}))
+    predictor = Predictor(MultiTaskModel(build_train_state(config, data(config)).model.encoder, {}))
     np.testing.assert_allclose(predictor.embed(MIXED), theirs.encode(MIXED), atol=1e-5)
 
 

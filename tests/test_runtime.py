@@ -19,9 +19,8 @@ from transformers import AutoConfig, AutoModel
 from mtl_core import predictor
 from mtl_core import runtime as runtimes
 from mtl_core.artifact import load_encoder, read_manifest
-from mtl_core.build import begin
-from mtl_core.config import ConfigError
-from mtl_core.errors import ArtifactError
+from mtl_core.build import build_train_state
+from mtl_core.errors import ArtifactError, ConfigError
 from mtl_core.folders import one_at_a_time
 from mtl_core.packing import Layout, pack
 from mtl_core.predictor import EncodingStage, Predictor
@@ -45,7 +44,7 @@ TEXTS = [*SENTENCES, "Zoë", " ".join(SENTENCES), "x" * 200]
 
 def untrained(encoder: Path, folder: Path, pooling: str = "mean") -> Path:
     config = experiment(encoder, encoder={"pooling": pooling})
-    return write_artifact(begin(config, data(config)).model, config, folder)
+    return write_artifact(build_train_state(config, data(config)).model, config, folder)
 
 
 def features(folder: Path, runtime: Any) -> Any:

@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mtl_core.build import begin
-from mtl_core.data.examples import Corpus, DataError
+from mtl_core.build import build_train_state
+from mtl_core.data.examples import Corpus
 from mtl_core.data.prepare import encode
+from mtl_core.errors import DataError
 from mtl_core.loop import fit
 from mtl_core.state import TrainState
 from tests.small_runs import LABELS, changed, data, examples, experiment, weights
@@ -32,7 +33,7 @@ def half_way(bert: Path, steps: int = 13, **changes: Any) -> TrainState:
     config = experiment(
         bert, training={"checkpoint_every": 1}, optim={"learning_rate": 1e-3}, **changes
     )
-    state = begin(config, encoded := data(config))
+    state = build_train_state(config, encoded := data(config))
     if steps:
         next(
             event
@@ -46,7 +47,7 @@ def moments(state: TrainState) -> dict[str, Any]:
     assert state.optimizer is not None
     return {
         f"{key}.{name}": value
-        for name, parameter in state.learning().items()
+        for name, parameter in state.trainable_parameters().items()
         for key, value in state.optimizer.state[parameter].items()
     }
 
@@ -67,7 +68,7 @@ def test_a_checkpoint_gives_back_weights_moments_and_progress(bert: Path, tmp_pa
     assert not changed(moments(state), moments(other))
     assert state.best
     assert not changed(state.best, other.best)
-    assert changed(state.best, dict(state.learning()))
+    assert changed(state.best, dict(state.trainable_parameters()))
     for name in ("epoch", "step", "part", "step_in_part", "best_score", "best_epoch"):
         assert getattr(other, name) == getattr(state, name)
     assert (other.epoch, other.step, other.part, other.step_in_part) == (1, 13, 0, 3)
@@ -89,7 +90,7 @@ def test_loading_does_not_tie_the_best_weights_to_the_moving_ones(
 ) -> None:
     state = half_way(bert, steps=0)
     state.epoch = 1
-    state.offer(0.5)
+    state.update_best(0.5)
     state.save(tmp_path)
     best = weights(state.model)
     state.load(tmp_path)
@@ -103,7 +104,7 @@ def test_loading_does_not_tie_the_best_weights_to_the_moving_ones(
 def test_a_checkpoint_of_other_training_texts_is_refused(bert: Path, tmp_path: Path) -> None:
     half_way(bert).save(tmp_path)
     config = experiment(bert)
-    other = begin(config, data(config, train=2))
+    other = build_train_state(config, data(config, train=2))
     before = weights(other.model)
     with pytest.raises(DataError, match="training texts changed"):
         other.load(tmp_path)
@@ -116,7 +117,7 @@ def test_a_checkpoint_whose_best_score_is_of_other_validation_texts_is_refused(
     half_way(bert).save(tmp_path)
     config = experiment(bert)
     with pytest.raises(DataError, match=r"validation texts changed.*put back"):
-        begin(config, data(config, validation=29)).load(tmp_path)
+        build_train_state(config, data(config, validation=29)).load(tmp_path)
 
 
 def test_the_order_of_the_texts_counts_too_and_where_the_table_is_frozen(
@@ -126,15 +127,15 @@ def test_the_order_of_the_texts_counts_too_and_where_the_table_is_frozen(
     config = experiment(bert, freeze={"encoder": True})
     turned = encode(Corpus({"train": examples(0, 40)[::-1]}, {}, {}), config, LABELS)
     with pytest.raises(DataError, match=r"training texts changed.*put back"):
-        begin(config, turned).load(tmp_path)
-    begin(config, data(config)).load(tmp_path)
+        build_train_state(config, turned).load(tmp_path)
+    build_train_state(config, data(config)).load(tmp_path)
 
 
 def test_a_checkpoint_of_another_pooling_is_refused(bert: Path, tmp_path: Path) -> None:
     half_way(bert, encoder={"pooling": "cls"}).save(tmp_path)
     config = experiment(bert, encoder={"pooling": "max"})
     with pytest.raises(DataError, match=r"pooling by cls \(encoder\.pooling\) changed"):
-        begin(config, data(config)).load(tmp_path)
+        build_train_state(config, data(config)).load(tmp_path)
 
 
 @pytest.mark.parametrize("theirs", ["now.heads.mood.norm.bias", "kept.weighting.seen", None])
@@ -161,7 +162,7 @@ def test_a_checkpoint_of_other_labels_is_refused(bert: Path, tmp_path: Path) -> 
     renamed = LABELS | {"mood": ("good", "late", "bad")}
     corpus = Corpus({"train": examples(0, 40)}, {}, {})
     with pytest.raises(DataError, match=r"labels of task 'mood' changed.*put back"):
-        begin(config, encode(corpus, config, renamed)).load(tmp_path)
+        build_train_state(config, encode(corpus, config, renamed)).load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_the_best_weights_are_stored_once_when_they_are_the_present_ones(
 ) -> None:
     state = half_way(bert, steps=0)
     state.epoch = 1
-    state.offer(0.5)
+    state.update_best(0.5)
     state.save(tmp_path)
     assert {name.split(".")[0] for name in names(tmp_path / "model.safetensors")} == {"now"}
     other = half_way(bert, steps=0)

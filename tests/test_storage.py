@@ -12,8 +12,7 @@ import fsspec
 import pytest
 
 from mtl_core.command import run_command
-from mtl_core.config import ConfigError
-from mtl_core.errors import ArtifactError
+from mtl_core.errors import ArtifactError, ConfigError
 from mtl_core.storage import download, fetch, manifest_of
 from tests.s3_server import ACCESS, s3_server
 from tests.small_runs import experiment

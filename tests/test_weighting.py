@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mtl_core import loop
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment, WeightingConfig, parse_experiment
 from mtl_core.data.examples import Corpus
 from mtl_core.data.prepare import Data, encode
-from mtl_core.gradients import TaskGradients, cosines, surgery
+from mtl_core.gradients import TaskGradients, cosines, pcgrad_coefficients
 from mtl_core.loop import Event, fit
 from mtl_core.weighting import (
     STRATEGIES,
@@ -242,12 +242,12 @@ def projected(gradients: Sequence[Vector], random: np.random.Generator) -> Vecto
 def test_surgery_by_inner_products_is_that_on_the_vectors(num_tasks: int) -> None:
     gradients = np.random.default_rng(num_tasks).normal(size=(num_tasks, 6))
     gram = gradients @ gradients.T
-    factors = surgery(gram, np.random.default_rng(3))
+    factors = pcgrad_coefficients(gram, np.random.default_rng(3))
     expected = projected(list(gradients), np.random.default_rng(3))
     np.testing.assert_allclose(factors @ gradients, expected, rtol=1e-9)
     if num_tasks == 5:
         assert (gram < 0).any()
-        others = [surgery(gram, np.random.default_rng(seed)) for seed in range(9)]
+        others = [pcgrad_coefficients(gram, np.random.default_rng(seed)) for seed in range(9)]
         assert len({tuple(other.round(9)) for other in others}) > 1
 
 
@@ -255,7 +255,7 @@ def test_of_two_conflicting_gradients_neither_is_worked_against() -> None:
     gradients = np.array([[1.0, 0.0], [-4.0, 1.0]])
     gram, random = gradients @ gradients.T, np.random.default_rng(0)
     assert (gradients.sum(axis=0) @ gradients.T).min() < 0
-    total = surgery(gram, random) @ gradients
+    total = pcgrad_coefficients(gram, random) @ gradients
     assert (total @ gradients.T).min() >= 0
     np.testing.assert_allclose(total, projected(list(gradients), random))
 
@@ -263,7 +263,7 @@ def test_of_two_conflicting_gradients_neither_is_worked_against() -> None:
 def test_gradients_without_conflict_are_summed() -> None:
     for gradients in ([[1.0, 0.0], [2.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]):
         gram = np.array(gradients) @ np.array(gradients).T
-        assert surgery(gram, np.random.default_rng(0)).tolist() == [1.0, 1.0]
+        assert pcgrad_coefficients(gram, np.random.default_rng(0)).tolist() == [1.0, 1.0]
 
 
 def weighed(config: Experiment, weights: dict[str, float]) -> Experiment:
@@ -276,7 +276,7 @@ def weighed(config: Experiment, weights: dict[str, float]) -> Experiment:
 
 def first_step(config: Experiment, encoded: Data) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The gradients that the first step ends with, and what is told of the first steps."""
-    state = begin(config, encoded)
+    state = build_train_state(config, encoded)
     gradients = first_gradients(state)
     row = next(event.row for event in fit(state, encoded, config) if event.kind == "step")
     return gradients, row
@@ -456,7 +456,10 @@ def test_strategies_work_in_bf16(strategy: str, tiny_encoders: dict[str, Path]) 
     rows = told(events)
     assert vector(rows[-1], "loss").sum() < vector(rows[0], "loss").sum()
     assert all(abs(rows[-1][f"cosine/{pair}"]) <= 1 for pair in ("topic/mood", "mood/entities"))
-    assert next(iter(begin(config, data(config)).model.parameters())).dtype == torch.float32
+    assert (
+        next(iter(build_train_state(config, data(config)).model.parameters())).dtype
+        == torch.float32
+    )
 
 
 def test_one_pass_through_the_encoder_a_micro_batch(tiny_encoders: dict[str, Path]) -> None:

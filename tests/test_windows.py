@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from mtl_core.artifact import load_encoder, read_manifest
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.errors import TextError
 from mtl_core.predictor import EncodingStage
 from mtl_core.windows import TooLong, TooMany, Windows
@@ -37,7 +37,9 @@ def test_an_artifact_is_tokenised_as_transformers_does(
     name: str, tiny_encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     config = experiment(tiny_encoders[name])
-    folder = write_artifact(begin(config, data(config)).model, config, tmp_path / "artifact")
+    folder = write_artifact(
+        build_train_state(config, data(config)).model, config, tmp_path / "artifact"
+    )
     stage = EncodingStage.load(folder, runtime="torch-fp32")
     reference = AutoTokenizer.from_pretrained(folder / "encoder")
     assert stage.pad_id == reference.pad_token_id

@@ -15,7 +15,8 @@ import torch
 from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 
-from mtl_core.config import ConfigError, ScaleConfig
+from mtl_core.config import ScaleConfig
+from mtl_core.errors import ConfigError
 from mtl_core.forks import end, own_node
 
 LOCAL_SETTINGS = {

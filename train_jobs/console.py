@@ -151,7 +151,7 @@ def announce_reading(experiment: Experiment) -> None:
 def describe_data(data: Data) -> None:
     """Say what will be learned from what."""
     if data.shards is not None:
-        found, count = len(data.shards), data.shards.count
+        found, count = data.shards.num_rows, data.shards.num_shards
         print(f"train: {found:,} rows in {count} shards, which are read as they are needed")
     for name, split in data.splits.items():
         rows = ", ".join(f"{task} {int(p.sum())}" for task, p in split.present.items())

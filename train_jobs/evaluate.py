@@ -12,8 +12,9 @@ from rich.console import Console
 
 from mtl_core.artifact import load_config, read_manifest
 from mtl_core.command import run_command
-from mtl_core.config import RESERVED_COLUMNS, SPLITS, ConfigError, SourceConfig, Split
+from mtl_core.config import RESERVED_COLUMNS, SPLITS, SourceConfig, Split
 from mtl_core.data.prepare import prepare_scored
+from mtl_core.errors import ConfigError
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.predictor import Predictor
 from mtl_core.runtime import RuntimeName, with_runtime

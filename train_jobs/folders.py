@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mtl_core.config import ConfigError, expand_path
+from mtl_core.config import expand_path
+from mtl_core.errors import ConfigError
 from mtl_core.storage import advise, storage_errors
 from train_jobs.locks import check_file, hold_file, hold_object
 

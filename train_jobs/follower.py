@@ -1,4 +1,4 @@
-"""The driver's other ear: workers' progress, shown and stored while the driver waits for them."""
+"""A thread of the driver that polls workers' progress, shows it and stores it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 RENEW_SECONDS = 10.0

@@ -15,7 +15,8 @@ from typing import Any, cast
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from mtl_core.config import ConfigError, ScaleConfig
+from mtl_core.config import ScaleConfig
+from mtl_core.errors import ConfigError
 from train_jobs.cluster import worker_resources
 
 VAIN_SECONDS = 10.0

@@ -22,7 +22,7 @@ from rich.text import Text
 from mtl_core.answers import flat_types, flatten
 from mtl_core.artifact import read_manifest
 from mtl_core.command import run_command
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from mtl_core.forks import forked_workers
 from mtl_core.predictor import Predictor
 from mtl_core.runtime import RuntimeName

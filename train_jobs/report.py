@@ -32,8 +32,8 @@ from mtl_core.storage import fetch
 from train_jobs.console import label_table, score_table
 from train_jobs.runs import RESULT, RunFolder
 
-MOST_LABELS_IN_MATRIX = 80
-MOST_LABELS_SHOWN = 12
+MAX_LABELS_IN_MATRIX = 80
+MAX_LABELS_SHOWN = 12
 History = Sequence[dict[str, Any]]
 
 
@@ -137,7 +137,7 @@ def show_result(folder: RunFolder) -> None:
             scores.setdefault(split, {})[task] = values
     console.print(score_table(f"{manifest.name}: scores", scores))
     for title, rows in label_rows(report).items():
-        console.print(label_table(title, rows, MOST_LABELS_SHOWN, "the artifact's README.md"))
+        console.print(label_table(title, rows, MAX_LABELS_SHOWN, "the artifact's README.md"))
     where = f"{folder.title}/artifact"
     if folder.is_local and not os.path.relpath(where).startswith(".."):
         where = os.path.relpath(where)
@@ -158,7 +158,7 @@ def draw(root: Path, scored: Mapping[str, Evaluation], history: History) -> list
     for split, result in list(scored.items())[-1:]:
         for task, values in result.report().items():
             labels, title = result.labels[task], f"{task} on {split}"
-            if len(labels) > MOST_LABELS_IN_MATRIX:
+            if len(labels) > MAX_LABELS_IN_MATRIX:
                 continue
             if result.kinds[task] == "classification":
                 pictures.append(f"plots/confusion_{task}.png")

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from mtl_core.config import ConfigError, Experiment, dump_experiment
+from mtl_core.config import Experiment, dump_experiment
+from mtl_core.errors import ConfigError
 from mtl_core.folders import atomic_folder, copy_tree
 from train_jobs.folders import NamedFolder, differences
 

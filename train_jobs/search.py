@@ -30,7 +30,7 @@ def search_options(plan: Plan) -> dict[str, Any]:
 
 def comparison_options(plan: Plan) -> dict[str, Any]:
     """What `tune.run` is told where every case of a comparison is trained to its end."""
-    variants = Variants(max_concurrent=trials_at_once(plan) or 0)
+    variants = ResumableVariants(max_concurrent=trials_at_once(plan) or 0)
     return {"search_alg": variants, "metric": objective_key(0), "mode": "max"}
 
 
@@ -38,7 +38,7 @@ def build_searcher(plan: Plan, at_once: int | None = None) -> Any:
     """What draws the settings of each trial, for at most so many trials at a time."""
     searcher = plan.sweep.searcher
     if searcher.algorithm != "optuna":
-        return Variants(max_concurrent=at_once or 0, random_state=searcher.seed)
+        return ResumableVariants(max_concurrent=at_once or 0, random_state=searcher.seed)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -53,7 +53,7 @@ def build_searcher(plan: Plan, at_once: int | None = None) -> Any:
         mode=["max"] * len(keys) if several else "max",
         sampler=sampler,
     )
-    return search if at_once is None else Limiter(search, at_once)
+    return search if at_once is None else ResumableLimiter(search, at_once)
 
 
 def build_scheduler(plan: Plan) -> Any:
@@ -86,15 +86,15 @@ def trials_at_once(plan: Plan) -> int | None:
     return max(1, room_for(each) // workers)
 
 
-class Variants(BasicVariantGenerator):
-    """Draws and grids, as many at a time as this command says, not the one it goes on from."""
+class ResumableVariants(BasicVariantGenerator):
+    """Random and grid search; a resumed one keeps the number of trials at once of this command."""
 
     def set_state(self, state: dict[str, Any]) -> None:
         state = {**state, "max_concurrent": self.max_concurrent}
         super().set_state(state)  # type: ignore[no-untyped-call]
 
 
-class Limiter(ConcurrencyLimiter):
+class ResumableLimiter(ConcurrencyLimiter):
     """The same around Optuna's search."""
 
     def set_state(self, state: dict[str, Any]) -> None:

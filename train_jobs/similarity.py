@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 
 from mtl_core.command import run_command
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from mtl_core.plots import similarity_heatmap
 from mtl_core.predictor import Predictor
 from mtl_core.storage import download, fetch
 
-MOST_DRAWN = 200
+MAX_DRAWN = 200
 """Sentences in a picture: more could not be read, and would take gigabytes to draw."""
 
 
@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         writer.writerow(["", *texts])
         for text, row in zip(texts, matrix, strict=True):
             writer.writerow([text, *(f"{value:.6f}" for value in row)])
-    if len(texts) > MOST_DRAWN:
-        print(f"no picture: {len(texts)} sentences are more than the {MOST_DRAWN} that it takes")
+    if len(texts) > MAX_DRAWN:
+        print(f"no picture: {len(texts)} sentences are more than the {MAX_DRAWN} that it takes")
         print(f"written: {picture.with_suffix('.csv')}")
         return
     similarity_heatmap(matrix, texts, picture)

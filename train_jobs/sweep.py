@@ -15,11 +15,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mtl_core.artifact import read_manifest
-from mtl_core.build import inherit
+from mtl_core.build import resolve_init_from
 from mtl_core.config import (
     NAME_PATTERN,
     Config,
-    ConfigError,
     Experiment,
     PositiveFloat,
     PositiveInt,
@@ -30,13 +29,14 @@ from mtl_core.config import (
     read_yaml,
     set_field,
 )
+from mtl_core.errors import ConfigError
 from mtl_core.metrics import metric_names
 from mtl_core.storage import fetch
 from train_jobs.space import Parameter, Range, expand
 
 FIXED = ("name", "output_dir", "scale", "seed", "init_from", "tasks", "data")
 """Fields that make a trial another experiment, not another setting of this one."""
-MOST_CORNERS = 2_000
+MAX_CORNERS = 2_000
 
 
 class Searcher(Config):
@@ -269,7 +269,7 @@ def _base_of(sweep: Sweep, path: Path) -> Experiment:
     found = beside if beside.is_file() else Path(sweep.base)
     if not found.is_file():
         raise SpaceError(["base"], f"there is no file {sweep.base!r} beside {path} or here")
-    experiment = inherit(_changed(found, sweep.settings))
+    experiment = resolve_init_from(_changed(found, sweep.settings))
     _check_objective(sweep, experiment)
     raw = experiment.model_dump(mode="json")
     raw["training"] |= sweep.training
@@ -357,12 +357,12 @@ def _culprit(message: str, paths: Iterable[str]) -> str:
 def _corners(sweep: Sweep) -> Iterator[dict[str, Any]]:
     """Draws from the ends of every range, in all combinations or, if too many, in some of them."""
     ends = [p.ends(path) for path, p in sweep.space.items()]
-    if math.prod(map(len, ends)) <= MOST_CORNERS:
+    if math.prod(map(len, ends)) <= MAX_CORNERS:
         combinations: Iterator[tuple[dict[str, Any], ...]] = itertools.product(*ends)
     else:
         draw = random.Random(0)
         each = (tuple(e[i % len(e)] for e in ends) for i in range(max(map(len, ends))))
-        some = (tuple(draw.choice(e) for e in ends) for _ in range(MOST_CORNERS))
+        some = (tuple(draw.choice(e) for e in ends) for _ in range(MAX_CORNERS))
         combinations = itertools.chain(each, some)
     for combination in combinations:
         yield {key: value for part in combination for key, value in part.items()}

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from mtl_core.config import ConfigError, dump_experiment
-from mtl_core.data.examples import DataError
+from mtl_core.config import dump_experiment
+from mtl_core.errors import ConfigError, DataError
 from train_jobs.folders import NamedFolder, differences
 from train_jobs.runs import MACHINE_FIELDS
 from train_jobs.sweep import Plan, Sweep

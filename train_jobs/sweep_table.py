@@ -15,7 +15,7 @@ from rich.table import Table
 from train_jobs.sweep import Plan
 from train_jobs.trials import objective_key
 
-MOST_ROWS = 20
+MAX_ROWS = 20
 SECONDS_BETWEEN_LINES = 30
 """Where there is no terminal: how often a trial says at most where it is."""
 
@@ -105,7 +105,7 @@ class SweepTable(tune.Callback):
         columns = list(ordered[0]["settings"]) if ordered else []
         for name in ("trial", "status", "epoch", *self.objectives, "seconds", *columns):
             table.add_column(name, overflow="fold")
-        for row in ordered[:MOST_ROWS]:
+        for row in ordered[:MAX_ROWS]:
             scores = [shown(100 * score) for score in row.get("scores", ())]
             scores += [""] * (len(self.objectives) - len(scores))
             table.add_row(

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from mtl_core.config import ConfigError
-from mtl_core.data.formats import LONGEST_CELL
+from mtl_core.data.formats import MAX_CELL
+from mtl_core.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 ROWS_AT_ONCE = 1024
@@ -71,7 +71,7 @@ def _as_shown(line: bytes) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    longest = csv.field_size_limit(LONGEST_CELL)  # of the whole process
+    longest = csv.field_size_limit(MAX_CELL)  # of the whole process
     line = 1
     # Bytes that are not UTF-8 pass through as lone surrogates, so that their row can be named.
     with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:

@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     experiment = load_experiment(options.config, options.set)
     if experiment.init_from is not None:
-        from mtl_core.build import inherit
+        from mtl_core.build import resolve_init_from
 
-        experiment = inherit(experiment)
+        experiment = resolve_init_from(experiment)
     folder = RunFolder(experiment)
     resumed = folder.resumes(experiment, must_exist=options.resume)
     if folder.is_finished:

@@ -168,7 +168,7 @@ class TrialSession(WorkerSession):
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
         found: ray.train.Checkpoint | None = tune.get_checkpoint()
-        return None if found is None else standing(found)
+        return None if found is None else first_complete(found)
 
     def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
         row = self.history.scorer(metrics)
@@ -185,8 +185,8 @@ class TrialSession(WorkerSession):
             self.history.store()
 
 
-def standing(checkpoint: ray.train.Checkpoint) -> ray.train.Checkpoint | None:
-    """This checkpoint of a trial, the one after it if it is gone, or None.
+def first_complete(checkpoint: ray.train.Checkpoint) -> ray.train.Checkpoint | None:
+    """The first complete checkpoint of a trial from this one onwards, or None.
 
     Tune deletes a checkpoint once it has the next, and records only then which one that is: what a
     driver that was killed in between left behind names one that is gone, or half gone.
@@ -202,10 +202,10 @@ def standing(checkpoint: ray.train.Checkpoint) -> ray.train.Checkpoint | None:
     return None
 
 
-class GoneCheckpoints(tune.Callback):
+class RestoreMissingCheckpoints(tune.Callback):
     """Puts a folder where a checkpoint was that Tune's records name, else Tune fails the trial.
 
-    What the trial goes on from instead is for `standing` to find.
+    What the trial goes on from instead is for `first_complete` to find.
     """
 
     looked = False

@@ -17,9 +17,8 @@ from ray import tune
 from ray.exceptions import RayError
 
 from mtl_core.command import INTERRUPTED, run_command
-from mtl_core.config import ConfigError
 from mtl_core.data.prepare import check_metric, prepare
-from mtl_core.errors import TrainingError
+from mtl_core.errors import ConfigError, TrainingError
 from mtl_core.forks import forked_workers
 from mtl_core.metrics import PRIMARY
 from train_jobs.cluster import cpu_share, idle_gpus, ray_cluster, room_for, worker_resources
@@ -31,7 +30,15 @@ from train_jobs.sweep import Plan, check_baselines, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_report import show_report, write_report
 from train_jobs.sweep_table import SweepTable, reason_of
-from train_jobs.trials import ALONE, BASE, BEST, GoneCheckpoints, Job, objective_key, run_trial
+from train_jobs.trials import (
+    ALONE,
+    BASE,
+    BEST,
+    Job,
+    RestoreMissingCheckpoints,
+    objective_key,
+    run_trial,
+)
 
 EPILOG = """examples:
   python -m train_jobs.tune --config tune_configs/demo.yaml
@@ -141,7 +148,7 @@ def run_phases(job: Job, folder: SweepFolder) -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether Ray says what neither the table, nor trials.csv, nor this command says better."""
+    """Filter for logs: drops messages of Ray's that our own output covers."""
     known = (
         "Trial task failed",  # a page of traceback
         "Trials did not complete",
@@ -219,7 +226,7 @@ def run_phase(
             # A trial that is stopped keeps its workers as long as the process that waits for them.
             reuse_actors=job.plan.base.scale.workers == 1,
             raise_on_failed_trial=False,
-            callbacks=[table, budget, GoneCheckpoints()],
+            callbacks=[table, budget, RestoreMissingCheckpoints()],
             verbose=0,
             **(search_options if searching else comparison_options)(job.plan),
         )
@@ -239,7 +246,7 @@ def run_phase(
 
 @contextlib.contextmanager
 def tune_breaking_off() -> Iterator[None]:
-    """Say it where Tune knows no answer to the end of a process.
+    """Turn the end of a process that Tune cannot handle into an error that says so.
 
     It expects errors of a trial or of its actor. One that is killed for lack of memory as it starts
     may be neither, and ends the whole phase.

@@ -17,12 +17,11 @@ from safetensors import SafetensorError
 
 from mtl_core import features
 from mtl_core.artifact import save_weights
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment, parse_experiment
-from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, reopen
 from mtl_core.data.shards import ElsewhereError
-from mtl_core.errors import UserError
+from mtl_core.errors import DataError, UserError
 from mtl_core.evaluation import evaluate
 from mtl_core.freezing import apply_freezing
 from mtl_core.loop import fit
@@ -106,7 +105,7 @@ def _set_up(
         if config.get("folder"):
             _check_reached(NamedFolder(config["folder"], experiment.name))
         data = reopen(experiment, config["labels"], config["keys"])
-        state = begin(experiment, data, world.device)
+        state = build_train_state(experiment, data, world.device)
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 if (Path(folder) / RESULT).exists():

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.train.pace import Pace
 from mtl_core import loop
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import load_experiment
 from mtl_core.data.batching import Schedule
 from mtl_core.data.prepare import prepare
@@ -99,7 +99,7 @@ def worker(
     data = prepare(experiment)
     train = data.splits["train"]
     loop.LOG_EVERY = steps
-    run = fit(begin(experiment, data), data, experiment, World(rank, size, rank))
+    run = fit(build_train_state(experiment, data), data, experiment, World(rank, size, rank))
     limits = (experiment.training.batch_size, experiment.training.batch_tokens)
     schedule = Schedule(train, experiment.mixing, *limits, experiment.seed)
 

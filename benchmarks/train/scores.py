@@ -25,7 +25,7 @@ from seqeval.metrics import f1_score
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.train.__main__ import ALL_LEARN, CONFIGS, Contender, command, write_rows
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import load_experiment
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import Data, prepare
@@ -65,7 +65,7 @@ def ours(changes: Sequence[str]) -> Run:
     disable_progress_bar()
     experiment = load_experiment(CONFIG, changes)
     data = prepare(experiment)
-    state = begin(experiment, data)
+    state = build_train_state(experiment, data)
     epochs, seconds, since = [], 0.0, time.perf_counter()
     for event in fit(state, data, experiment):
         now = time.perf_counter()

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtl_core.config import SourceConfig, TaskConfig
-from mtl_core.data.examples import DataError
 from mtl_core.data.files import File, find_files, read_file
 from mtl_core.data.formats import COMPRESSIONS, Table, parse_table
 from mtl_core.data.sources import source_columns
+from mtl_core.errors import DataError
 
 CHUNK = 1 << 24
 NEWLINE = 10

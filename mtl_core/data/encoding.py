@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtl_core.config import TaskConfig
-from mtl_core.data.examples import Corpus, DataError, Example, Span, names_of
+from mtl_core.data.examples import Corpus, Example, Span, labels_in
 from mtl_core.data.tags import spans_to_tags, tag_names
+from mtl_core.errors import DataError
 
 IGNORE = -100
 TEXTS_AT_ONCE = 1024
@@ -78,7 +79,7 @@ def resolve_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig]) -> dict[str,
     """
     labels = {}
     for task, config in tasks.items():
-        in_train = names_of(task, corpus.splits["train"])
+        in_train = labels_in(task, corpus.splits["train"])
         if not in_train:
             raise DataError(f"task {task!r} has no label in train: check its column in `data`")
         declared = corpus.labels.get(task, ())
@@ -91,9 +92,9 @@ def check_labels(corpus: Corpus, tasks: Mapping[str, TaskConfig], labels: Labels
     """Raise DataError for the first label in a corpus that is not among its task's."""
     for split, examples in corpus.splits.items():
         for task, config in tasks.items():
-            unknown = sorted(names_of(task, examples) - set(labels[task]))
+            unknown = sorted(labels_in(task, examples) - set(labels[task]))
             if unknown:
-                where = next(e.text for e in examples if unknown[0] in names_of(task, [e]))
+                where = next(e.text for e in examples if unknown[0] in labels_in(task, [e]))
                 what, fix = "never occurs in train", f"list all labels in tasks.{task}.labels"
                 if config.labels:
                     what, fix = "is not a known one", f"known are {', '.join(labels[task][:20])}"

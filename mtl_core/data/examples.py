@@ -7,14 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from mtl_core.errors import UserError
-
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 """Half of a character, as an emoji that was cut leaves it: no tokenizer takes such text."""
-
-
-class DataError(UserError):
-    """A mistake in the user's data; the message names the file, the line and the fix."""
 
 
 class Span(NamedTuple):
@@ -48,7 +42,7 @@ class Example:
     words: tuple[tuple[int, int], ...] = ()
 
 
-def names_of(task: str, examples: Iterable[Example]) -> set[str]:
+def labels_in(task: str, examples: Iterable[Example]) -> set[str]:
     """The labels, or entity types, that a task has in examples."""
     names: set[str] = set()
     for example in examples:

@@ -14,12 +14,12 @@ from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
 from mtl_core.config import Format
-from mtl_core.data.examples import DataError
+from mtl_core.errors import DataError
 
 Column: TypeAlias = str | int
 Row: TypeAlias = dict[Column, Any]
 
-LONGEST_CELL = 2**31 - 1
+MAX_CELL = 2**31 - 1
 """Characters; of Python's csv it is 131,072, less than a document may have."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip")
 SUFFIXES: dict[str, Format] = {
@@ -152,7 +152,7 @@ def _parse_json(text: str, title: str) -> Table:
 def _parse_csv(text: str, title: str, delimiter: str, wanted: Sequence[Column]) -> Table:
     if not text.strip():
         return Table(title, (), [])
-    longest = csv.field_size_limit(LONGEST_CELL)  # of the whole process
+    longest = csv.field_size_limit(MAX_CELL)  # of the whole process
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[str, Row | BadRow]] = []
     line = 1

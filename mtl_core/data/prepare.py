@@ -15,12 +15,13 @@ from mtl_core.artifact import Manifest, library_versions, load_config, read_mani
 from mtl_core.config import SPLITS, Experiment, SourceConfig, Split, TaskConfig
 from mtl_core.data.cache import content_key, encode_cached, load_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, resolve_labels
-from mtl_core.data.examples import Corpus, DataError
+from mtl_core.data.examples import Corpus
 from mtl_core.data.formats import there_is
 from mtl_core.data.shards import ShardedCorpus, Shards
 from mtl_core.data.sources import read_corpus
 from mtl_core.data.tags import tag_names
 from mtl_core.encoder import tokenizer_of
+from mtl_core.errors import DataError
 from mtl_core.folders import cache_root, one_at_a_time
 from mtl_core.storage import fetch
 
@@ -64,7 +65,7 @@ class Data:
     def num_texts(self, split: str) -> int:
         """How many texts a split has; for shards, how many rows they are made of."""
         if split == "train" and self.shards is not None:
-            return len(self.shards)
+            return self.shards.num_rows
         return len(self.splits[split])
 
 
@@ -270,7 +271,7 @@ def _cut_corpus(experiment: Experiment, split: Split, limit: int | None) -> Corp
     sharded = ShardedCorpus(experiment)
     shards, corpus = sharded.cut()
     if split == "train":
-        numbers = range(shards.count)
+        numbers = range(shards.num_shards)
         rows = chain.from_iterable(sharded.read(shards, number) for number in numbers)
         corpus.splits["train"] = list(islice(rows, limit))
     skipped = dict(sharded.skipped)

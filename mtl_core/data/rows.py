@@ -9,9 +9,10 @@ from itertools import pairwise
 from typing import Any
 
 from mtl_core.config import TaskKind
-from mtl_core.data.examples import LONE_SURROGATE, DataError, Example, Span, Target
+from mtl_core.data.examples import LONE_SURROGATE, Example, Span, Target
 from mtl_core.data.formats import BadRow, Column, Row
 from mtl_core.data.tags import check_scheme, tags_to_spans, to_bio2
+from mtl_core.errors import DataError
 
 Word = tuple[int, int]
 

@@ -23,7 +23,7 @@ from mtl_core.config import Experiment, Split
 from mtl_core.data.blocks import BlockReader, Blocks
 from mtl_core.data.cache import load_arrays, load_split, save_arrays, save_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, encode_split
-from mtl_core.data.examples import Corpus, DataError, Example, label_names
+from mtl_core.data.examples import Corpus, Example, label_names
 from mtl_core.data.formats import Column, Table
 from mtl_core.data.sources import (
     Examples,
@@ -35,12 +35,13 @@ from mtl_core.data.sources import (
     to_examples,
 )
 from mtl_core.encoder import tokenizer_of
+from mtl_core.errors import DataError
 from mtl_core.folders import cache_root
 from mtl_core.world import World
 
 BLOCKS_PER_SHARD = 200
-LARGEST_BLOCK = 1000
-FEWEST_BLOCKS = 20
+MAX_BLOCK = 1000
+MIN_BLOCKS = 20
 """Of a source that has the rows: validation is made of whole blocks."""
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 
@@ -57,12 +58,12 @@ class Shards:
     """Of each source."""
     drawn: tuple[NDArray[np.int64], ...]
     """Each source's blocks that train, in the order drawn."""
-    count: int
-    """How many shards there are."""
+    num_shards: int
 
-    def __len__(self) -> int:
-        """How many rows there are to train on; such as turn out to have no label among them."""
-        return sum(self.rows(number) for number in range(self.count))
+    @property
+    def num_rows(self) -> int:
+        """Training rows, including rows that may turn out to have no label."""
+        return sum(self.rows(number) for number in range(self.num_shards))
 
     def rows(self, number: int) -> int:
         """How many rows a shard has."""
@@ -73,13 +74,13 @@ class Shards:
         """One shard's blocks of each source, in the order that they stand in."""
         shares = []
         for drawn in self.drawn:
-            first, end = (len(drawn) * n // self.count for n in (number, number + 1))
+            first, end = (len(drawn) * n // self.num_shards for n in (number, number + 1))
             shares.append(np.sort(drawn[first:end]))
         return shares
 
     def fingerprint(self) -> str:
         """Changes with the rows and with how they are cut."""
-        digest = hashlib.sha256(repr((self.count, [b.version for b in self.blocks])).encode())
+        digest = hashlib.sha256(repr((self.num_shards, [b.version for b in self.blocks])).encode())
         for array in self._arrays().values():
             digest.update(array.tobytes())
         return digest.hexdigest()
@@ -93,7 +94,10 @@ class Shards:
 
     def save(self, key: str) -> None:
         """Keep it for other processes of this machine."""
-        info = {"versions": [blocks.version for blocks in self.blocks], "count": self.count}
+        info = {
+            "versions": [blocks.version for blocks in self.blocks],
+            "count": self.num_shards,
+        }
         save_arrays(cache_root() / "shards" / key, self._arrays(), info)
 
     @classmethod
@@ -134,7 +138,7 @@ class ShardedCorpus:
         """
         size = self.experiment.training.shard_texts
         assert size is not None
-        block = max(1, min(LARGEST_BLOCK, size // BLOCKS_PER_SHARD))
+        block = max(1, min(MAX_BLOCK, size // BLOCKS_PER_SHARD))
         found, drawn = [reader.find(block) for reader in self.readers], []
         notes: list[str] = []
         count = -(-sum(int(blocks.rows.sum()) for blocks in found) // size)
@@ -144,7 +148,7 @@ class ShardedCorpus:
             if largest > size:
                 fix = f"write it with row groups of {block}, or raise training.shard_texts"
                 raise DataError(f"{source.title}: a row group has {largest:,} rows; {fix}")
-            least = max(2 * count, FEWEST_BLOCKS)  # some for every shard, validation apart
+            least = max(2 * count, MIN_BLOCKS)  # some for every shard, validation apart
             if len(found[number].rows) < least:
                 most = int(found[number].rows.sum()) // least
                 found[number] = reader.finer(found[number], max(1, most))
@@ -261,7 +265,7 @@ class ShardLoader:
     ) -> None:
         self.experiment, self.shards, self.key = experiment, shards, key
         self.labels, self.world = labels, world
-        self.sizes = [shards.rows(number) for number in range(shards.count)]
+        self.sizes = [shards.rows(number) for number in range(shards.num_shards)]
         self.corpus = ShardedCorpus(experiment)
         self.pool = ThreadPoolExecutor(1, "shards")
         self.making: dict[int, Future[None]] = {}
@@ -269,9 +273,9 @@ class ShardLoader:
     def order(self, epoch: int) -> list[int]:
         """The shards of an epoch; the first goes through them as they were drawn."""
         if epoch == 0:
-            return list(range(self.shards.count))
+            return list(range(self.shards.num_shards))
         random = np.random.default_rng([self.experiment.seed, epoch])
-        numbers: list[int] = random.permutation(self.shards.count).tolist()
+        numbers: list[int] = random.permutation(self.shards.num_shards).tolist()
         return numbers
 
     def open(self, number: int, following: int | None) -> EncodedSplit:
@@ -311,7 +315,7 @@ class ShardLoader:
             return
         examples = self.corpus.read(self.shards, number)
         if not examples:
-            raise DataError(f"shard {number + 1} of {self.shards.count} has no labelled row")
+            raise DataError(f"shard {number + 1} of {self.shards.num_shards} has no labelled row")
         tasks = self.experiment.tasks
         check_labels(Corpus({"train": examples}, {}, {}), tasks, self.labels)
         tokenizer = tokenizer_of(self.experiment)

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from mtl_core.config import SPLITS, SourceConfig, Split, TaskConfig, TaskKind
-from mtl_core.data.examples import Corpus, DataError, Example, names_of
+from mtl_core.data.examples import Corpus, Example, labels_in
 from mtl_core.data.files import read_files
 from mtl_core.data.formats import BadRow, Column, Table, there_is
 from mtl_core.data.rows import RowReader
+from mtl_core.errors import DataError
 
 Examples = dict[Split, list[Example]]
 DEMO_COLUMNS: dict[Column, TaskKind] = {
@@ -93,8 +94,8 @@ def read_source(
         train = found.get("train", [])
         _divide(source, found, seed)
         for task in source.task_columns:
-            names = names_of(task, train)
-            if names != names_of(task, found["train"]):  # the draw took a label's last row
+            names = labels_in(task, train)
+            if names != labels_in(task, found["train"]):  # the draw took a label's last row
                 labels[task] = tuple(dict.fromkeys((*labels.get(task, ()), *sorted(names))))
     kept: dict[str, list[Example]] = {split: labelled(found.get(split, [])) for split in splits}
     return Corpus(kept, labels, {source.title: skipped} if skipped else {}, notes, carved)

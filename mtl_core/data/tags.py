@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 
-from mtl_core.data.examples import DataError, Span
+from mtl_core.data.examples import Span
+from mtl_core.errors import DataError
 
 
 def tag_names(entity_types: Sequence[str]) -> tuple[str, ...]:

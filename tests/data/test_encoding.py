@@ -19,9 +19,10 @@ from mtl_core.data.encoding import (
     resolve_labels,
     token_offsets,
 )
-from mtl_core.data.examples import Corpus, DataError, Example, Span
+from mtl_core.data.examples import Corpus, Example, Span
 from mtl_core.data.tags import tag_names
 from mtl_core.encoder import load_tokenizer
+from mtl_core.errors import DataError
 from mtl_core.metrics import tagged_spans, word_tags
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "deberta-v2", "mpnet")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from mtl_core.config import SourceConfig, TaskConfig
-from mtl_core.data.examples import Corpus, DataError, Example, Span
+from mtl_core.data.examples import Corpus, Example, Span
 from mtl_core.data.sources import read_source
+from mtl_core.errors import DataError
 from mtl_core.storage import may_pass
 
 TASKS = {

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import yaml
 
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import Experiment, parse_experiment
 from mtl_core.data import cache
 from mtl_core.data.encoding import encode_split
-from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import TOKENISING, prepare, prepare_scored, reopen
+from mtl_core.errors import DataError
 from tests.small_runs import write_artifact
 
 
@@ -175,7 +175,7 @@ def test_another_machine_with_other_texts_is_refused(
 
 def artifact_of(experiment: Experiment, folder: Path) -> Path:
     data = prepare(experiment)
-    return write_artifact(begin(experiment, data).model, experiment, folder, data)
+    return write_artifact(build_train_state(experiment, data).model, experiment, folder, data)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from mtl_core.config import SourceConfig, TaskConfig, parse_experiment
-from mtl_core.data.examples import DataError
 from mtl_core.data.shards import ShardedCorpus
 from mtl_core.data.sources import read_source
+from mtl_core.errors import DataError
 from tests.s3_server import s3_server
 
 TASKS = {"mood": TaskConfig(kind="classification")}
@@ -59,7 +59,7 @@ def test_a_file_behind_s3_is_cut_into_shards(bucket: str) -> None:
     )
     corpus = ShardedCorpus(experiment)
     shards, held_out = corpus.cut()
-    parts = [corpus.read(shards, number) for number in range(shards.count)]
+    parts = [corpus.read(shards, number) for number in range(shards.num_shards)]
     assert [len(part) for part in parts] == [6, 6, 6]
     rows = [example.text for part in (*parts, held_out.splits["validation"]) for example in part]
     assert sorted(rows) == sorted(f"row {i}" for i in range(20))

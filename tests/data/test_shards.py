@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mtl_core.build import begin
-from mtl_core.config import ConfigError, Experiment, parse_experiment
+from mtl_core.build import build_train_state
+from mtl_core.config import Experiment, parse_experiment
 from mtl_core.data.encoding import EncodedSplit
-from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import Data, prepare, prepare_scored, reopen
 from mtl_core.data.shards import ShardLoader
 from mtl_core.encoder import tokenizer_of
-from mtl_core.errors import EncoderError
+from mtl_core.errors import ConfigError, DataError, EncoderError
 from mtl_core.world import World
 from tests.commands import ROOT
 from tests.small_runs import write_artifact
@@ -247,7 +246,9 @@ def test_another_process_finds_the_same_shards_with_and_without_a_cache(
 def test_an_artifact_is_scored_on_what_its_training_held_out(encoder: Path, tmp_path: Path) -> None:
     chosen = experiment(encoder, write(tmp_path / "rows.jsonl"))
     data = prepare(chosen)
-    artifact = write_artifact(begin(chosen, data).model, chosen, tmp_path / "artifact", data)
+    artifact = write_artifact(
+        build_train_state(chosen, data).model, chosen, tmp_path / "artifact", data
+    )
     validation = prepare_scored(artifact, "validation").splits["validation"]
     assert texts(validation, chosen) == texts(data.splits["validation"], chosen)
     train = prepare_scored(artifact, "train").splits["train"]
@@ -271,7 +272,9 @@ def test_rows_skipped_in_what_is_carved_for_validation_are_counted(
     chosen = experiment(encoder, {**source, "on_bad_row": "skip"})
     data = prepare(chosen)
     assert data.skipped == {source["path"]: 100 - len(data.splits["validation"])}
-    artifact = write_artifact(begin(chosen, data).model, chosen, tmp_path / "artifact", data)
+    artifact = write_artifact(
+        build_train_state(chosen, data).model, chosen, tmp_path / "artifact", data
+    )
     assert prepare_scored(artifact, "validation").skipped == data.skipped
     assert prepare_scored(artifact, "train").skipped == {source["path"]: 500}
 

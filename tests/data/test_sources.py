@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from mtl_core.config import SourceConfig, Split, TaskConfig
 from mtl_core.data.encoding import resolve_labels
-from mtl_core.data.examples import Corpus, DataError, Example, Span, Target
+from mtl_core.data.examples import Corpus, Example, Span, Target
 from mtl_core.data.rows import align
 from mtl_core.data.sources import read_corpus, read_source
 from mtl_core.data.tags import spans_to_tags
+from mtl_core.errors import DataError
 
 Columns: TypeAlias = dict[str, str | int]
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 
-from mtl_core.data.examples import DataError, Span
+from mtl_core.data.examples import Span
 from mtl_core.data.tags import check_scheme, spans_to_tags, tags_to_spans, to_bio2
+from mtl_core.errors import DataError
 
 ENTITIES = st.lists(
     st.tuples(st.integers(0, 2), st.integers(1, 4), st.sampled_from(["PER", "creative-work"])),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from serve_app.auth import GRACE_S, KEYS_VARIABLE, Keys, bearer
 from serve_app.deployments import check_exposure
 from serve_app.settings import Settings

@@ -113,7 +113,7 @@ def test_a_replica_refuses_to_start_where_others_could_ask_without_a_key(artifac
 def test_a_ray_that_is_not_there_is_named_at_once(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtl_core.config import ConfigError
+    from mtl_core.errors import ConfigError
     from serve_app.launch import start_ray
 
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -20,8 +20,7 @@ import torch
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from mtl_core.config import ConfigError
-from mtl_core.errors import ArtifactError
+from mtl_core.errors import ArtifactError, ConfigError
 from serve_app import launch
 from serve_app.__main__ import main
 from serve_app.application import share_gpus

@@ -14,8 +14,8 @@ import pytest
 from ray.serve._private.constants import SERVE_MULTIPLEXED_MODEL_ID, SERVE_SESSION_ID
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from mtl_core.config import ConfigError
-from mtl_core.folders import LONGEST_SOCKET_ROOT
+from mtl_core.errors import ConfigError
+from mtl_core.folders import MAX_SOCKET_ROOT
 from serve_app.launch import set_environment
 from serve_app.ports import (
     FROM_CLIENTS,
@@ -132,7 +132,7 @@ PATHS = """global
 def test_the_longest_folder_for_sockets_is_the_longest_that_haproxy_takes(
     longer: int, returned: int, tmp_path: Path
 ) -> None:
-    root = "/tmp".ljust(LONGEST_SOCKET_ROOT + longer, "x")
+    root = "/tmp".ljust(MAX_SOCKET_ROOT + longer, "x")
     paths = haproxy_files(f"{root}/mtl-{8 * 'x'}/{56 * 'f'}")
     config = tmp_path / "haproxy.cfg"
     config.write_text(PATHS.format(**paths))

@@ -36,7 +36,7 @@ from serve_app.batcher import Overloaded
 from serve_app.deployments import EncoderReplica
 from serve_app.errors import ApiError
 from serve_app.heads import HeadReplica, HeadUnavailable, LocalHead, RemoteHead, StoredHead
-from serve_app.loaded import Loaded, current_version, load_artifact
+from serve_app.loaded import ServedModel, current_version, load_artifact
 from serve_app.metrics import Metrics
 from serve_app.requestlog import RequestLog
 from serve_app.service import INLINE_CHARACTERS, Service
@@ -49,7 +49,7 @@ SETTINGS = Settings(artifact="")
 
 
 @pytest.fixture(scope="module")
-def model(artifact: Path) -> Loaded:
+def model(artifact: Path) -> ServedModel:
     return load_artifact(str(artifact), "torch-fp32", 1, "cpu", 2048)
 
 
@@ -96,7 +96,7 @@ class Replica:
         return self.replica.answer(*arguments)
 
 
-def remote(model: Loaded, replica: Any, timeout_s: float = 5.0) -> tuple[Service, Metrics]:
+def remote(model: ServedModel, replica: Any, timeout_s: float = 5.0) -> tuple[Service, Metrics]:
     """Local heads, but for one behind a handle."""
     metrics = Metrics("test")
     return Service(
@@ -112,7 +112,7 @@ async def ask(service: Service, *tasks: str) -> Any:
     return await asyncio.wait_for(service.answer([TEXT], tasks or TASKS), 10)
 
 
-async def said(line: RemoteHead, model: Loaded) -> str:
+async def said(line: RemoteHead, model: ServedModel) -> str:
     """Whether a head answers, and if not why."""
     pooled = np.zeros((1, model.stage.hidden_size), np.float32)
     features = Features(pooled, np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
@@ -129,7 +129,9 @@ async def refused_unasked(service: Service, replica: Replica) -> None:
     assert replica.calls == calls
 
 
-def test_answers_are_those_of_the_offline_predictor(model: Loaded, predictor: Predictor) -> None:
+def test_answers_are_those_of_the_offline_predictor(
+    model: ServedModel, predictor: Predictor
+) -> None:
     service = Service(model, lambda _: LocalHead(), Metrics("test"), SETTINGS)
     answer = asyncio.run(ask(service))
     expected = predictor.predict([TEXT])[0]
@@ -150,7 +152,7 @@ class Noting(LocalHead):
         return await super().__call__(head, features, all_tags)
 
 
-def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: Loaded) -> None:
+def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: ServedModel) -> None:
     sent = {task: Noting() for task in TASKS}
     service = Service(model, sent.__getitem__, Metrics("test"), SETTINGS)
 
@@ -171,7 +173,7 @@ def test_a_head_is_sent_what_it_reads_of_the_texts_that_ask_for_it(model: Loaded
     assert 1 <= len(entities.states) <= tokens[0]
 
 
-def test_windows_that_nobody_reads_take_no_room(model: Loaded) -> None:
+def test_windows_that_nobody_reads_take_no_room(model: ServedModel) -> None:
     long, window = " ".join([TEXT] * 16), model.stage.windows.max_length
     (item,) = model.stage.windows.split([long])
     assert item.num_tokens > 4 * window
@@ -208,7 +210,9 @@ class Watched:
         return self.runtime(layouts)
 
 
-def test_no_model_runs_on_the_event_loop(model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_model_runs_on_the_event_loop(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoding: set[int] = set()
     judging: set[int] = set()
 
@@ -233,7 +237,7 @@ def test_no_model_runs_on_the_event_loop(model: Loaded, monkeypatch: pytest.Monk
 
 
 def test_texts_that_are_being_tokenised_count_as_waiting(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, split = threading.Event(), model.stage.windows.split
 
@@ -260,7 +264,7 @@ def test_texts_that_are_being_tokenised_count_as_waiting(
 
 
 def test_long_texts_are_tokenised_one_request_at_a_time(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running, most, windows = 0, 0, model.stage.windows
 
@@ -367,7 +371,7 @@ def test_a_replica_whose_encoder_failed_and_is_busy_is_left_to_finish(
     asyncio.run(looked_at())
 
 
-def test_other_requests_go_on_while_a_long_text_is_tokenised(model: Loaded) -> None:
+def test_other_requests_go_on_while_a_long_text_is_tokenised(model: ServedModel) -> None:
     service = Service(model, lambda _: LocalHead(), Metrics("test"), SETTINGS)
 
     async def gaps() -> list[float]:
@@ -462,7 +466,7 @@ def test_a_version_that_cannot_be_loaded_is_left_alone_for_a_while(
 ) -> None:
     loads, served = [], replica.service.model
 
-    def load(previous: Loaded) -> Loaded:
+    def load(previous: ServedModel) -> ServedModel:
         loads.append(previous)
         raise MemoryError("no room for a second encoder")
 
@@ -485,7 +489,7 @@ def test_a_version_that_waits_for_a_head_is_loaded_once(
     loads, served = [], replica.service.model
     following = dataclasses.replace(served, version="next")
 
-    def load(previous: Loaded) -> Loaded:
+    def load(previous: ServedModel) -> ServedModel:
         loads.append(previous)
         return following
 
@@ -592,7 +596,7 @@ def test_a_head_computes_in_one_thread() -> None:
     assert found.stdout.split() == ["1"]
 
 
-def test_every_stage_is_timed(model: Loaded) -> None:
+def test_every_stage_is_timed(model: ServedModel) -> None:
     metrics = Metrics("test")
     asyncio.run(ask(Service(model, lambda _: LocalHead(), metrics, SETTINGS)))
     for stage in ("tokenise", "queue", "encoder", *(f"head-{task}" for task in TASKS)):
@@ -601,7 +605,7 @@ def test_every_stage_is_timed(model: Loaded) -> None:
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_request_of_several_parts_does_not_wait_for_itself(
-    busy: bool, model: Loaded, monkeypatch: pytest.MonkeyPatch
+    busy: bool, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = model.stage.encode
 
@@ -651,7 +655,7 @@ def test_a_request_of_several_parts_gets_the_answer_of_each_text_alone(
     assert [[row] for row in whole] == each
 
 
-def test_a_task_whose_head_fails_is_missing_and_the_others_are_there(model: Loaded) -> None:
+def test_a_task_whose_head_fails_is_missing_and_the_others_are_there(model: ServedModel) -> None:
     service = Service(model, head_calls(Raising()), Metrics("test"), SETTINGS)
     answer = asyncio.run(ask(service))
     assert set(answer.failures) == {"mood"}
@@ -690,7 +694,7 @@ def test_an_unforeseen_error_of_a_head_is_an_answer_too(
         assert call(f"{url}/tasks/topic", {"inputs": TEXT}, timeout=5).status == 200
 
 
-def test_a_head_in_this_process_that_cannot_be_built_is_unavailable(model: Loaded) -> None:
+def test_a_head_in_this_process_that_cannot_be_built_is_unavailable(model: ServedModel) -> None:
     broken = StoredHead("mood", "multilabel", "sentence", ("a",), b"{}", b"")
     features = Features(*[None] * 3)  # type: ignore[arg-type]
     with pytest.raises(HeadUnavailable, match="'mood'"):
@@ -698,7 +702,7 @@ def test_a_head_in_this_process_that_cannot_be_built_is_unavailable(model: Loade
 
 
 def test_a_failure_of_a_head_in_this_process_is_counted_and_leaves_a_trace(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_head(*_: Any) -> Output:
         raise ValueError(TEXT)
@@ -715,7 +719,7 @@ def test_a_failure_of_a_head_in_this_process_is_counted_and_leaves_a_trace(
     assert TEXT not in line
 
 
-def test_other_tasks_do_not_wait_for_a_head_that_hangs(model: Loaded) -> None:
+def test_other_tasks_do_not_wait_for_a_head_that_hangs(model: ServedModel) -> None:
     async def scenario() -> None:
         service, metrics = remote(model, Replica(60.0, 60.0), timeout_s=2)
         hanging = asyncio.create_task(ask(service, "mood"))
@@ -730,7 +734,7 @@ def test_other_tasks_do_not_wait_for_a_head_that_hangs(model: Loaded) -> None:
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_timeout_means_a_pause_unless_another_call_was_answered_since(
-    answers: bool, model: Loaded
+    answers: bool, model: ServedModel
 ) -> None:
     async def scenario() -> None:
         line = RemoteHead(Replica(60.0), "mood", 0.5, Metrics("test"))
@@ -745,7 +749,7 @@ def test_a_timeout_means_a_pause_unless_another_call_was_answered_since(
 
 
 def test_a_head_that_answers_with_an_error_after_a_timeout_is_asked_again(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heads, "PAUSE_AFTER_TIMEOUT_S", 0.0)
 
@@ -757,7 +761,7 @@ def test_a_head_that_answers_with_an_error_after_a_timeout_is_asked_again(
 
 
 def test_after_a_timeout_the_head_is_left_alone_and_then_tried_by_one_request(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heads, "PAUSE_AFTER_TIMEOUT_S", 0.3)
 
@@ -789,7 +793,7 @@ def test_after_a_timeout_the_head_is_left_alone_and_then_tried_by_one_request(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_call_whose_replica_dies_is_sent_again(model: Loaded, death: BaseException) -> None:
+def test_a_call_whose_replica_dies_is_sent_again(model: ServedModel, death: BaseException) -> None:
     async def scenario() -> None:
         service, metrics = remote(model, Replica(death, death))
         answer = await ask(service)
@@ -829,7 +833,7 @@ def of(client: str, asked: Any) -> asyncio.Task[Any]:
 
 @pytest.mark.parametrize("fault", [ZeroDivisionError(), asyncio.CancelledError(), None], ids=repr)
 def test_a_head_that_hangs_or_fails_keeps_no_other_task_of_its_batch_waiting(
-    fault: BaseException | None, model: Loaded
+    fault: BaseException | None, model: ServedModel
 ) -> None:
     metrics, hanging = Metrics("test"), OfServe()
     faulty = Broken(fault) if fault else RemoteHead(hanging, "mood", 60.0, metrics)
@@ -857,7 +861,7 @@ def test_a_head_that_hangs_or_fails_keeps_no_other_task_of_its_batch_waiting(
 
 @pytest.mark.parametrize("batch_tokens", [2048, 1], ids=["in its batch", "in later batches"])
 def test_a_client_that_leaves_takes_nobody_s_answer_with_it(
-    batch_tokens: int, model: Loaded
+    batch_tokens: int, model: ServedModel
 ) -> None:
     async def scenario() -> None:
         replica, metrics = OfServe(), Metrics("test")
@@ -877,7 +881,7 @@ def test_a_client_that_leaves_takes_nobody_s_answer_with_it(
     asyncio.run(scenario())
 
 
-def test_a_replica_that_refuses_is_not_asked_again(model: Loaded) -> None:
+def test_a_replica_that_refuses_is_not_asked_again(model: ServedModel) -> None:
     async def scenario() -> None:
         replica = Replica(ValueError("what was sent must not be quoted"))
         service, metrics = remote(model, replica)
@@ -891,7 +895,7 @@ def test_a_replica_that_refuses_is_not_asked_again(model: Loaded) -> None:
 
 
 def test_a_head_whose_replicas_stay_dead_is_given_up(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heads, "RETRY_FOR_S", 0.3)
 
@@ -904,7 +908,7 @@ def test_a_head_whose_replicas_stay_dead_is_given_up(
 
 
 def test_while_a_dead_replica_is_replaced_requests_wait_longer(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heads, "RETRY_FOR_S", 2.0)
 
@@ -916,7 +920,7 @@ def test_while_a_dead_replica_is_replaced_requests_wait_longer(
 
 
 def test_they_wait_no_longer_than_for_its_replacement(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heads, "RETRY_FOR_S", 1.0)
 
@@ -930,7 +934,7 @@ def test_they_wait_no_longer_than_for_its_replacement(
     asyncio.run(scenario())
 
 
-def test_a_replica_is_sent_a_version_once(model: Loaded) -> None:
+def test_a_replica_is_sent_a_version_once(model: ServedModel) -> None:
     async def scenario() -> None:
         replica = Replica()
         service, _ = remote(model, replica)
@@ -942,7 +946,7 @@ def test_a_replica_is_sent_a_version_once(model: Loaded) -> None:
     asyncio.run(scenario())
 
 
-def test_a_version_is_reached_only_when_every_head_answers(model: Loaded) -> None:
+def test_a_version_is_reached_only_when_every_head_answers(model: ServedModel) -> None:
     service = Service(model, head_calls(Raising()), Metrics("test"), SETTINGS)
     with pytest.raises(HeadUnavailable):
         asyncio.run(service.reach_heads(model))

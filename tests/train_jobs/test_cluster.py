@@ -14,7 +14,8 @@ import ray
 import torch
 import yaml
 
-from mtl_core.config import ConfigError, ScaleConfig
+from mtl_core.config import ScaleConfig
+from mtl_core.errors import ConfigError
 from serve_app.launch import SERVE_ENVIRONMENT
 from train_jobs import predict, tune
 from train_jobs.cluster import LOCAL_SETTINGS, idle_gpus, ray_cluster, worker_resources

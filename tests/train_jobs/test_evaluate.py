@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mtl_core.artifact import load_config, load_model
-from mtl_core.build import begin
-from mtl_core.config import ConfigError, SourceConfig
-from mtl_core.data.examples import DataError
+from mtl_core.build import build_train_state
+from mtl_core.config import SourceConfig
+from mtl_core.errors import ConfigError, DataError
 from mtl_core.predictor import Predictor
 from tests.small_runs import data, examples, experiment, write_artifact, write_rows
 from train_jobs import evaluate
@@ -25,7 +25,7 @@ def artifact(tiny_encoders: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     config = experiment(tiny_encoders["bert"])
     source = config.data[0].model_copy(update={"path": "none.txt", "format": "jsonl"})
     config = config.model_copy(update={"data": (source,)})
-    model = begin(config, data(config)).model
+    model = build_train_state(config, data(config)).model
     return write_artifact(model, config, tmp_path_factory.mktemp("scored") / "artifact")
 
 

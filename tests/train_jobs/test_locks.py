@@ -18,7 +18,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from mtl_core.config import ConfigError, parse_experiment
+from mtl_core.config import parse_experiment
+from mtl_core.errors import ConfigError
 from train_jobs import locks
 from train_jobs.locks import check_file, hold_file, hold_object
 from train_jobs.runs import RunFolder

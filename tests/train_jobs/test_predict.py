@@ -15,9 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtl_core.answers import flat_types
-from mtl_core.config import ConfigError
-from mtl_core.data.examples import DataError
-from mtl_core.errors import ArtifactError
+from mtl_core.errors import ArtifactError, ConfigError, DataError
 from mtl_core.predictor import Predictor
 from tests.commands import run
 from tests.terminal import Terminal

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import load_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.loop import fit
@@ -79,6 +79,6 @@ def test_sst2_with_conll2003_trains_on_datasets_of_their_columns(
         "sentiment": 0,
         "ner": 20,
     }
-    state = begin(experiment, data)
+    state = build_train_state(experiment, data)
     kinds = [event.kind for event in fit(state, data, experiment)]
     assert kinds[-2:] == ["validation", "checkpoint"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mtl_core.config import ConfigError, ScaleConfig
+from mtl_core.config import ScaleConfig
+from mtl_core.errors import ConfigError
 from train_jobs import rehearsal
 from train_jobs.sweep import Sweep
 from train_jobs.sweep_folder import SweepFolder

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mtl_core.build import begin
-from mtl_core.config import ConfigError
-from mtl_core.data.examples import DataError
+from mtl_core.build import build_train_state
+from mtl_core.errors import ConfigError, DataError
 from tests.s3_server import s3_server
 from tests.small_runs import data, examples, experiment, write_artifact, write_rows
 from train_jobs import evaluate, similarity
@@ -26,7 +25,7 @@ def folder(
 
     folder = tmp_path / "bucket"
     config = experiment(tiny_encoders["bert"])
-    write_artifact(begin(config, data(config)).model, config, folder / "artifact")
+    write_artifact(build_train_state(config, data(config)).model, config, folder / "artifact")
     write_rows(folder / "test.jsonl", examples(0, 20))
     (folder / "lines.txt").write_text("東京 is wonderful\nthe food was cold\n", encoding="utf-8")
     monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))

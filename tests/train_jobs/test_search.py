@@ -14,7 +14,13 @@ from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from train_jobs import search
-from train_jobs.search import Limiter, TimeBudget, Variants, build_scheduler, build_searcher
+from train_jobs.search import (
+    ResumableLimiter,
+    ResumableVariants,
+    TimeBudget,
+    build_scheduler,
+    build_searcher,
+)
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.tune import _space
 
@@ -187,8 +193,8 @@ def test_a_search_that_goes_on_runs_as_many_at_a_time_as_it_is_told_now(tmp_path
     earlier, now = build_searcher(plan, 1), build_searcher(plan, 3)
     now.set_state(earlier.get_state())
     assert now.max_concurrent == 3
-    variants = Variants(max_concurrent=3)
-    variants.set_state(Variants(max_concurrent=1).get_state())
+    variants = ResumableVariants(max_concurrent=3)
+    variants.set_state(ResumableVariants(max_concurrent=1).get_state())
     assert variants.max_concurrent == 3
 
 
@@ -197,7 +203,7 @@ def test_a_limited_search_hears_of_trials_that_began_without_a_limit(tmp_path: P
     search = OptunaSearch(metric="objective_0", mode="max")
     search.set_search_properties("objective_0", "max", _space(plan))
     search.suggest("a")
-    limited = Limiter(search, 1)
+    limited = ResumableLimiter(search, 1)
     assert limited.suggest("b")
     assert limited.suggest("c") is None
     limited.on_trial_complete("a", {"objective_0": 0.5})

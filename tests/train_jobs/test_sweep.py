@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_core import build
-from mtl_core.config import ConfigError
-from mtl_core.data.examples import DataError
 from mtl_core.data.sources import read_corpus
+from mtl_core.errors import ConfigError, DataError
 from train_jobs import sweep, tune
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan

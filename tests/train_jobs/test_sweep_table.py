@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mtl_core.errors import TrainingError
 from train_jobs import sweep_table
-from train_jobs.sweep_table import MOST_ROWS, SECONDS_BETWEEN_LINES, SweepTable
+from train_jobs.sweep_table import MAX_ROWS, SECONDS_BETWEEN_LINES, SweepTable
 from train_jobs.tune import tune_breaking_off
 
 
@@ -50,7 +50,7 @@ def test_the_table_shows_what_runs_and_then_the_best_and_how_each_ended() -> Non
     """One trial more than it has rows for: the worst is left out."""
     plan: Any = SimpleNamespace(settings=dict)
     table = SweepTable("search", plan, ["mean"])
-    for number in range(1, MOST_ROWS + 2):
+    for number in range(1, MAX_ROWS + 2):
         trial = SimpleNamespace(trial_id=str(number), config={"optim.learning_rate": 0.001})
         table.on_trial_start(0, [], trial)
         result = {"epoch": 1, "objective_0": number / 100, "finished": number % 2}
@@ -58,7 +58,7 @@ def test_the_table_shows_what_runs_and_then_the_best_and_how_each_ended() -> Non
         if number not in (3, 5):
             table.on_trial_complete(0, [], trial)
     numbers, states = (list(column.cells) for column in table.render().columns[:2])
-    ended = [n for n in range(MOST_ROWS + 1, 1, -1) if n not in (3, 5)]
+    ended = [n for n in range(MAX_ROWS + 1, 1, -1) if n not in (3, 5)]
     assert numbers == [str(n) for n in (5, 3, *ended)]
     assert states == ["running"] * 2 + ["finished" if n % 2 else "stopped" for n in ended]
 

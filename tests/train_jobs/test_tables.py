@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtl_core.config import ConfigError
+from mtl_core.errors import ConfigError
 from train_jobs.tables import TableWriter, column_types, read_rows
 
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from mtl_core.artifact import load_model, read_manifest
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import load_experiment
 from mtl_core.data.prepare import prepare
 from mtl_core.predictor import Predictor
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_which_keeps_the_checkpoint_befo
     (checkpoint,) = (tmp_path / "runs/small").glob("checkpoint_2*")
     wanted = load_experiment(config)
     data = prepare(wanted)
-    state = begin(wanted, data)
+    state = build_train_state(wanted, data)
     state.load(checkpoint)
     assert state.step == 1
     assert all(parameter.isfinite().all() for parameter in state.model.parameters())

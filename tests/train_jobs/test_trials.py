@@ -26,15 +26,15 @@ from train_jobs.folders import NamedFolder
 from train_jobs.runs import RESULT, RunFolder
 from train_jobs.sweep import load_plan
 from train_jobs.trials import (
-    GoneCheckpoints,
     Job,
     ReportToTune,
+    RestoreMissingCheckpoints,
     Scorer,
     TrialFailed,
     TrialHistory,
     TrialSession,
+    first_complete,
     run_trial,
-    standing,
 )
 
 Tell = Callable[[str, dict[str, Any]], dict[str, Any] | None]
@@ -323,7 +323,7 @@ def test_a_trial_goes_on_from_a_checkpoint_that_stands(
         folder(number).mkdir(parents=True)
         for file in files:
             (folder(number) / file).touch()
-    found = standing(tune.Checkpoint(folder(3)))
+    found = first_complete(tune.Checkpoint(folder(3)))
     assert (found and found.path) == (expected and str(folder(expected)))
 
 
@@ -341,8 +341,8 @@ def test_a_gone_checkpoint_on_s3_is_replaced_with_a_worker_s_rights_alone(
         filesystem, path = FileSystem.from_uri("s3://bucket/sweeps/trial/checkpoint_000003")
         gone = tune.Checkpoint(path, filesystem)
         trial = SimpleNamespace(checkpoint=gone, is_finished=lambda: False)
-        GoneCheckpoints().on_step_begin(1, [trial])
+        RestoreMissingCheckpoints().on_step_begin(1, [trial])
         assert filesystem.get_file_info(path).type == FileType.Directory
-        found = standing(gone)
+        found = first_complete(gone)
         assert found is not None
         assert found.path == "bucket/sweeps/trial/checkpoint_000004"

@@ -25,11 +25,11 @@ from botocore.exceptions import (
 from ray.train import Checkpoint
 
 from mtl_core import features
-from mtl_core.build import begin
+from mtl_core.build import build_train_state
 from mtl_core.config import parse_experiment
-from mtl_core.data.examples import DataError
 from mtl_core.data.prepare import prepare, reopen
 from mtl_core.data.shards import ElsewhereError
+from mtl_core.errors import DataError
 from mtl_core.state import FILES
 from mtl_core.world import World
 from serve_app.ports import free_ports
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_named_with_what_is_left_to_do_and_not_tried_aga
     config = parse_experiment(plain["experiment"])
     folder = tmp_path / "small" / "checkpoint_2026"
     folder.mkdir(parents=True)
-    begin(config, reopen(config, plain["labels"], plain["keys"])).save(folder)
+    build_train_state(config, reopen(config, plain["labels"], plain["keys"])).save(folder)
     content = (folder / file).read_bytes()
     (folder / file).unlink()
     if share is not None:
