@@ -71,8 +71,10 @@ class QuickDropout:
             return self.fused(query, key, value, attn_mask, dropout_p, scale=scale, **more)
         scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
         if attn_mask is not None:
+            # Not -inf: where windows are local a query of padding may see no key at all.
+            least = torch.finfo(scores.dtype).min
             if attn_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attn_mask, float("-inf"))
+                scores = scores.masked_fill(~attn_mask, least)
             else:
-                scores = scores + attn_mask
+                scores = scores + attn_mask.clamp(min=least)
         return self._dropout(scores.softmax(dim=-1), dropout_p) @ value

@@ -87,6 +87,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
             f"encoder.model: {model!r} has no fast tokenizer, and entities need the "
             "character offsets that only fast tokenizers give"
         )
+    tokenizer.truncation_side = "right"  # a text is known by its beginning, whatever the model says
     return tokenizer
 
 

@@ -78,7 +78,8 @@ def cache_file(model: MultiTaskModel, split_key: str, depth: int, bf16: bool) ->
     """
     digest = hashlib.sha256(f"{split_key} {depth} {_dtype(bf16)}".encode())
     digest.update(model.encoder.transformer.config.to_json_string().encode())
-    add_tensors(digest, model.encoder.lower_part(depth).state_dict())
+    states = model.encoder.lower_part(depth).state_dict()
+    add_tensors(digest, {n: t for n, t in states.items() if not n.startswith("pooler.")})
     return cache_root() / "features" / f"{digest.hexdigest()[:32]}.npy"
 
 

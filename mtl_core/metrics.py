@@ -74,7 +74,7 @@ def word_tags(token_tags: Counts, word_tokens: NDArray[np.int32], num_types: int
 
     Args:
         token_tags: (L,) legal tag ids.
-        word_tokens: (W,) each word's first sub-word, -1 for a word lost to truncation: O.
+        word_tokens: (W,) each word's first sub-word, -1 where the tokenizer kept none: O.
 
     Returns:
         (W,) legal tag ids: an entity that began inside a word begins at the next word.

@@ -123,6 +123,20 @@ def test_attention_is_pytorchs_but_for_what_is_dropped(kind: str, scale: float |
     torch.testing.assert_close(many.mean(0), whole, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_a_query_that_sees_no_key_spoils_nothing(kind: str, p: float) -> None:
+    given = [torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    mask[..., 2, :] = False
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    with quick():
+        y = F.scaled_dot_product_attention(*given, attn_mask=mask, dropout_p=p)
+    assert y.isfinite().all()
+    assert all(slope.isfinite().all() for slope in torch.autograd.grad(y.sum(), given))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_architecture_draws_from_pytorchs_generator_any_more(
     tiny_encoders: dict[str, Path], name: str

@@ -323,3 +323,17 @@ def test_dropout_is_the_checkpoints_unless_the_experiment_says_otherwise(
     assert rates(0.0) == {0.0}
     found = set()
     assert rates(None) == {0.1}
+
+
+def test_a_long_text_is_known_by_its_beginning_whatever_the_model_says(
+    tiny_encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_encoders["bert"], tmp_path / "model")
+    file = tmp_path / "model/tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "truncation_side": "left"}))
+    numbers = "one two three four five six seven eight nine"
+    ids = [
+        load_tokenizer(str(folder))(numbers, truncation=True, max_length=5)["input_ids"]
+        for folder in (tiny_encoders["bert"], tmp_path / "model")
+    ]
+    assert ids[0] == ids[1]

@@ -73,7 +73,7 @@ def test_what_has_sockets_is_beside_ray_s_own(short: Path, monkeypatch: pytest.M
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os.path, "exists", lambda _: False)  # no GPU
     monkeypatch.setattr(forks, "start_server", lambda *_: None)
-    monkeypatch.setattr(forks, "end", lambda _: None)
+    monkeypatch.setattr(forks, "end_server", lambda _: None)
     with forks.forked_workers("train_jobs.preload") as scripts:
         assert scripts is not None
         assert Path(scripts).parent == short / "a"

@@ -63,7 +63,7 @@ class Schedule:
         The sampling of multilingual BERT and T5; small groups are gone through more than once.
         """
         sizes = np.array([len(group) for group in self.groups], dtype=np.float64)
-        shares = sizes ** (1 / self.mixing.temperature)
+        shares = (sizes / sizes.max()) ** (1 / self.mixing.temperature)
         counts = np.maximum(1, np.rint(shares / shares.sum() * sizes.sum())).astype(int)
         return [_cycle(group, n, random) for group, n in zip(self.groups, counts, strict=True)]
 
