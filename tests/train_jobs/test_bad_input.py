@@ -177,7 +177,7 @@ def test_an_artifact_to_start_from_is_checked_before_ray_starts(
     assert f"{tmp_path / 'nowhere'}: no such folder" in message(tmp_path / "nowhere")
     assert "manifest.json: missing" in message(tmp_path)
     start = small_runs.experiment(experiment["encoder"]["model"])
-    model = small_runs.begin(start, small_runs.data(start)).model
+    model = small_runs.build_train_state(start, small_runs.data(start)).model
     artifact = small_runs.write_artifact(model, start, tmp_path / "artifact")
     head = artifact / "heads/mood/head.safetensors"
     head.write_bytes(head.read_bytes()[:100])
