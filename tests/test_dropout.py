@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import ModernBertConfig, ModernBertModel
 
 from mtl_core.config import EncoderConfig
 from mtl_core.dropout import SHORT, QuickDropout
@@ -149,3 +150,27 @@ def test_no_architecture_draws_from_pytorchs_generator_any_more(
         second = encoder(ids, torch.ones_like(ids))[0]
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_short_text_beside_a_long_one_learns_under_local_attention(p: float) -> None:
+    config = ModernBertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        local_attention=8,
+        attention_dropout=p,
+        pad_token_id=0,
+    )
+    model = ModernBertModel(config).train()
+    ids = torch.arange(1, 81).view(2, 40) % 50
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    with quick():
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    loss = states[mask.bool()].square().sum()
+    slopes = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert loss.isfinite()
+    assert all(slope.isfinite().all() for slope in slopes if slope is not None)
