@@ -50,7 +50,7 @@ def build_artifact(
         scored = evaluations(experiment, data, result["splits"])
         report = build_report(scored)
         (root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        pictures = draw(root, scored, folder.history())
+        pictures = draw(root, scored, report, folder.history())
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=experiment.name,
@@ -112,12 +112,16 @@ def build_report(scored: Mapping[str, Evaluation]) -> dict[str, Any]:
     }
 
 
+def last_splits(report: Mapping[str, Any]) -> dict[str, str]:
+    """Task → the last split that has a score of it."""
+    return {task: split for split, tasks in report.items() for task in tasks}
+
+
 def label_rows(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Title → rows by label of each task, from the last split that was scored."""
+    """Title → rows by label of each task, from the last split that has a score of it."""
     return {
-        f"{task}: by label ({split})": values["labels"]
-        for split in list(report)[-1:]
-        for task, values in report[split].items()
+        f"{task}: by label ({split})": report[split][task]["labels"]
+        for task, split in last_splits(report).items()
     }
 
 
@@ -145,7 +149,9 @@ def show_result(folder: RunFolder) -> None:
     print(f'next:     python -m train_jobs.predict --artifact {shlex.quote(where)} --text "…"')
 
 
-def draw(root: Path, scored: Mapping[str, Evaluation], history: History) -> list[str]:
+def draw(
+    root: Path, scored: Mapping[str, Evaluation], report: Mapping[str, Any], history: History
+) -> list[str]:
     """Draw what there is to draw; returns the pictures' paths within the artifact."""
     (root / "plots").mkdir()
     pictures = []
@@ -155,15 +161,15 @@ def draw(root: Path, scored: Mapping[str, Evaluation], history: History) -> list
     if any(key.startswith("cosine/") for row in history for key in row):
         pictures.append("plots/gradient_cosines.png")
         plots.gradient_cosines(history, root / pictures[-1])
-    for split, result in list(scored.items())[-1:]:
-        for task, values in result.report().items():
-            labels, title = result.labels[task], f"{task} on {split}"
-            if len(labels) > MAX_LABELS_IN_MATRIX:
-                continue
-            if result.kinds[task] == "classification":
-                pictures.append(f"plots/confusion_{task}.png")
-                plots.confusion_matrix(result.counts[task], labels, root / pictures[-1], title)
-            else:
-                pictures.append(f"plots/labels_{task}.png")
-                plots.per_type_bars(values["labels"], root / pictures[-1], title)
+    for task, split in last_splits(report).items():
+        result, title = scored[split], f"{task} on {split}"
+        if len(result.labels[task]) > MAX_LABELS_IN_MATRIX:
+            continue
+        if result.kinds[task] == "classification":
+            pictures.append(f"plots/confusion_{task}.png")
+            counts, labels = result.counts[task], result.labels[task]
+            plots.confusion_matrix(counts, labels, root / pictures[-1], title)
+        else:
+            pictures.append(f"plots/labels_{task}.png")
+            plots.per_type_bars(report[split][task]["labels"], root / pictures[-1], title)
     return pictures
