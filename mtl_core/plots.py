@@ -171,7 +171,7 @@ def gradient_cosines(history: Rows, path: str | Path) -> None:
 
 
 def per_type_bars(rows: Mapping[str, Mapping[str, float]], path: str | Path, title: str) -> None:
-    """F1 of each entity type as bars, best first; rows hold precision, recall, f1 and support."""
+    """F1 a label or entity type, best first; rows hold precision, recall, f1 and support."""
     ordered = sorted(rows.items(), key=lambda item: (-item[1]["f1"], item[0]))
     figure = new_figure(8, 0.29 * len(ordered) + 1.7)
     axes = figure.subplots()
@@ -186,7 +186,7 @@ def per_type_bars(rows: Mapping[str, Mapping[str, float]], path: str | Path, tit
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     axes.set_xlim(0, 1.32)
     axes.set_xticks(np.linspace(0, 1, 6))
-    axes.set_xlabel("F1, number of gold entities in brackets", x=0.5 / 1.32)
+    axes.set_xlabel("F1, gold count in brackets", x=0.5 / 1.32)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines["bottom"].set_bounds(0, 1)
     axes.tick_params(axis="y", length=0)
