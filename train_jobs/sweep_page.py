@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,14 @@ TITLES = {
     "time.png": "Score against training time",
     "cosines.png": "Do the tasks' gradients agree? Cosines over training",
 }
+NUMBERS = {"importance.png": "; the numbers are in summary.json", "cosines.png": ""}
+"""Where those of a picture are that the table of trials does not hold."""
+PAIR = re.compile(r"pareto_(.+)\+(.+)\.png")
+
+
+def pair_name(first: str, second: str) -> str:
+    """The name of the picture of two tasks against each other; no task's name holds a plus."""
+    return f"pareto_{first}+{second}.png"
 
 
 def render_page(
@@ -53,8 +62,7 @@ def render_page(
     ordered = [*TITLES, *(name for name in pictures if name not in TITLES)]
     for picture in ordered:
         if picture in pictures:
-            title = TITLES.get(picture) or "Tasks against each other"
-            parts.append(_figure(title, pictures[picture]))
+            parts.append(_figure(picture, pictures[picture]))
     parts.append(f"<h2>Trials</h2><div class=wide>{_table(trials)}</div>")
     if best:
         parts.append(f"<h2>best.yaml</h2><pre>{html.escape(best)}</pre>")
@@ -95,13 +103,14 @@ def _compared(
     return f"<h2>Scores over seeds</h2><table><tr>{head}</tr>{rows}</table>{note}"
 
 
-def _figure(title: str, png: bytes) -> str:
+def _figure(name: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
-    alt = html.escape(title)
+    pair = PAIR.fullmatch(name)
+    title = html.escape(f"{pair[2]} against {pair[1]}" if pair else TITLES[name])
+    numbers = NUMBERS.get(name, "; the numbers are in the table of trials")
     return (
-        f"<figure><h2>{alt}</h2>"
-        f'<img alt="{alt}; the numbers are in the table of trials" '
-        f'src="data:image/png;base64,{data}"></figure>'
+        f"<figure><h2>{title}</h2>"
+        f'<img alt="{title}{numbers}" src="data:image/png;base64,{data}"></figure>'
     )
 
 

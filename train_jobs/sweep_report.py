@@ -28,7 +28,7 @@ from train_jobs.report import build_artifact
 from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan
 from train_jobs.sweep_folder import SweepFolder
-from train_jobs.sweep_page import render_page
+from train_jobs.sweep_page import pair_name, render_page
 from train_jobs.trials import ALONE, BASE, BEST, objective_key
 
 SUMMARY = "summary.json"
@@ -203,7 +203,7 @@ def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) ->
                 if first in t["scores"] and second in t["scores"]
             ]
             if points:
-                where = root / f"pareto_{first}_{second}.png"
+                where = root / pair_name(first, second)
                 sweep_plots.trade_off(points, (first, second), where)
         if summary["importance"]:
             sweep_plots.importance_bars(summary["importance"], root / "importance.png")

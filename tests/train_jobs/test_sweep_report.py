@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -22,6 +23,7 @@ from train_jobs import sweep_plots, sweep_report
 from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
+from train_jobs.sweep_page import render_page
 from train_jobs.sweep_report import draw, importance, show_report, write_report
 
 KINDS = {"topic": "classification", "mood": "multilabel", "places": "token_classification"}
@@ -100,9 +102,9 @@ def test_every_two_tasks_are_drawn_against_each_other(
     )
     trials = search_of(5, RATE)
     draw(plan, {"search": trials}, NOTHING_MORE)
-    names = {"pareto_topic_mood.png", "pareto_topic_places.png", "pareto_mood_places.png"}
+    names = {"pareto_topic+mood.png", "pareto_topic+places.png", "pareto_mood+places.png"}
     assert drawn.keys() - {"time.png"} == names
-    (first, second), points = drawn["pareto_topic_places.png"]
+    (first, second), points = drawn["pareto_topic+places.png"]
     assert (first, second) == ("topic", "places")
     assert points[0]["x"] == trials[0]["metrics"]["validation/topic/accuracy"]
     assert points[0]["y"] == trials[0]["metrics"]["validation/places/f1"]
@@ -171,6 +173,21 @@ def test_the_page_shows_every_picture_and_fetches_nothing(plan: Plan) -> None:
     for content in shown:
         with Image.open(io.BytesIO(content)) as picture:
             assert np.asarray(picture).std() > 0
+
+
+def test_each_picture_says_what_it_shows_and_where_its_numbers_are() -> None:
+    names = ["importance.png", "cosines.png", "time.png", "pareto_a+b_c.png", "pareto_a_b+c.png"]
+    summary = {"name": "x", "objective": [], "phases": {}, "statements": {}, "caveat": ""}
+    summary |= {"compared": {}, "splits": {}, "best": None}
+    page = render_page(summary, pd.DataFrame(), dict.fromkeys(names, b""), None)
+    table = "; the numbers are in the table of trials"
+    assert re.findall('alt="(.*?)"', page) == [
+        "What mattered; the numbers are in summary.json",
+        f"Score against training time{table}",
+        "Do the tasks&#x27; gradients agree? Cosines over training",
+        f"b_c against a{table}",
+        f"c against a_b{table}",
+    ]
 
 
 def runs_of(case: str, scores: dict[str, float]) -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ def test_the_page_holds_everything_and_needs_nothing(swept: Path) -> None:
 def test_every_picture_of_a_whole_sweep_is_on_the_page(swept: Path) -> None:
     folder = swept / "sweeps/sweep"
     pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
-    names = {"compared", "cosines", "importance", "pareto_entities_sentiment", "time", "trials"}
+    names = {"compared", "cosines", "importance", "pareto_entities+sentiment", "time", "trials"}
     assert pictures.keys() == {f"{name}.png" for name in names}
     page = (folder / "report.html").read_text(encoding="utf-8")
     for content in pictures.values():
