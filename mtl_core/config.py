@@ -214,7 +214,7 @@ class ScaleConfig(Config):
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Data-parallel processes, or [min, max] for an elastic number."""
     gpu: bool | None = None
-    """One GPU a worker; when absent, if the nodes that are up have one for each of them."""
+    """One GPU a worker; when absent, only if the nodes that are up have one for each."""
     cpus_per_worker: PositiveInt | None = None
     """CPU cores a worker asks for; when absent, as many as let all workers find room on the nodes
     that are up, and 1 for an elastic number."""
