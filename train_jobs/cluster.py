@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -126,8 +127,21 @@ def cpu_share(processes: int, use_gpu: bool) -> int:
     return next((n for n in shares if room_for({"CPU": n, **gpu}, nodes) >= processes), 1)
 
 
-def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, dict[str, float]]:
-    """Number of workers, whether each has a GPU, and what each asks for.
+@dataclass(frozen=True)
+class Workers:
+    """How many workers a run may have, and the resources that each of them asks for."""
+
+    least: int
+    most: int
+    each: dict[str, float]
+
+    @property
+    def use_gpu(self) -> bool:
+        return "GPU" in self.each
+
+
+def worker_resources(scale: ScaleConfig) -> Workers:
+    """The workers of a run on the nodes of now.
 
     Raises:
         ConfigError: no node could ever hold what is asked for, and nothing can add one.
@@ -153,17 +167,15 @@ def worker_resources(scale: ScaleConfig) -> tuple[int | tuple[int, int], bool, d
                 f"scale: {least} worker(s) of {each['CPU']:g} CPU(s) do not fit on {cpus} CPU(s); "
                 "lower scale.workers or scale.cpus_per_worker"
             )
-    return (most if least == most else (least, most)), use_gpu, each
+    return Workers(least, most, each)
 
 
 def idle_gpus(scale: ScaleConfig) -> str | None:
     """What to tell whoever has fewer GPUs than workers and did not say which to train on."""
-    workers, use_gpu, _ = worker_resources(scale)
-    gpus = total("GPU")
-    if use_gpu or scale.gpu is not None or not gpus:
+    workers, gpus = worker_resources(scale), total("GPU")
+    if workers.use_gpu or scale.gpu is not None or not gpus:
         return None
-    least = workers if isinstance(workers, int) else workers[0]
     return (
-        f"{gpus} GPU(s) for {least} worker(s): training on CPUs; "
+        f"{gpus} GPU(s) for {workers.least} worker(s): training on CPUs; "
         f"scale.workers={gpus} would use them"
     )

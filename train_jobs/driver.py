@@ -107,7 +107,9 @@ def build_trainer(
 
     With a `session` the one worker runs in this process, and tells the session.
     """
-    workers, use_gpu, resources = worker_resources(experiment.scale)
+    workers = worker_resources(experiment.scale)
+    elastic = workers.least != workers.most
+    count = (workers.least, workers.most) if elastic else workers.most
     return LeanTrainer(
         train_worker,
         train_loop_config={
@@ -119,9 +121,9 @@ def build_trainer(
             "folder": None if session else folder.storage_path,
         },
         scaling_config=ScalingConfig(
-            num_workers=0 if session else workers,  # type: ignore[arg-type]
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
+            num_workers=0 if session else count,  # type: ignore[arg-type]
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.each,
         ),
         run_config=RunConfig(  # type: ignore[arg-type]
             name=experiment.name,

@@ -48,11 +48,10 @@ def wait_for_nodes(scale: ScaleConfig) -> None:
     """
     if not os.environ.get("RAY_ADDRESS"):
         return
-    workers, _, each = worker_resources(scale)
-    least = workers if isinstance(workers, int) else workers[0]
+    workers = worker_resources(scale)
     since = time.time()
-    group = placement_group([dict(each)] * least)
-    not_yet = Wait(f"no room yet for {least} worker(s) of {_in_words(each)}")
+    group = placement_group([workers.each] * workers.least)
+    not_yet = Wait(f"no room yet for {workers.least} worker(s) of {_in_words(workers.each)}")
     told, vain_since = "", None
     try:
         while not group.wait(1):

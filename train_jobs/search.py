@@ -80,10 +80,10 @@ def trials_at_once(plan: Plan) -> int | None:
     With workers of their own as many as the cluster holds now: a driver takes next to no CPU, so
     Tune would start all of them, to wait for workers in memory.
     """
-    workers, _, each = worker_resources(plan.base.scale)
-    if plan.sweep.budget.concurrency or workers == 1 or not isinstance(workers, int):
+    workers = worker_resources(plan.base.scale)
+    if plan.sweep.budget.concurrency or workers.most == 1:
         return plan.sweep.budget.concurrency
-    return max(1, room_for(each) // workers)
+    return max(1, room_for(workers.each) // workers.most)
 
 
 class ResumableVariants(BasicVariantGenerator):

@@ -187,12 +187,12 @@ def _with_resources(plan: Plan) -> Plan:
     scale = plan.base.scale
     if not isinstance(scale.workers, int):
         raise ConfigError("scale.workers: trials need one number of workers, not [min, max]")
-    _, use_gpu, each = worker_resources(scale)
+    workers = worker_resources(scale)
     if scale.cpus_per_worker is None:
         at_once = plan.sweep.budget.concurrency or min(
-            plan.sweep.num_trials, max(1, room_for({**each, "CPU": 1}) // scale.workers)
+            plan.sweep.num_trials, max(1, room_for({**workers.each, "CPU": 1}) // workers.most)
         )
-        share = cpu_share(scale.workers * at_once, use_gpu)
+        share = cpu_share(workers.most * at_once, workers.use_gpu)
         scale = scale.model_copy(update={"cpus_per_worker": share})
     return replace(plan, base=plan.base.model_copy(update={"scale": scale}))
 
@@ -273,10 +273,10 @@ def _resources(plan: Plan) -> dict[str, float]:
     A byte of memory, since Tune refuses nothing at all, and any part of a CPU would be missing
     where workers ask for all of them.
     """
-    _, use_gpu, each = worker_resources(plan.base.scale)
-    if plan.base.scale.workers != 1:
+    workers = worker_resources(plan.base.scale)
+    if workers.most != 1:
         return {"cpu": 0.0, "memory": 1.0}
-    return {"cpu": each["CPU"], **({"gpu": 1.0} if use_gpu else {})}
+    return {name.lower(): amount for name, amount in workers.each.items()}
 
 
 def _drawn_as(pair: tuple[Any, tune.Result]) -> int:

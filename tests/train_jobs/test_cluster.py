@@ -66,8 +66,8 @@ def test_a_worker_asks_for_no_more_than_a_node_has_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster_of(monkeypatch, *nodes)
-    _, use_gpu, each = worker_resources(ScaleConfig.model_validate(scale))
-    assert each == {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+    workers = worker_resources(ScaleConfig.model_validate(scale))
+    assert workers.each == {"CPU": cpus, **({"GPU": 1} if workers.use_gpu else {})}
 
 
 def test_this_machine_alone_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_unasked_workers_take_gpus_where_there_is_one_for_each(
     if alone:
         monkeypatch.delenv("RAY_ADDRESS")
     asked = ScaleConfig.model_validate(scale)
-    assert worker_resources(asked)[1] is use_gpu
+    assert worker_resources(asked).use_gpu is use_gpu
     said = idle_gpus(asked)
     assert said is None if hint is None else re.search(hint, said or "")
 
