@@ -143,6 +143,19 @@ def per_label(kind: TaskKind, counts: Counts, labels: Sequence[str]) -> dict[str
     return table
 
 
+def primary_scores(row: Mapping[str, Any], split: str) -> dict[str, float]:
+    """Task → its primary metric in a row of `split/task/metric`; no kind reports that of another.
+
+    A task that the split has no label of is left out.
+    """
+    parts = {key: key.split("/") for key in row}
+    return {
+        path[1]: row[key]
+        for key, path in parts.items()
+        if len(path) == 3 and path[0] == split and path[2] in PRIMARY.values()
+    }
+
+
 def mean_score(primary: Mapping[str, float]) -> float:
     """The mean over tasks of each one's primary metric."""
     return sum(primary.values()) / len(primary) if primary else 0.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mtl_core.metrics import PRIMARY
+from mtl_core.metrics import primary_scores
 from mtl_core.plot_parts import (
     display_width,
     font_families,
@@ -263,9 +263,10 @@ def _curve(rows: Rows, key: str) -> Curve:
 
 
 def _score_curve(validations: Rows, task: str) -> Curve:
-    """The task's primary metric by step; no kind reports that of another."""
-    curves = (_curve(validations, f"validation/{task}/{metric}") for metric in PRIMARY.values())
-    return next((curve for curve in curves if curve), [])
+    """The task's primary metric by step."""
+    scores = (primary_scores(row, "validation").get(task) for row in validations)
+    rows = [{**row, "score": score} for row, score in zip(validations, scores, strict=True)]
+    return _curve(rows, "score")
 
 
 def _smooth(curve: Curve) -> Curve:

@@ -16,14 +16,17 @@ from seqeval.scheme import IOB2
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from mtl_core.data.tags import tag_names
+from mtl_core.evaluation import Evaluation
 from mtl_core.heads import legalise
 from mtl_core.metrics import (
+    PRIMARY,
     count_classes,
     count_entities,
     count_multilabel,
     empty_counts,
     mean_score,
     per_label,
+    primary_scores,
     scores,
     tagged_spans,
     word_tags,
@@ -201,6 +204,19 @@ def test_projected_tags_are_always_legal(tags: Any, firsts: list[int]) -> None:
     kept = kept + [-1] * firsts.count(-1)
     found = word_tags(legal(tags), np.array(kept, dtype=np.int32), len(TYPES))
     assert np.array_equal(legalise(found, len(TYPES)), found)
+
+
+def test_the_primary_metric_of_each_task_is_found_in_what_evaluation_reports() -> None:
+    kinds: dict[str, Any] = {"topic": "classification", "a.b": "multilabel", "x": "multilabel"}
+    kinds["places"] = "token_classification"
+    labels = dict.fromkeys(kinds, ("a", "b"))
+    counts = {task: empty_counts(kind, 2) + (task != "x") for task, kind in kinds.items()}
+    evaluation = Evaluation(kinds, labels, counts, dict.fromkeys(kinds, 0.1))
+    row = {"epoch": 1.0, "objective_0": 0.3, **evaluation.flat("validation")}
+    scored = {task: values[PRIMARY[kinds[task]]] for task, values in evaluation.scores().items()}
+    assert primary_scores(row, "validation") == scored
+    assert set(scored) == {"topic", "a.b", "places"}
+    assert primary_scores(row, "test") == {}
 
 
 def test_the_mean_is_over_tasks() -> None:

@@ -14,10 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mtl_core.metrics import PRIMARY
+from mtl_core.metrics import PRIMARY, primary_scores
 
 if TYPE_CHECKING:
-    from mtl_core.config import Experiment
+    from mtl_core.config import Experiment, TaskKind
     from mtl_core.data.prepare import Data
 
 SCORE_COLUMNS = {
@@ -32,10 +32,12 @@ SCORE_COLUMNS = {
 class Progress:
     """Live table on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, epochs: int, tasks: list[str], seconds_between_lines: float = 10.0) -> None:
+    def __init__(
+        self, epochs: int, kinds: Mapping[str, TaskKind], seconds_between_lines: float = 10.0
+    ) -> None:
         self.console = Console(stderr=False, highlight=False)
-        self.epochs = epochs
-        self.rows: dict[str, dict[str, str]] = {task: {} for task in tasks}
+        self.epochs, self.kinds = epochs, kinds
+        self.rows: dict[str, dict[str, str]] = {task: {} for task in kinds}
         self.between = seconds_between_lines
         self.state: dict[str, Any] = {"note": "starting workers"}
         self.started: tuple[float, float] | None = None
@@ -83,11 +85,8 @@ class Progress:
 
     def _validated(self, row: Mapping[str, Any]) -> None:
         self.state.update(epoch=row["epoch"])
-        for task in self.rows:
-            for metric in PRIMARY.values():
-                value = row.get(f"validation/{task}/{metric}")
-                if value is not None:
-                    self.rows[task]["score"] = f"{metric} {100 * value:.2f}"
+        for task, value in primary_scores(row, "validation").items():
+            self.rows[task]["score"] = f"{PRIMARY[self.kinds[task]]} {100 * value:.2f}"
         parts = [f"{task} {values.get('score', '')}" for task, values in self.rows.items()]
         best = " (best so far)" if row.get("best") else ""
         self.note(f"epoch {row['epoch']:g}/{self.epochs} validation: {', '.join(parts)}{best}")

@@ -23,7 +23,8 @@ PAUSE_SECONDS = 5.0
 class Follower:
     def __init__(self, experiment: Experiment, folder: RunFolder, log: Any) -> None:
         self.folder, self.log = folder, log
-        self.progress = Progress(experiment.training.epochs, list(experiment.tasks))
+        kinds = {task: config.kind for task, config in experiment.tasks.items()}
+        self.progress = Progress(experiment.training.epochs, kinds)
         self.history = folder.history()
         self.board = TensorBoard(folder)
         self.failure: str | None = None

@@ -13,7 +13,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from train_jobs.cluster import room_for, worker_resources
 from train_jobs.sweep import Plan
-from train_jobs.trials import objective_key
+from train_jobs.trials import objective_key, objective_keys
 
 
 def search_options(plan: Plan) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def build_searcher(plan: Plan, at_once: int | None = None) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    keys = [objective_key(number) for number in range(len(plan.sweep.objectives))]
+    keys = objective_keys(plan.sweep.objectives)
     sampler = optuna.samplers.TPESampler(
         n_startup_trials=searcher.startup_trials, seed=searcher.seed
     )

@@ -20,7 +20,7 @@ from rich.table import Table
 from mtl_core import plots
 from mtl_core.config import Experiment, dump_experiment
 from mtl_core.data.prepare import prepare
-from mtl_core.metrics import PRIMARY
+from mtl_core.metrics import primary_scores
 from mtl_core.plot_parts import short_label
 from train_jobs import sweep_plots
 from train_jobs.comparison import caveat, compare, statement
@@ -29,7 +29,7 @@ from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_page import pair_name, render_page
-from train_jobs.trials import ALONE, BASE, BEST, objective_key
+from train_jobs.trials import ALONE, BASE, BEST, objective_key, objective_keys
 
 SUMMARY = "summary.json"
 Rows = list[dict[str, Any]]
@@ -75,7 +75,7 @@ def write_report(
             "trial": best["trial"],
             "settings": plan.settings(best["config"]),
             "objective": _objectives(plan, best),
-            "validation": _scores(best, "validation", plan.base),
+            "validation": primary_scores(best["metrics"], "validation"),
         }
         if "best" in results:
             _publish(plan, folder, experiment, results["best"])
@@ -121,9 +121,9 @@ def compared_scores(
     for task in plan.base.tasks:
         cases = {"alone": f"{ALONE}{task}", "shared": BASE, "best": BEST}
         runs = [trial for trial in ended if trial["config"]["case"] in cases.values()]
-        tested = all(task in _scores(trial, "test", plan.base) for trial in runs)
+        tested = all(task in primary_scores(trial["metrics"], "test") for trial in runs)
         splits[task] = "test" if tested else "validation"
-        scored = [(t["config"]["case"], _scores(t, splits[task], plan.base)) for t in runs]
+        scored = [(t["config"]["case"], primary_scores(t["metrics"], splits[task])) for t in runs]
         of_cases = {
             name: [scores[task] for found, scores in scored if found == case and task in scores]
             for name, case in cases.items()
@@ -181,7 +181,7 @@ def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) ->
                     "status": trial["status"],
                     "seconds": trial["metrics"].get("time_total_s", float("nan")),
                     "settings": plan.settings(trial["config"]),
-                    "scores": _scores(trial, "validation", plan.base),
+                    "scores": primary_scores(trial["metrics"], "validation"),
                     "objective": sum(_objectives(plan, trial).values())
                     / len(plan.sweep.objectives),
                 }
@@ -250,20 +250,13 @@ def _history(trials: Rows, case: str) -> Rows:
     return []
 
 
-def _scores(trial: Mapping[str, Any], split: str, base: Experiment) -> dict[str, float]:
-    """Task → its main metric."""
-    found = {
-        task: trial["metrics"].get(f"{split}/{task}/{PRIMARY[config.kind]}")
-        for task, config in base.tasks.items()
-    }
-    return {task: float(value) for task, value in found.items() if value is not None}
-
-
 def _objectives(plan: Plan, trial: Mapping[str, Any]) -> dict[str, float]:
-    values = {
-        o: trial["metrics"].get(objective_key(i)) for i, o in enumerate(plan.sweep.objectives)
+    objectives = plan.sweep.objectives
+    values = map(trial["metrics"].get, objective_keys(objectives))
+    return {
+        f"objective {name}": float("nan") if value is None else float(value)
+        for name, value in zip(objectives, values, strict=True)
     }
-    return {f"objective {o}": float("nan") if v is None else float(v) for o, v in values.items()}
 
 
 def _counts(rows: Rows) -> dict[str, int]:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from train_jobs.sweep import Plan
-from train_jobs.trials import objective_key
+from train_jobs.trials import objective_keys
 
 MAX_ROWS = 20
 SECONDS_BETWEEN_LINES = 30
@@ -48,7 +48,7 @@ class SweepTable(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
-        keys = [objective_key(number) for number in range(len(self.objectives))]
+        keys = objective_keys(self.objectives)
         row = self._row(trial)
         row.update(
             epoch=shown(result.get("epoch", "")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from mtl_core.config import Experiment, WeightingConfig, dump_experiment
 from mtl_core.data.prepare import Data, prepare, reopen
-from mtl_core.metrics import PRIMARY, mean_score
+from mtl_core.metrics import mean_score, primary_scores
 from mtl_core.state import FILES
 from mtl_core.world import World
 from train_jobs.driver import build_trainer
@@ -91,10 +91,7 @@ def _texts(experiment: Experiment) -> str:
 class Scorer:
     """Adds the sweep's objectives to what a worker reports."""
 
-    def __init__(
-        self, experiment: Experiment, objectives: tuple[str, ...], alone: Mapping[str, float]
-    ) -> None:
-        self.primary = {name: PRIMARY[task.kind] for name, task in experiment.tasks.items()}
+    def __init__(self, objectives: tuple[str, ...], alone: Mapping[str, float]) -> None:
         self.objectives = objectives
         self.alone = dict(alone)
         self.best: Mapping[str, Any] = {}
@@ -103,13 +100,12 @@ class Scorer:
     def __call__(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         if metrics.get("best") or metrics.get("finished") or not self.best:
             self.best = metrics
-        values = {objective_key(i): self.value(o) for i, o in enumerate(self.objectives)}
-        return {**metrics, **values}
+        values = map(self.value, self.objectives)
+        return {**metrics, **dict(zip(objective_keys(self.objectives), values, strict=True))}
 
     def value(self, objective: str) -> float:
-        keys = {task: f"validation/{task}/{metric}" for task, metric in self.primary.items()}
         # As in training a task without a label there does not count.
-        scores = {task: float(self.best[key]) for task, key in keys.items() if key in self.best}
+        scores = primary_scores(self.best, "validation")
         if objective == "mean":
             return mean_score(scores)
         if objective == "gain":
@@ -121,6 +117,11 @@ class Scorer:
 def objective_key(number: int) -> str:
     """The name of an objective among a trial's results."""
     return f"objective_{number}"
+
+
+def objective_keys(objectives: Sequence[str]) -> list[str]:
+    """The names of all of them there."""
+    return [objective_key(number) for number in range(len(objectives))]
 
 
 class TrialHistory:
@@ -249,7 +250,7 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
     objectives = job.plan.sweep.objectives if case is None else ("mean",)
     trial = tune.get_context().get_trial_id()
     named = experiment.model_copy(update={"name": trial, "output_dir": f"{job.folder}/workers"})
-    scorer = Scorer(experiment, objectives, job.alone)
+    scorer = Scorer(objectives, job.alone)
     history = TrialHistory(RunFolder(named), scorer)
     if history.failure is None:
         data = job.data(experiment)

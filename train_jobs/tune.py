@@ -20,7 +20,7 @@ from mtl_core.command import INTERRUPTED, run_command
 from mtl_core.data.prepare import check_metric, prepare
 from mtl_core.errors import ConfigError, TrainingError
 from mtl_core.forks import forked_workers
-from mtl_core.metrics import PRIMARY
+from mtl_core.metrics import primary_scores
 from train_jobs.cluster import cpu_share, idle_gpus, ray_cluster, room_for, worker_resources
 from train_jobs.console import describe_data
 from train_jobs.driver import stop_as_interrupt
@@ -36,7 +36,7 @@ from train_jobs.trials import (
     BEST,
     Job,
     RestoreMissingCheckpoints,
-    objective_key,
+    objective_keys,
     run_trial,
 )
 
@@ -306,7 +306,7 @@ def _row(phase: str, result: tune.Result, trial: Any) -> dict[str, Any]:
 def best_trial(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
     """The finished trial with the highest objective, or the highest mean of several; the first of
     equals."""
-    keys = [objective_key(number) for number in range(len(plan.sweep.objectives))]
+    keys = objective_keys(plan.sweep.objectives)
     finished = [row for row in rows if row["status"] == "finished"]
     found = max(finished, key=lambda r: sum(r["metrics"][key] for key in keys), default=None)
     return dict(found) if found else None
@@ -321,12 +321,12 @@ def _scores_alone(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, fl
     gain = "gain" in plan.sweep.objectives
     finished = [row for row in rows if row["status"] == "finished"]
     alone = {}
-    for task, config in plan.base.tasks.items():
+    for task in plan.base.tasks:
         runs = [row["metrics"] for row in finished if row["config"]["case"] == f"{ALONE}{task}"]
         if gain and not runs:
             raise ConfigError(f"objective: gain needs {task} alone, and no such run finished")
-        key = f"validation/{task}/{PRIMARY[config.kind]}"
-        scores = [metrics[key] for metrics in runs if key in metrics]
+        found = [primary_scores(metrics, "validation") for metrics in runs]
+        scores = [each[task] for each in found if task in each]
         if gain and scores and not any(scores):
             raise ConfigError(
                 f"objective: gain is relative to what {task} scores alone, which is 0; train "

@@ -180,15 +180,11 @@ def test_a_trial_takes_the_base_s_texts_where_they_are_its_own(
 
 
 def test_a_task_that_validation_has_no_label_of_counts_for_no_objective() -> None:
-    tasks = {"topic": {"kind": "classification"}, "mood": {"kind": "classification"}}
-    columns = {"text": "text", "topic": "topic", "mood": "mood"}
-    data = [{"path": "none.jsonl", "columns": columns}]
-    experiment = parse_experiment({"name": "small", "tasks": tasks, "data": data})
-    scorer = Scorer(experiment, ("mean", "gain"), {"topic": 0.5, "mood": 0.9})
+    scorer = Scorer(("mean", "gain"), {"topic": 0.5, "mood": 0.9})
     row = scorer({"validation/topic/accuracy": 0.75, "best": True})
     assert row["objective_0"] == 0.75
     assert row["objective_1"] == 0.5
-    scorer = Scorer(experiment, ("gain",), {"topic": 0.5})
+    scorer = Scorer(("gain",), {"topic": 0.5})
     row = scorer({"validation/topic/accuracy": 0.75, "validation/mood/accuracy": 0.0, "best": True})
     assert row["objective_0"] == 0.5
 
@@ -202,7 +198,7 @@ def history_in(folder: Path) -> TrialHistory:
         "data": [{"path": "none.jsonl", "columns": {"text": "text", "topic": "topic"}}],
     }
     experiment = parse_experiment(raw)
-    return TrialHistory(RunFolder(experiment), Scorer(experiment, ("mean",), {}))
+    return TrialHistory(RunFolder(experiment), Scorer(("mean",), {}))
 
 
 def epoch(number: int, score: float, best: bool) -> dict[str, Any]:
