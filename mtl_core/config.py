@@ -6,14 +6,14 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mtl_core.errors import ConfigError
+from mtl_core.errors import ConfigError, there_is
 
 TaskKind = Literal["classification", "multilabel", "token_classification"]
 Split = Literal["train", "validation", "test"]
@@ -310,10 +310,8 @@ class Experiment(Config):
         return self
 
 
-def _unknown(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-    return f"unknown task {name!r}{hint}"
+def _unknown(name: str, known: Iterable[str]) -> str:
+    return f"unknown task {name!r}; {there_is(known, name)}"
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -1,6 +1,9 @@
-"""What a user can mend, told by a message alone; in a file that loads nothing."""
+"""What a user can mend, told by a message alone; in a file that loads no library."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -29,3 +32,11 @@ class TrainingError(UserError):
 
 class TextError(UserError):
     """A text that cannot be predicted for."""
+
+
+def there_is(known: Iterable[str | int], sought: str | int) -> str:
+    """The end of a message about a name that is not there: the nearest one, and all of them."""
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(sought), names, n=1)
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return (f"did you mean {close[0]!r}? " if close else "") + f"there is: {shown or 'nothing'}"

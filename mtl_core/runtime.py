@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mtl_core.artifact import Manifest, encoder_hash, read_manifest
 from mtl_core.encoder import Pooling, SentenceEncoder
-from mtl_core.errors import ArtifactError, ConfigError
+from mtl_core.errors import ArtifactError, ConfigError, there_is
 from mtl_core.folders import atomic_folder, cache_root, one_at_a_time
 from mtl_core.model import MultiTaskModel
 from mtl_core.packing import GPU_PASS_TOKENS, PASS_TOKENS, Layout, Sequences, pack, pad
@@ -301,8 +301,8 @@ def load_runtime(
     """
     folder = Path(artifact)
     if name not in get_args(RuntimeName):
-        known = ", ".join(get_args(RuntimeName))
-        raise ConfigError(f"runtime: unknown runtime {name!r}; known: {known}")
+        known = there_is(get_args(RuntimeName), name)
+        raise ConfigError(f"runtime: unknown runtime {name!r}; {known}")
     if name == "auto":
         name = choose_runtime(folder, device)
     kind, precision = name.split("-")

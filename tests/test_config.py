@@ -149,7 +149,7 @@ SOURCE = {"path": "x.jsonl", "columns": {"text": "text", "intent": "label"}}
             ("tasks.ner has no labels", "`ner: <column>`"),
         ),
         ({"freeze": {"heads": ["intend"]}}, ("freeze.heads", "did you mean 'intent'?")),
-        ({"training": {"metric": "zzz/f1"}}, ("training.metric", "known: intent")),
+        ({"training": {"metric": "zzz/f1"}}, ("training.metric", "there is: intent")),
         ({"training": {"metric": "intent/f2"}}, ("training.metric", "no 'f2'", "accuracy")),
         ({"freeze": {"encoder": True, "unfreeze_every": 1}}, ("freeze", "unfreeze_every")),
         ({"scale": {"workers": [4, 2]}}, ("scale.workers", "min <= max")),

@@ -311,7 +311,7 @@ def test_a_gpu_takes_texts_of_more_lengths_at_a_time(monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_had_is_said(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(expert)
     wrong: Any = "tensorrt"
-    with pytest.raises(ConfigError, match="unknown runtime 'tensorrt'; known: auto, torch-fp32"):
+    with pytest.raises(ConfigError, match="unknown runtime 'tensorrt'; there is: auto, torch-fp32"):
         load_runtime(wrong, expert, manifest, never, CPU)
     with pytest.raises(ConfigError, match="holds no int8 encoder; make and check one with"):
         load_runtime("openvino-int8", expert, manifest, never, CPU)

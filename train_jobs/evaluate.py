@@ -14,7 +14,7 @@ from mtl_core.artifact import load_config, read_manifest
 from mtl_core.command import run_command
 from mtl_core.config import RESERVED_COLUMNS, SPLITS, SourceConfig, Split
 from mtl_core.data.prepare import prepare_scored
-from mtl_core.errors import ConfigError
+from mtl_core.errors import ConfigError, there_is
 from mtl_core.evaluation import Evaluation, evaluate
 from mtl_core.predictor import Predictor
 from mtl_core.runtime import RuntimeName, with_runtime
@@ -96,7 +96,7 @@ def other_sources(artifact: str, data: Sequence[str]) -> list[SourceConfig]:
         if not separator or not path:
             raise ConfigError(f"--data {item}: expected TASK=PATH")
         if task not in tasks:
-            raise ConfigError(f"--data {item}: unknown task {task!r}; known: {', '.join(tasks)}")
+            raise ConfigError(f"--data {item}: unknown task {task!r}; {there_is(tasks, task)}")
         origin = next(i for i, source in enumerate(origins) if task in source.task_columns)
         chosen.setdefault((path, origin), []).append(task)
     return [_pointed_at(path, origins[i], named) for (path, i), named in chosen.items()]

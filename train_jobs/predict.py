@@ -22,7 +22,7 @@ from rich.text import Text
 from mtl_core.answers import flat_types, flatten
 from mtl_core.artifact import read_manifest
 from mtl_core.command import run_command
-from mtl_core.errors import ConfigError
+from mtl_core.errors import ConfigError, there_is
 from mtl_core.forks import forked_workers
 from mtl_core.predictor import Predictor
 from mtl_core.runtime import RuntimeName
@@ -115,7 +115,7 @@ def check_tasks(artifact: str | Path, tasks: Sequence[str] | None) -> None:
     known = list(read_manifest(artifact, check_files=False).tasks)
     for task in tasks or ():
         if task not in known:
-            raise ConfigError(f"--task: unknown task {task!r}; known: {', '.join(known)}")
+            raise ConfigError(f"--task: unknown task {task!r}; {there_is(known, task)}")
 
 
 def show(texts: Sequence[str], predictions: Sequence[Mapping[str, Any]], as_json: bool) -> None:

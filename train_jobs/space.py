@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator
 
 from mtl_core.config import first_key
+from mtl_core.errors import there_is
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "uniform": ("low", "high"),
@@ -151,9 +151,9 @@ def _expand(node: Any, parts: Sequence[str], prefix: str) -> Iterator[str]:
     names = list(node) if isinstance(node, Mapping) else []
     chosen = names if part == "*" else [name for name in names if name == part]
     if not chosen:
-        close = difflib.get_close_matches(part, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
         where = prefix or "the experiment"
-        raise KeyError(f"{where} has no field {part!r}; {hint if names else 'a value'}")
+        raise KeyError(
+            f"{where} has no field {part!r}; {there_is(names, part) if names else 'a value'}"
+        )
     for name in chosen:
         yield from _expand(node[name], rest, f"{prefix}.{name}" if prefix else name)

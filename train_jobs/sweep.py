@@ -29,7 +29,7 @@ from mtl_core.config import (
     read_yaml,
     set_field,
 )
-from mtl_core.errors import ConfigError
+from mtl_core.errors import ConfigError, there_is
 from mtl_core.metrics import metric_names
 from mtl_core.storage import fetch
 from train_jobs.space import Parameter, Range, expand
@@ -297,10 +297,8 @@ def _check_objective(sweep: Sweep, base: Experiment) -> None:
             continue
         task, _, metric = objective.partition("/")
         if task not in base.tasks:
-            known = ", ".join(base.tasks)
-            raise SpaceError(
-                ["objective"], f"no task {task!r} reports {objective!r}; tasks: {known}"
-            )
+            known = there_is(base.tasks, task)
+            raise SpaceError(["objective"], f"no task {task!r} reports {objective!r}; {known}")
         names = metric_names(base.tasks[task].kind)
         if metric not in names:
             raise SpaceError(

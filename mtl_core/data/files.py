@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtl_core.config import Format, SourceConfig, Split, expand_path
-from mtl_core.data.formats import SUFFIXES, Column, Table, format_of, parse_table, there_is
-from mtl_core.errors import DataError
+from mtl_core.data.formats import SUFFIXES, Column, Table, format_of, parse_table
+from mtl_core.errors import DataError, there_is
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),

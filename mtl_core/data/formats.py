@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
@@ -56,14 +55,6 @@ def format_of(name: str) -> Format | None:
     path = PurePosixPath(name.lower())
     suffix = PurePosixPath(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
     return SUFFIXES.get(suffix)
-
-
-def there_is(known: Iterable[Column], sought: Column) -> str:
-    """The end of a message about a name that is not there: the nearest one, and all of them."""
-    names = [str(name) for name in known]
-    close = difflib.get_close_matches(str(sought), names, n=1)
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    return (f"did you mean {close[0]!r}? " if close else "") + f"there is: {shown or 'nothing'}"
 
 
 def parse_table(

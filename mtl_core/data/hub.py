@@ -8,9 +8,9 @@ from typing import Any
 
 from mtl_core.config import SourceConfig, Split, TaskConfig, expand_path
 from mtl_core.data.files import SPLIT_NAMES
-from mtl_core.data.formats import BadRow, Column, Row, Table, there_is
+from mtl_core.data.formats import BadRow, Column, Row, Table
 from mtl_core.data.tags import split_tag
-from mtl_core.errors import DataError
+from mtl_core.errors import DataError, there_is
 
 OFFLINE = (
     "to work offline, run `load_dataset(…).save_to_disk(folder)` on a machine that reaches the Hub "

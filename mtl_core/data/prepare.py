@@ -16,12 +16,11 @@ from mtl_core.config import SPLITS, Experiment, SourceConfig, Split, TaskConfig
 from mtl_core.data.cache import content_key, encode_cached, load_split
 from mtl_core.data.encoding import EncodedSplit, Labels, check_labels, resolve_labels
 from mtl_core.data.examples import Corpus
-from mtl_core.data.formats import there_is
 from mtl_core.data.shards import ShardedCorpus, Shards
 from mtl_core.data.sources import read_corpus
 from mtl_core.data.tags import tag_names
 from mtl_core.encoder import tokenizer_of
-from mtl_core.errors import DataError
+from mtl_core.errors import DataError, there_is
 from mtl_core.folders import cache_root, one_at_a_time
 from mtl_core.storage import fetch
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from mtl_core.config import SPLITS, SourceConfig, Split, TaskConfig, TaskKind
 from mtl_core.data.examples import Corpus, Example, labels_in
 from mtl_core.data.files import read_files
-from mtl_core.data.formats import BadRow, Column, Table, there_is
+from mtl_core.data.formats import BadRow, Column, Table
 from mtl_core.data.rows import RowReader
-from mtl_core.errors import DataError
+from mtl_core.errors import DataError, there_is
 
 Examples = dict[Split, list[Example]]
 DEMO_COLUMNS: dict[Column, TaskKind] = {

@@ -15,6 +15,7 @@ from mtl_core.errors import ConfigError, DataError
 from mtl_core.predictor import Predictor
 from tests.small_runs import data, examples, experiment, write_artifact, write_rows
 from train_jobs import evaluate
+from train_jobs.predict import check_tasks
 
 ROWS = examples(500, 24, everything=True)
 
@@ -97,8 +98,14 @@ def test_a_path_that_is_not_there_is_named(artifact: Path, tmp_path: Path) -> No
         scored(artifact, tmp_path, "--data", f"topic={path.with_name('row.jsonl')}")
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         scored(artifact, tmp_path, "--data", f"topic={tmp_path / 'nowhere'}")
-    with pytest.raises(ConfigError, match=r"unknown task 'topics'; known: topic, mood, entities"):
-        scored(artifact, tmp_path, "--data", f"topics={path}")
+
+
+def test_a_misspelt_task_is_answered_with_the_nearest(artifact: Path, tmp_path: Path) -> None:
+    told = r"unknown task 'topics'; did you mean 'topic'\? there is: topic, mood, entities"
+    with pytest.raises(ConfigError, match=rf"--data topics=rows\.jsonl: {told}"):
+        scored(artifact, tmp_path, "--data", "topics=rows.jsonl")
+    with pytest.raises(ConfigError, match=f"--task: {told}"):
+        check_tasks(artifact, ["mood", "topics"])
 
 
 def test_a_split_of_other_data_is_refused(artifact: Path, tmp_path: Path) -> None:

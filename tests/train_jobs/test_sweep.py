@@ -91,6 +91,7 @@ def test_every_sweep_that_ships_is_sound(path: Path, monkeypatch: pytest.MonkeyP
             r"write choice",
         ),
         ({"objective": "slots/f1"}, r"sweep.yaml:5: objective: no task .slots. reports 'slots/f1'"),
+        ({"objective": "entitles/f1"}, r"'entitles/f1'; did you mean 'entities'\?"),
         ({"objective": "entities/accuracy"}, r"entities reports no 'accuracy'; it reports f1"),
         ({"objective": "gain"}, r"set baselines: true"),
         (
