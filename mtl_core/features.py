@@ -23,9 +23,11 @@ from torch import Tensor
 from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, collate, evaluation_batches
 from mtl_core.data.encoding import EncodedSplit
+from mtl_core.data.prepare import Data
 from mtl_core.folders import cache_root, one_at_a_time
 from mtl_core.freezing import frozen_layers
 from mtl_core.model import Batch, MultiTaskModel
+from mtl_core.world import World
 
 
 class FeatureCache:
@@ -69,6 +71,28 @@ def cached_layers(
     last = experiment.training.epochs - 1  # layers only ever thaw
     depth = frozen_layers(experiment.freeze, model.encoder.num_layers, last)
     return depth if depth and splits_cleanly(model, split, depth, device) else 0
+
+
+def open_cache(
+    caches: dict[str, FeatureCache],
+    name: str,
+    model: MultiTaskModel,
+    data: Data,
+    depth: int,
+    world: World,
+    bf16: bool,
+) -> Iterator[float]:
+    """Put the states of the split of that name into `caches`; yields the share computed.
+
+    All ranks come out of it together.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    path = cache_file(model, data.keys[name], depth, bf16)
+    yield from build_cache(model, data.splits[name], path, depth, world.device, bf16)
+    world.barrier()
+    caches[name] = FeatureCache(path, depth)
 
 
 def cache_file(model: MultiTaskModel, split_key: str, depth: int, bf16: bool) -> Path:

@@ -113,24 +113,21 @@ class _Run:
 
     def prepare_features(self) -> Iterator[Event]:
         """Run what never learns once, when it is worth a file."""
-        device = self.world.device
-        sample = self.data.splits["validation"]
-        depth = features.cached_layers(self.model, self.experiment, sample, device)
-        if depth == 0 or self.data.shards is not None:
+        model, data, world, caches = self.model, self.data, self.world, self.caches
+        sample = data.splits["validation"]
+        depth = features.cached_layers(model, self.experiment, sample, world.device)
+        if depth == 0 or data.shards is not None:
             return
         for name in ("train", "validation"):
-            split = self.data.splits.get(name)
+            split = data.splits.get(name)
             if split is None or not len(split):
                 continue
-            path = features.cache_file(self.model, self.data.keys[name], depth, self.bf16)
             row = {"split": name, "texts": len(split), "layers": depth}
             shown = 0.0
-            for done in features.build_cache(self.model, split, path, depth, device, self.bf16):
+            for done in features.open_cache(caches, name, model, data, depth, world, self.bf16):
                 if done >= shown + 0.1 and done < 1:
                     shown = done
                     yield Event("features", {**row, "done": round(done, 2)})
-            self.world.barrier()
-            self.caches[name] = features.FeatureCache(path, depth)
             yield Event("features", {**row, "done": 1.0})
 
     def epoch(self) -> Iterator[Event]:

@@ -217,12 +217,8 @@ def _exact_states(
     """fp32 states at the freeze boundary of the splits to score; trials of a sweep share them."""
     depth = features.cached_layers(model, experiment, data.splits["validation"], world.device)
     caches: dict[str, features.FeatureCache] = {}
-    for name, split in data.splits.items() if depth else ():
-        if name == "train":
-            continue
-        path = features.cache_file(model, data.keys[name], depth, bf16=False)
-        for _ in features.build_cache(model, split, path, depth, world.device, bf16=False):
+    scored = [name for name in data.splits if name != "train"]
+    for name in scored if depth else ():
+        for _ in features.open_cache(caches, name, model, data, depth, world, bf16=False):
             pass
-        world.barrier()
-        caches[name] = features.FeatureCache(path, depth)
     return caches
