@@ -91,6 +91,18 @@ def test_a_heatmap_is_drawn_with_and_without_negative_cosines(
     assert_is_sane(path)
 
 
+def test_bars_count_gold_of_labels_and_entity_types_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, _: drawn.append(figure))
+    row = {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 12.0}
+    plots.per_type_bars({"good": row}, tmp_path / "bars.png", "mood on test")
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "F1, gold count in brackets"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["good (12)"]
+
+
 def test_more_types_make_a_taller_picture(tmp_path: Path) -> None:
     row = {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 12.0}
     for count in (1, 4, 40):
