@@ -55,8 +55,8 @@ function reason(response, content) {
     message = JSON.parse(content).error ?? message;
   } catch { /* a proxy's error page says no more than its status */ }
   const wait = response.headers.get("Retry-After");
-  if (/^\d+$/.test(wait ?? "")) message += ` Try again in ${wait} s.`;
-  return message;
+  if (!/^\d+$/.test(wait ?? "")) return message;
+  return message.replace(/(\.|; try again( later)?)?$/, `; try again in ${wait} s.`);
 }
 
 async function describeModel(signal) {
@@ -95,28 +95,25 @@ async function run() {
   $("results").ariaBusy = "true";
   $("status").textContent = "Running …";
   await newest(async (signal) => {
-    const [predicted, compared] = await Promise.all([
-      call("v1/predict", { inputs, return_scores: true, truncate: true }, signal),
-      inputs.length > 1 ? compare(inputs, signal) : null,
-      describeModel(signal), // each time: a server may have another model by now
+    const body = { inputs, return_scores: true, return_embeddings: inputs.length > 1, truncate: true };
+    const [predicted] = await Promise.all([
+      call("v1/predict", body, signal),
+      // Each time: a server may have another model by now. Answers do without, but for the key.
+      describeModel(signal).catch((error) => {
+        if (isLocked(error)) throw error;
+      }),
     ]);
-    if (!signal.aborted) show(inputs, predicted, compared);
+    if (!signal.aborted) show(inputs, predicted);
   });
 }
 
-// Answers are shown even if they could not be compared; only a missing key is for `report`.
-async function compare(inputs, signal) {
-  try {
-    return await call("v1/similarity", { inputs, truncate: true }, signal);
-  } catch (error) {
-    if (error instanceof Refused && error.status === 401) throw error;
-    return { failure: said(error) };
-  }
+function isLocked(error) {
+  return error instanceof Refused && error.status === 401;
 }
 
 function report(error) {
   $("results").replaceChildren();
-  if (error instanceof Refused && error.status === 401) {
+  if (isLocked(error)) {
     const message = key ? error.message : "This server asks for an API key.";
     remember(null);
     $("unlock").hidden = false;
@@ -163,28 +160,29 @@ function el(name, attributes = {}, ...children) {
   return node;
 }
 
-function show(inputs, predicted, compared) {
-  const { results, errors = {}, usage } = predicted.body;
-  const truncated = predicted.body.truncated ?? compared?.body?.truncated ?? [];
-  const similarities = compared?.body?.similarities;
-  const calls = { predict: predicted.times, ...(similarities && { similarity: compared.times }) };
+function show(inputs, { body, times }) {
+  const { results, embeddings, errors = {}, truncated = [], usage } = body;
   const many = inputs.length > 1;
   const articles = results.map((answers, i) => article(inputs[i], answers, many && i + 1, truncated.includes(i)));
   $("results").replaceChildren(
     el("h2", {}, many ? "Answers" : "Answer"),
     el("div", { class: "answers" }, ...articles),
-    ...(similarities ? [el("h2", {}, "Similarity"), heatmap(inputs, similarities)] : []),
+    ...(embeddings ? [el("h2", {}, "Similarity"), heatmap(inputs, cosines(embeddings))] : []),
     el("h2", {}, "Timings"),
-    timings(calls),
-    details(inputs, predicted.body),
+    timings(times),
+    details(inputs, body),
   );
-  const done = similarities ? "answered and compared" : "answered";
-  const what = many ? `${inputs.length} sentences ${done}` : summary(results[0]);
-  const tokens = usage?.tokens ? `, ${usage.tokens} tokens` : "";
-  $("status").textContent = `${what}${tokens}, ${Math.round(predicted.times.roundTrip)} ms.`;
-  const failures = Object.values(errors).map(({ error }) => `${error}.`);
-  if (compared?.failure) failures.push(`Similarity: ${compared.failure}`);
-  $("error").textContent = failures.join(" ");
+  const what = many ? `${inputs.length} sentences answered and compared` : summary(results[0]);
+  const tokens = usage?.tokens ? `${usage.tokens} tokens` : "";
+  const parts = [what, tokens, `${Math.round(times.roundTrip)} ms`];
+  $("status").textContent = `${parts.filter(Boolean).join(", ")}.`;
+  $("error").textContent = Object.values(errors).map(({ error }) => `${error}.`).join(" ");
+}
+
+// As `/v1/similarity` answers; the vectors are of unit length.
+function cosines(vectors) {
+  const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
+  return vectors.map((a) => vectors.map((b) => Math.min(Math.max(dot(a, b), -1), 1)));
 }
 
 function summary(answers) {
@@ -304,18 +302,13 @@ function heatCell(value) {
   return cell;
 }
 
-function timings(calls) {
-  const told = (name) => Object.values(calls).some((times) => name in times);
-  const columns = [...TIMES.filter(told), "roundTrip"];
+function timings(times) {
+  const columns = [...TIMES, "roundTrip"].filter((name) => name in times);
   const captions = { total: "server total", roundTrip: "round trip" };
   const head = columns.map((name) => el("th", { scope: "col" }, captions[name] ?? name));
-  const rows = Object.entries(calls).map(([name, times]) => {
-    const cells = columns.map((c) => el("td", { class: "number" }, c in times ? times[c].toFixed(1) : "–"));
-    return el("tr", {}, el("th", { scope: "row" }, name), ...cells);
-  });
+  const cells = columns.map((name) => el("td", { class: "number" }, times[name].toFixed(1)));
   const caption = "Milliseconds in the server, and as this browser saw them.";
-  const top = el("thead", {}, el("tr", {}, el("td", {}), ...head));
-  return tableCard("times", caption, top, el("tbody", {}, ...rows));
+  return tableCard("times", caption, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, el("tr", {}, ...cells)));
 }
 
 // A table that scrolls by itself where it is wider than the screen; its caption stays in view.
@@ -326,7 +319,8 @@ function tableCard(kind, caption, ...parts) {
   return el("div", { class: "card" }, el("p", { class: "quiet", id }, caption), scroll);
 }
 
-function details(inputs, answer) {
+// Without the vectors, a screenful each.
+function details(inputs, { embeddings, ...answer }) {
   const body = { inputs, return_scores: true, ...(answer.truncated && { truncate: true }) };
   const quoted = JSON.stringify(body).replaceAll("'", "'\\''");
   const url = new URL("v1/predict", document.baseURI);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Iterator
@@ -160,6 +161,20 @@ def test_several_lines_are_answered_and_compared(browser: Browser, predictor: Pr
     rows = browser.texts(".heat th[scope=row]")
     assert rows == [f"{i} {line}" for i, line in enumerate(LINES, 1)]
     assert browser.texts(".heat th[scope=col]") == ["1", "2", "3"]
+    # Of two requests at once a busy server would refuse the second.
+    assert sum("/v1/" in url for url in browser.requests()) == 1
+
+
+def test_names_of_a_wide_heatmap_stay_while_it_is_scrolled(browser: Browser) -> None:
+    browser.size(320, 640)
+    ask(browser, *LINES * 4)
+    left = """(() => {
+      const scroll = document.querySelector(".heat").parentElement;
+      scroll.scrollLeft = 200;
+      const name = document.querySelector(".heat th[scope=row]").getBoundingClientRect();
+      return [scroll.scrollLeft, name.left - scroll.getBoundingClientRect().left];
+    })()"""
+    assert browser.js(left) == [200, 0]
 
 
 def test_a_long_text_is_answered_and_said_to_be_cut(browser: Browser, predictor: Predictor) -> None:
@@ -182,7 +197,8 @@ def test_a_long_text_is_answered_and_said_to_be_cut(browser: Browser, predictor:
 def test_a_model_of_entities_alone_says_whose_beginning_is_compared(
     browser: Browser, page_url: str
 ) -> None:
-    body = {"results": [{"entities": []}] * 2, "model": "m"}
+    vectors = {"embeddings": [[1.0, 0.0]] * 2, "truncated": [1]}
+    body = {"results": [{"entities": []}] * 2, "model": "m", **vectors}
     browser.open(page_url, answering("/v1/predict", 200, body))
     ask(browser, SENTENCE, " and ".join([SENTENCE] * 20))
     first, second = browser.texts("article")
@@ -205,9 +221,11 @@ def answered(command: list[str]) -> Any:
     return call(url, options[-1].encode()).body
 
 
-@pytest.mark.parametrize("line", [f"{SENTENCE}, isn't it?", " and ".join([SENTENCE] * 20)])
-def test_the_command_shown_gives_the_json_below_it(line: str, browser: Browser) -> None:
-    ask(browser, line)
+@pytest.mark.parametrize(
+    "lines", [[f"{SENTENCE}, isn't it?"], [" and ".join([SENTENCE] * 20)], LINES]
+)
+def test_the_command_shown_gives_the_json_below_it(lines: list[str], browser: Browser) -> None:
+    ask(browser, *lines)
     command, shown = curl_and_json(browser)
     assert answered(command) == shown
     assert "scores" in shown["results"][0]["topic"]
@@ -323,7 +341,7 @@ def test_a_server_with_a_key_gets_it_asked_for(chromium: Browser, page_url: str)
     seen: list[str | None] = []
 
     def locked(request: dict[str, Any]) -> Reply | None:
-        if not request["url"].endswith(("/info", "/v1/predict", "/v1/similarity")):
+        if not request["url"].endswith(("/info", "/v1/predict")):
             return None
         seen.append(request["headers"].get("Authorization"))
         if seen[-1] == "Bearer open-sesame":
@@ -363,24 +381,26 @@ def test_a_server_with_a_key_gets_it_asked_for(chromium: Browser, page_url: str)
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "headers"),
+    ("status", "message", "told"),
     [
-        (413, "at most 32 inputs a request", {}),
-        (422, "input 1 is too long: 99 tokens, at most 48", {}),
-        (429, "too many requests are waiting", {"Retry-After": "2"}),
-        (503, "the model is still loading", {"Retry-After": "2"}),
+        (413, "at most 32 inputs a request", None),
+        (422, "input 1 is too long: 99 tokens, at most 48", None),
+        (429, "9 texts are waiting; try again later", "9 texts are waiting; try again in 2 s."),
+        (503, "no replica answered; try again", "no replica answered; try again in 2 s."),
+        (503, "the model is still loading", "the model is still loading; try again in 2 s."),
+        (502, None, "The server answered 502; try again in 2 s."),
     ],
 )
 def test_a_refusal_says_what_to_change(
-    chromium: Browser, page_url: str, status: int, message: str, headers: dict[str, str]
+    chromium: Browser, page_url: str, status: int, message: str | None, told: str | None
 ) -> None:
     body = {"error": message, "error_type": "some_type"}
+    headers = {"Retry-After": "2"} if told else {}
     chromium.open(page_url, answering("/v1/predict", status, body, **headers))
     fill(chromium, "Zoë")
     chromium.click(RUN)
     chromium.wait(REFUSED)
-    assert message in chromium.text("#error")
-    assert ("Try again in 2 s." in chromium.text("#error")) == bool(headers)
+    assert chromium.text("#error") == (told or message)
     assert chromium.js("document.querySelector('#results').ariaBusy") == "false"
     assert chromium.complaints() == []
 
@@ -405,27 +425,33 @@ def test_a_task_that_failed_is_named_beside_the_answers(chromium: Browser, page_
     assert chromium.complaints() == []
 
 
-def test_answers_stay_where_their_comparison_is_refused(browser: Browser, page_url: str) -> None:
-    body = {"error": "257 texts are waiting", "error_type": "Overloaded"}
-    headers = {"Retry-After": "2"}
-    browser.open(page_url, answering("/v1/similarity", 429, body, **headers))
+def test_answers_stay_where_the_model_is_not_described(browser: Browser, page_url: str) -> None:
+    body = {"error": "no replica answered", "error_type": "Unhealthy"}
+    browser.open(page_url, answering("/info", 503, body))
+    browser.wait(REFUSED)
     ask(browser, *LINES)
     assert len(browser.texts("article")) == len(LINES)
-    assert browser.texts(".heat") == []
-    assert browser.text("#error").startswith("Similarity: 257 texts are waiting")
-    assert browser.text("#status").startswith("3 sentences answered, ")
-    assert browser.texts(".times th[scope=row]") == ["predict"]
+    assert browser.text("#error") == ""
 
 
-def test_a_key_that_only_the_comparison_misses_is_asked_for(
+def test_a_key_that_only_the_description_misses_is_asked_for(
     chromium: Browser, page_url: str
 ) -> None:
     body = {"error": "an API key is needed", "error_type": "Unauthorized"}
-    chromium.open(page_url, answering("/v1/similarity", 401, body))
+    refused, asked = answering("/info", 401, body), itertools.count()
+    chromium.open(page_url, lambda r: refused(r) if "/info" in r["url"] and next(asked) else None)
+    chromium.wait("document.querySelector('#model').textContent")
     fill(chromium, *LINES)
     chromium.click(RUN)
     chromium.wait(REFUSED)
     assert not chromium.js("document.querySelector('#unlock').hidden")
+
+
+def test_a_model_without_heads_tells_tokens_and_time(browser: Browser, page_url: str) -> None:
+    body = {"results": [{}], "model": "m", "usage": {"tokens": 9}}
+    browser.open(page_url, answering("/v1/predict", 200, body))
+    ask(browser, SENTENCE)
+    assert browser.text("#status").startswith("9 tokens, ")
 
 
 def test_a_wrong_key_is_said_to_be_wrong_after_a_run_too(chromium: Browser, page_url: str) -> None:
@@ -582,13 +608,12 @@ def test_every_text_has_contrast_in_both_schemes(
         {"entity_group": f"type{i}", "score": 0.9, "word": w, "start": s, "end": s + len(w)}
         for i, (w, s) in enumerate(zip(words, starts, strict=True))
     ]
-    results = [{"names": entities, "mood": {"labels": ["a"], "scores": {"a": 0.9, "b": 0.1}}}] * 2
-    body = {"results": results, "model": "colours", "usage": {"tokens": 3}}
-    steps = {"similarities": np.linspace(-0.2, 1, 4).reshape(2, 2).tolist()}
-    colours = answering("/v1/predict", 200, body)
-    grey = answering("/v1/similarity", 200, steps)
-    browser.open(page_url, lambda r: colours(r) or grey(r), prefers_color_scheme=scheme)
-    ask(browser, " ".join(words), " ".join(words))
+    results = [{"names": entities, "mood": {"labels": ["a"], "scores": {"a": 0.9, "b": 0.1}}}] * 4
+    angles = np.arccos(np.linspace(-0.2, 1, 4))
+    steps = np.stack([np.cos(angles), np.sin(angles)], axis=1).tolist()
+    body = {"results": results, "embeddings": steps, "model": "m", "usage": {"tokens": 3}}
+    browser.open(page_url, answering("/v1/predict", 200, body), prefers_color_scheme=scheme)
+    ask(browser, *[" ".join(words)] * 4)
     browser.js("document.querySelector('#error').textContent = 'as if refused'")
     browser.js("document.querySelector('#unlock').hidden = false")
     browser.js("document.querySelector('details').open = true")
