@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mtl_core.answers import TokenOutput
@@ -96,22 +98,27 @@ def _pieces(output: TokenOutput, rows: slice, item: Tokenized) -> Iterable[Piece
 
 
 def _words(
-    scores: Any, item: Tokenized, strategy: Strategy, tokenizer: Tokenizer
+    scores: NDArray[np.float32], item: Tokenized, strategy: Strategy, tokenizer: Tokenizer
 ) -> Iterable[Piece]:
     """One tag a word: of its first piece, of the mean over pieces, or of the surest piece."""
     offsets = item.placed[0]
     starts = word_starts(item, tokenizer)
-    # A text may have none: sub-words of invisible characters alone stand for nothing.
-    for begin, end in zip(starts, [*starts, len(offsets)][1:], strict=True):
-        rows = scores[begin:end]
-        if strategy == "first":
-            row = rows[0]
-        elif strategy == "average":
-            row = rows.mean(axis=0)
-        else:
-            row = rows[int(rows.max(axis=1).argmax())]
-        tag = int(row.argmax())
-        yield tag, float(row[tag]), offsets[begin][0], offsets[end - 1][1]
+    if not starts:  # sub-words of invisible characters alone stand for nothing
+        return []
+    ends = [*starts[1:], len(offsets)]
+    lengths = np.subtract(ends, starts)
+    if strategy == "first":
+        rows = scores[starts]
+    elif strategy == "average":
+        sums = np.add.reduceat(scores, starts, axis=0)
+        rows = np.divide(sums, lengths[:, None], dtype=np.float32)
+    else:
+        words = np.repeat(np.arange(len(starts)), lengths)
+        rows = scores[np.lexsort((-scores.max(axis=1), words))[starts]]
+    tags, best = rows.argmax(axis=1).tolist(), rows.max(axis=1).tolist()
+    places = zip(starts, ends, strict=True)
+    ranges = [(offsets[start][0], offsets[end - 1][1]) for start, end in places]
+    return [(tag, score, *place) for tag, score, place in zip(tags, best, ranges, strict=True)]
 
 
 def word_starts(item: Tokenized, tokenizer: Tokenizer) -> list[int]:

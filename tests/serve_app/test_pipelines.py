@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from mtl_core.answers import TokenOutput
 from mtl_core.windows import Windows
-from serve_app.pipelines import token_classification
+from serve_app.pipelines import _words, token_classification, word_starts
 from serve_app.schemas import Strategy
 from tests.conftest import SENTENCES
 
@@ -45,6 +45,27 @@ def test_a_text_of_several_windows_is_answered_as_one_window_of_it_would_be(
     found = answer(tokenizer, 24, strategy)
     assert len(found) > 20
     assert found == answer(tokenizer, 1_000, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["first", "average", "max"])
+def test_a_words_tag_is_of_its_first_of_its_mean_or_of_its_surest_piece(
+    strategy: Strategy, tokenizer: Tokenizer
+) -> None:
+    windows = Windows(tokenizer, 1_000)
+    (item,) = windows.split([LONG])
+    length, starts = len(item.placed[0]), word_starts(item, windows.backend)
+    assert len(starts) < length
+    # So coarse that pieces are often as sure as each other: the first of them counts.
+    scores = np.random.default_rng(5).integers(1, 4, (length, 5)).astype(np.float32) / 4
+    rows = {
+        "first": lambda word: word[0],
+        "average": lambda word: word.mean(axis=0),
+        "max": lambda word: word[word.max(axis=1).argmax()],
+    }
+    words = [rows[strategy](word) for word in np.split(scores, starts[1:])]
+    pieces = list(_words(scores, item, strategy, windows.backend))
+    assert [piece[0] for piece in pieces] == [word.argmax() for word in words]
+    np.testing.assert_array_equal([piece[1] for piece in pieces], [word.max() for word in words])
 
 
 def test_tokens_are_numbered_and_named_as_by_the_whole_texts_tokenizer(
