@@ -13,9 +13,14 @@ from pydantic import BaseModel, TypeAdapter
 
 from serve_app.schemas import ErrorReply
 
+OF_THE_PROXY = ("408", "500", "502", "503", "504")
+"""What HAProxy answers itself, too: with an `ErrorReply` on every route."""
+PAGE = {"text/html": {"schema": {"type": "string"}}}
+"""What HAProxy says to a 400, whatever its configuration is (version 2.8)."""
 ERRORS = {
     "400": "The request is no HTTP that can be read.",
     "401": "The API key is missing or wrong.",
+    "403": "No keys are set, and another host was asked for, or another site's page asks.",
     "404": "Unknown task or route.",
     "405": "The route answers another method.",
     "408": "The body took too long to arrive.",
@@ -23,7 +28,9 @@ ERRORS = {
     "422": "The body is not valid.",
     "429": "Overloaded; Retry-After says when to try again.",
     "500": "An error of the server.",
+    "502": "No replica answered; Retry-After says when to try again.",
     "503": "Not ready, or a head is not available.",
+    "504": "No replica answered; Retry-After says when to try again.",
 }
 
 
@@ -95,9 +102,11 @@ def _describe(
             }
         },
     }
-    failure = {"application/json": {"schema": _schema(operation.error, schemas)}}
     for status, description in ERRORS.items():
-        described["responses"][status] = {"description": description, "content": failure}
+        shape = operation.error | ErrorReply if status in OF_THE_PROXY else operation.error
+        failure = {"application/json": {"schema": _schema(shape, schemas)}}
+        content = PAGE if status == "400" else failure
+        described["responses"][status] = {"description": description, "content": content}
     if operation.request is not None:
         body = {"application/json": {"schema": _schema(operation.request, schemas)}}
         described["requestBody"] = {"required": True, "content": body}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from openapi_spec_validator import validate
 from schemathesis import Case, GenerationMode
 
+from serve_app.errors import ApiError, unavailable
+from serve_app.launch import HAPROXY_ERRORS
 from tests.servers import call, local_server
 
 SERVING = Path(__file__).parents[2] / "docs" / "serving.md"
@@ -57,6 +60,20 @@ def test_the_document_is_valid_and_complete(local_url: str) -> None:
     validate(document)
     listed = [(m.upper(), path) for path, methods in document["paths"].items() for m in methods]
     assert sorted(listed) == sorted(ROUTES)
+
+
+@pytest.mark.parametrize("error", [*HAPROXY_ERRORS, unavailable("no replica answered")])
+def test_the_document_allows_what_haproxy_answers_on_every_route(
+    error: ApiError, local_url: str
+) -> None:
+    document = call(f"{local_url}/openapi.json").body
+    validate(document)
+    for method, path in ROUTES:
+        reply = document["paths"][path][method.lower()]["responses"][str(error.status)]
+        schema = {**reply["content"]["application/json"]["schema"], **document}
+        jsonschema.validate(error.body(), schema)
+        replica = error.openai_body() if path == "/v1/embeddings" else error.body()
+        jsonschema.validate(replica, schema)
 
 
 def test_a_key_is_needed_where_the_docs_and_the_document_say_so(

@@ -156,6 +156,18 @@ def test_a_body_that_never_comes_times_out(server: RealServer) -> None:
     assert "10 s" in json.loads(received.partition(b"\r\n\r\n")[2])["error"]
 
 
+def test_what_is_no_http_gets_the_page_that_the_document_tells_of(server: RealServer) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall("GET /predict?task=größe HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        received = connection.makefile("rb").read()
+    head, _, _ = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    described = call(f"{server.url}/openapi.json").body["paths"]["/predict"]["post"]["responses"]
+    (media_type,) = described["400"]["content"]
+    assert f"Content-Type: {media_type}".encode() in head
+
+
 def test_an_id_is_given_back_and_logged_and_texts_are_not(server: RealServer) -> None:
     given = call(f"{server.url}/v1/predict", {"inputs": SECRET}, x_request_id="mine-42")
     assert given.headers["x-request-id"] == "mine-42"
