@@ -27,6 +27,8 @@ from serve_app.requestlog import RequestLog
 from serve_app.settings import Settings
 
 T = TypeVar("T")
+MAX_LISTED = 32_768
+"""Sub-words listed in one reply: each takes some 65 bytes there, and no limit counts replies."""
 INLINE_CHARACTERS = 4_000
 """Texts up to this length in all are tokenised on the event loop: it takes a millisecond or two."""
 
@@ -178,14 +180,13 @@ class Service:
         return answer
 
     async def tokens(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
-        """What `Windows.tokens` gives, within the limits of `answer`.
+        """What `Windows.tokens` gives, within the limits of `answer` and MAX_LISTED.
 
         Raises:
             TextError, TooMany, Overloaded: as `answer`.
         """
-        return await self._tokenize(
-            self.model.stage.windows.tokens, texts, special, self.max_tokens
-        )
+        most = min(self.max_tokens, MAX_LISTED)
+        return await self._tokenize(self.model.stage.windows.tokens, texts, special, most)
 
     async def _tokenize(
         self, tokenize: Callable[..., list[T]], texts: Sequence[str], *more: Any

@@ -50,7 +50,7 @@ class Settings(Config):
     """Characters in one text."""
     max_tokens: int = Field(default=262_144, ge=1)
     """Sub-words the encoder may read for one request: of all windows of its texts where entities
-    are asked for, else of the first of each; at `/tokenize` all of them count."""
+    are asked for, else of the first of each; at `/tokenize` all of them count, up to 32,768."""
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     """Bytes in one request's body."""
     body_timeout_s: float = Field(default=10.0, gt=0)

@@ -376,11 +376,11 @@ def test_other_requests_go_on_while_a_long_text_is_tokenised(model: ServedModel)
 
     async def gaps() -> list[float]:
         turns = [time.perf_counter()]
-        tokens = asyncio.create_task(service.tokens(["wonderfulness " * 14_000], special=True))
+        tokens = asyncio.create_task(service.tokens(["wonderfulness " * 5_000], special=True))
         while not tokens.done():
             await asyncio.sleep(0)
             turns.append(time.perf_counter())
-        assert len(tokens.result()[0]) > 14_000
+        assert len(tokens.result()[0]) > 5_000
         return [later - earlier for earlier, later in pairwise(turns)]
 
     found = asyncio.run(gaps())
