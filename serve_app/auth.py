@@ -6,6 +6,7 @@ import hmac
 import os
 import re
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mtl_core.errors import ConfigError
@@ -13,6 +14,8 @@ from mtl_core.errors import ConfigError
 KEYS_VARIABLE = "MTL_API_KEYS"
 KEY = re.compile(rb"[\x21-\x7e]+")
 """What every client can send."""
+OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d*)?", re.IGNORECASE)
+"""How this machine names itself."""
 GRACE_S = 10.0
 """How long keys count after a look at their file found none: long enough for a file that is being
 written, short enough for an operator who empties or removes it to let nobody in."""
@@ -93,3 +96,15 @@ def bearer(header: str | None) -> str | None:
     """The key of an Authorization header."""
     kind, _, key = (header or "").partition(" ")
     return key.strip() if kind.lower() == "bearer" else None
+
+
+def from_another_site(headers: Mapping[str, str], origins: Collection[str]) -> bool:
+    """Whether a browser of this machine asks for a page from elsewhere, of none of these origins.
+
+    Browsers mark such requests, but where the page's own name was made to lead here (DNS
+    rebinding): then it stands in the Host header.
+    """
+    if not OWN_HOST.fullmatch(headers.get("host", "localhost")):
+        return True
+    marked = headers.get("sec-fetch-site") == "cross-site"
+    return marked and not {"*", headers.get("origin")} & {*origins}

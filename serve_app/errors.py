@@ -43,6 +43,15 @@ def unauthorized(given: bool) -> ApiError:
     )
 
 
+def of_another_site() -> ApiError:
+    return ApiError(
+        403,
+        "Forbidden",
+        "without API keys this server answers this machine, as 127.0.0.1 or localhost, and no page "
+        "of another site: give it keys, name the page's origin in cors_origins, or say --insecure",
+    )
+
+
 def invalid(message: str) -> ApiError:
     return ApiError(422, "Validation", message)
 

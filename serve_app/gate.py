@@ -15,9 +15,16 @@ from starlette.responses import Response
 
 from mtl_core.errors import TextError
 from mtl_core.windows import TooLong, TooMany
-from serve_app.auth import Keys, bearer
+from serve_app.auth import Keys, bearer, from_another_site
 from serve_app.batcher import Overloaded
-from serve_app.errors import ApiError, invalid, overloaded, too_large, unauthorized
+from serve_app.errors import (
+    ApiError,
+    invalid,
+    of_another_site,
+    overloaded,
+    too_large,
+    unauthorized,
+)
 from serve_app.openapi import Operation
 from serve_app.requestlog import RequestLog
 from serve_app.schemas import OpenAIErrorReply
@@ -162,7 +169,7 @@ class Gate:
             reply: Reply | None = None
             try:
                 if not operation.open:
-                    self.check_key(request)
+                    self.check_caller(request)
                 reply = await operation.handler(request)
                 response = reply.response(started)
             except Exception as error:
@@ -173,11 +180,16 @@ class Gate:
 
         return answer
 
-    def check_key(self, request: Request) -> None:
+    def check_caller(self, request: Request) -> None:
+        """Raise ApiError for a wrong key and, where none is needed, for another site's page."""
         if self.keys.required:
             key = bearer(request.headers.get("authorization"))
             if not self.keys.accept(key):
                 raise unauthorized(key is not None)
+        elif not self.settings.insecure and from_another_site(
+            request.headers, self.settings.cors_origins
+        ):
+            raise of_another_site()
 
     def failure(self, error: Exception, request: Request, operation: Operation) -> ApiError:
         """An error as the client sees it."""

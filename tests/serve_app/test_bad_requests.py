@@ -151,6 +151,18 @@ def test_too_many_tokens_are_refused_with_the_limit(path: str, narrow_url: str) 
     assert "tokens; at most 150 are taken: split them over requests" in message(answer)
 
 
+def test_a_listing_of_sub_words_is_no_longer_than_other_replies(local_url: str) -> None:
+    url, most = f"{local_url}/tokenize", 32_768
+    body = {"inputs": ["! " * (most // 2), "! " * (most // 2)], "add_special_tokens": False}
+    answer = call(url, body)
+    assert answer.status == 200
+    assert sum(map(len, answer.body)) == most
+    assert int(answer.headers["content-length"]) < 2_500_000
+    answer = call(url, {"inputs": "! " * 99_000})
+    assert answer.status == 413
+    assert f"at most {most} are taken: split them over requests" in message(answer)
+
+
 def test_pages_of_other_origins_may_ask_only_where_they_are_named(
     artifact: Path, local_url: str
 ) -> None:
@@ -167,6 +179,62 @@ def test_pages_of_other_origins_may_ask_only_where_they_are_named(
             )
             other = {**asked, "origin": "https://evil.example"}
             assert allowed not in call(f"{url}/v1/predict", body, method=method, **other).headers
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/v1/embeddings", "/tokenize"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "localhost:80"}, 200),
+        ({"host": "LOCALHOST"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "rebound.example:8000"}, 403),
+        ({"host": "localhost.rebound.example"}, 403),
+        ({"host": "127.0.0.1.rebound.example"}, 403),
+        ({"host": "192.0.2.1:8000"}, 403),
+        ({"sec_fetch_site": "none"}, 200),
+        ({"sec_fetch_site": "same-origin", "origin": "http://127.0.0.1:8000"}, 200),
+        ({"sec_fetch_site": "same-site", "origin": "http://localhost:3000"}, 200),
+        ({"sec_fetch_site": "cross-site"}, 403),
+        ({"sec_fetch_site": "cross-site", "origin": "null"}, 403),
+        ({"sec_fetch_site": "cross-site", "origin": "https://evil.example"}, 403),
+        ({"sec_fetch_site": "cross-site", "origin": "https://app.example"}, 200),
+    ],
+)
+def test_without_keys_pages_of_other_sites_are_refused(
+    headers: dict[str, str], status: int, path: str, friendly_url: str
+) -> None:
+    answer = call(friendly_url + path, {BODIES[path]: "a"}, content_type="text/plain", **headers)
+    assert answer.status == status
+    if status == 403:
+        assert "give it keys, name the page's origin in cors_origins" in message(answer)
+
+
+@pytest.fixture(scope="module")
+def friendly_url(artifact: Path) -> Iterator[str]:
+    """A server that one other origin may ask."""
+    origins = ("https://app.example",)
+    with local_server(artifact, runtime="torch-fp32", cors_origins=origins) as (url, _):
+        yield url
+
+
+def test_probes_may_name_any_host(local_url: str) -> None:
+    for path in ("/health", "/ready"):
+        assert call(local_url + path, host="10.0.0.5:8000").status == 200
+
+
+def test_with_keys_or_insecure_any_host_may_be_named(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("right\n", encoding="utf-8")
+    options: list[dict[str, Any]] = [
+        {"keys_file": str(tmp_path / "keys")},
+        {"insecure": True},
+        {"cors_origins": ("*",)},
+    ]
+    for option, host in zip(options, ["api.example", "api.example", "localhost"], strict=True):
+        with local_server(artifact, runtime="torch-fp32", **option) as (url, _):
+            asked = {"host": host, "origin": "https://a.example", "sec_fetch_site": "cross-site"}
+            assert call(f"{url}/info", key="right", **asked).status == 200
 
 
 def test_pages_may_send_any_header_and_read_ours(artifact: Path) -> None:
@@ -194,7 +262,7 @@ def test_a_large_body_is_refused_however_it_is_sent(narrow_url: str) -> None:
         f"{len(part):x}\r\n".encode() + part + b"\r\n"
         for part in (body[i : i + 997] for i in range(0, len(body), 997))
     )
-    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     sized = head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
     chunked = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
     for request in (sized, chunked):
@@ -223,7 +291,7 @@ def talk(url: str, pieces: list[bytes], pause: float = 0.0) -> bytes:
 
 
 def test_a_body_that_drips_in_times_out(narrow_url: str) -> None:
-    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
     began = time.monotonic()
     reply = talk(narrow_url, [head, *[b" "] * 8], pause=0.1)
     assert time.monotonic() - began < 5
@@ -243,7 +311,9 @@ def test_a_client_that_leaves_halfway_harms_nobody(narrow_url: str) -> None:
     left, failed = counted(499), counted(500)
     for _ in range(20):
         with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(
+                b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+            )
     assert call(f"{narrow_url}/embed", {"inputs": "a"}).status == 200
     wait_for(lambda: counted(499) == left + 20, 10)
     assert counted(500) == failed

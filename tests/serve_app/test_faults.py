@@ -229,7 +229,7 @@ def post(server: RealServer, body: dict[str, Any]) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
     content = json.dumps(body).encode()
-    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
     connection.sendall(head.encode() + content)
     return connection
 
@@ -391,7 +391,9 @@ async def flood(url: str, bodies: Sequence[bytes], connections: int) -> list[Any
         reader, writer = await asyncio.open_connection(host, int(port))
         while waiting:
             body = waiting.pop()
-            head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = (
+                f"POST /v1/predict HTTP/1.1\r\nHost: [::1]\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
             started = time.perf_counter()
             writer.write(head.encode() + body)
             raw = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
