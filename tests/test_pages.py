@@ -57,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train_jobs").mkdir()
     (folder / "train_jobs/configs").symlink_to(ROOT / "train_jobs/configs")
     (folder / "in.jsonl").write_text('{"text": "The food was cold."}\n', encoding="utf-8")
-    (folder / "keys.txt").write_text("first\n", encoding="utf-8")
+    (folder / ".multitask-ray").mkdir()
+    (folder / ".multitask-ray/api_keys").write_text("first\n", encoding="utf-8")
     labelled = '{"text": "The food was cold.", "sentiment": "negative"}\n'
     (folder / "other.jsonl").write_text(labelled, encoding="utf-8")
     own = yaml.safe_load((ROOT / "train_jobs/configs/demo.yaml").read_text(encoding="utf-8"))
@@ -79,7 +80,8 @@ def test_a_server_answers_until_it_is_stopped(command: str, folder: Path) -> Non
     variables = re.match(r"(?:\w+=\S+ )*", command)
     assert variables
     env = dict(word.split("=", 1) for word in variables[0].split())
-    options = shlex.split(command[variables.end() :].replace("0.0.0.0", "127.0.0.1"))
+    line = command[variables.end() :].replace("0.0.0.0", "127.0.0.1")
+    options = shlex.split(line.replace("~", str(folder)))
     assert options[:4] == ["python", "-m", "serve_app", "--artifact"]
     key = "first" if env or "--keys-file" in options else None
     with real_server(folder / options[4], folder, *options[5:], env=env, cwd=folder) as server:
