@@ -236,9 +236,9 @@ def make_secrets(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     for name in ("ray_token", "api_keys"):
         file = folder / name
-        if not file.exists():
+        if not file.exists() or not file.stat().st_size:  # empty: an earlier call broke off
             file.touch(mode=0o600)
-            file.write_text(secrets.token_hex(32), encoding="utf-8")
+            file.write_text(f"{secrets.token_hex(32)}\n", encoding="utf-8")
             print(f"made {file}")
 
 

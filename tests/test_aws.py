@@ -19,6 +19,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from aws import prepare
+from serve_app.auth import read_keys
 from serve_app.launch import SERVE_ENVIRONMENT
 from tests.commands import ROOT
 
@@ -368,7 +369,22 @@ def test_secrets_are_the_owner_s_alone_and_stay(account: Account) -> None:
     assert Path(in_containers(read())["RAY_AUTH_TOKEN_PATH"]).name in first
     files = (account.folder / ".multitask-ray").iterdir()
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
-    assert not any(secret in account.said for secret in first.values())
+    assert not any(secret.strip() in account.said for secret in first.values())
+
+
+def test_a_key_that_is_added_to_the_file_is_one_more(tmp_path: Path) -> None:
+    prepare.make_secrets(tmp_path)
+    keys = tmp_path / "api_keys"
+    before = read_keys(keys)
+    with keys.open("a", encoding="utf-8") as file:
+        file.write("another\n")
+    assert read_keys(keys) == [*before, b"another"]
+
+
+def test_an_empty_secret_of_a_call_that_broke_off_is_made(tmp_path: Path) -> None:
+    (tmp_path / "ray_token").touch(mode=0o600)
+    prepare.make_secrets(tmp_path)
+    assert (tmp_path / "ray_token").read_text(encoding="utf-8").strip()
 
 
 @pytest.mark.parametrize(
