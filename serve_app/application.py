@@ -36,12 +36,14 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
     args: dict[str, Any] = {"artifact": launch.artifact_path(options.artifact)}
     args |= map(parse_override, options.set)
     if options.keys_file:
-        args["keys_file"] = launch.artifact_path(options.keys_file)
+        args["keys_file"] = os.path.abspath(os.path.expanduser(options.keys_file))
     if options.insecure:
         args["insecure"] = True
     settings = parse_settings(args)
-    keys = Keys(settings.keys_file)
-    if options.host not in LOOPBACK and not keys.required and not settings.insecure:
+    # The file of a config that is written here may be on the cluster alone: replicas read it.
+    keys = Keys(None if options.write_config else settings.keys_file)
+    guarded = keys.required or settings.keys_file or settings.insecure
+    if options.host not in LOOPBACK and not guarded:
         raise ConfigError(
             f"--host {options.host}: others could ask without a key; set {KEYS_VARIABLE} or "
             "--keys-file, or say --insecure"

@@ -147,6 +147,18 @@ def test_a_missing_keys_file_is_named(artifact: Path, tmp_path: Path) -> None:
     assert "nowhere" in message
 
 
+def test_a_config_may_name_a_keys_file_that_only_the_cluster_has(
+    artifact: Path, tmp_path: Path
+) -> None:
+    link, config = tmp_path / "link", tmp_path / "config.yaml"
+    link.symlink_to(tmp_path / "elsewhere")
+    base = ["--artifact", str(artifact), "--host", "0.0.0.0", "--write-config", str(config)]
+    for keys in ("/home/of-the-nodes/secrets/api_keys", str(link)):
+        main([*base, "--keys-file", keys])
+        encoder = yaml.safe_load(config.read_text(encoding="utf-8"))["applications"][0]
+        assert encoder["args"]["keys_file"] == keys
+
+
 def test_a_taken_port_is_named_before_anything_starts(artifact: Path, busy_port: int) -> None:
     message = refused("--artifact", artifact, "--port", str(busy_port))
     assert f"127.0.0.1:{busy_port} cannot be had" in message
