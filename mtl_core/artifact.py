@@ -154,7 +154,7 @@ def parse_manifest(text: bytes, origin: str) -> Manifest:
         content = json.loads(text)
         version = content["schema_version"]
         manifest = Manifest(**content) if version <= SCHEMA_VERSION else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{origin}: damaged: {error!r}") from error
     if manifest is None:
         raise ArtifactError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +116,11 @@ def manifest_of(artifact: str) -> bytes:
 
 def _copy(files: Any, root: str, manifest: bytes, target: Path) -> None:
     """Everything that a manifest names as a folder of this machine, whole or not at all."""
+    from mtl_core.artifact import parse_manifest  # which imports this module
+
+    wanted = parse_manifest(manifest, f"{root}/manifest.json").files
     with atomic_folder(target, replace=False) as partial:
-        for name, expected in json.loads(manifest)["files"].items():
+        for name, expected in wanted.items():
             path = partial / name
             if not path.resolve().is_relative_to(partial.resolve()):
                 raise ArtifactError(f"{root}/{name}: lies outside the artifact")

@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from mtl_core.artifact import SCHEMA_VERSION
 from mtl_core.command import run_command
 from mtl_core.errors import ArtifactError, ConfigError
 from mtl_core.storage import download, fetch, manifest_of
@@ -19,6 +20,12 @@ from tests.small_runs import experiment
 from train_jobs.runs import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+MANIFEST = {
+    "schema_version": SCHEMA_VERSION,
+    "name": "demo",
+    "encoder": {"pooling": "mean", "max_length": 128},
+    **{part: {} for part in ("tasks", "data", "versions")},
+}
 
 
 @pytest.fixture
@@ -71,7 +78,7 @@ def test_a_copy_of_an_artifact_is_whole_or_not_there(
 
     def put(files: Mapping[str, bytes], hashed: Mapping[str, bytes]) -> None:
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in hashed.items()}
-        manifest = json.dumps({"files": hashes}).encode()
+        manifest = json.dumps({**MANIFEST, "files": hashes}).encode()
         store.pipe({f"{root}/{n}": c for n, c in {**files, "manifest.json": manifest}.items()})
 
     def fails(message: str) -> None:
@@ -90,6 +97,28 @@ def test_a_copy_of_an_artifact_is_whole_or_not_there(
     assert {name: (folder / name).read_bytes() for name in contents} == contents
     store.rm(f"{root}/encoder", recursive=True)
     assert fetch(f"memory:/{root}") == folder
+
+
+@pytest.mark.parametrize(
+    ("manifest", "reason"),
+    [
+        ("[]", "damaged"),
+        ("null", "damaged"),
+        ("[" * 100_000, "damaged: RecursionError"),
+        (json.dumps({**MANIFEST, "files": []}), "damaged: 'files' is no mapping"),
+        (json.dumps({"schema_version": SCHEMA_VERSION + 1}), "is newer than this software reads"),
+    ],
+    ids=["list", "null", "nested", "files", "newer"],
+)
+def test_a_manifest_that_cannot_be_read_is_named_by_its_place_before_anything_is_copied(
+    manifest: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path))
+    store, root = fsspec.filesystem("memory"), f"/{tmp_path.name}"
+    store.pipe(f"{root}/manifest.json", manifest.encode())
+    with pytest.raises(ArtifactError, match=f"{root}/manifest.json: .*{reason}"):
+        fetch(f"memory:/{root}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_not_there_is_named(client: Any, tmp_path: Path) -> None:
