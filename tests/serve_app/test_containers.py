@@ -63,9 +63,11 @@ def command(stage: str) -> list[str]:
 def sent_to_the_builder(path: str) -> bool:
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
-    sent = True
+    sent, parts = True, path.split("/")
     for pattern in patterns:
-        if fnmatch(path, pattern.lstrip("!").removeprefix("**/")):
+        name = pattern.lstrip("!").removeprefix("**/")
+        # What holds for a folder holds for what is in it.
+        if any(fnmatch(part, name) for part in (parts if "**/" in pattern else parts[:1])):
             sent = pattern.startswith("!")
     return sent
 
@@ -85,7 +87,9 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
     for source in sources:
         assert (ROOT / source).exists(), source
         assert sent_to_the_builder(source), source
-    assert not any(map(sent_to_the_builder, (".git", ".venv", "runs", "tests", "docker")))
+    left = (".git", ".venv", "runs", "tests", "docker", "mtl_core/data/__pycache__")
+    left += ("notebooks/runs/demo", "notebooks/.ipynb_checkpoints")
+    assert not any(map(sent_to_the_builder, left))
 
 
 def test_packages_are_a_layer_that_other_code_leaves_as_it_is() -> None:
