@@ -65,6 +65,9 @@ SERVE_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # What was given no GPU sees none; else torch may take memory of one for nothing.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # Ray kills a job three seconds after `ray job stop`: too soon for a sweep's report, or for nodes
+    # to be given back.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Must be set where Ray itself is started: here for a local Ray, at `ray start` on a cluster.

@@ -120,3 +120,21 @@ def test_a_ray_that_is_not_there_is_named_at_once(
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_ports(1)[0]}")
     with pytest.raises(ConfigError, match="no Ray listens there"):
         start_ray("127.0.0.1", free_ports(1)[0])
+
+
+def test_a_job_that_is_stopped_has_the_time_to_end_well(cluster: HeadNode, tmp_path: Path) -> None:
+    begun, ended, slow = tmp_path / "begun", tmp_path / "ended", tmp_path / "slow.sh"
+    slow.write_text(
+        f"trap 'sleep 5; touch {ended}; exit' TERM; touch {begun}; while true; do sleep 1; done"
+    )
+
+    def job(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        ray = Path(sys.executable).with_name("ray")
+        return cluster.run(ray, "job", verb, "--address", cluster.dashboard, *arguments)
+
+    submitted = job("submit", "--submission-id", "slow", "--no-wait", "--", "bash", str(slow))
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_for(begun.exists)
+    stopped = job("stop", "slow")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert ended.exists()
