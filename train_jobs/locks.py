@@ -12,9 +12,11 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,21 +70,30 @@ def hold_object(filesystem: Any, path: str, renew: float = RENEW_SECONDS) -> Ite
     when that driver was on this machine its process tells at once.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or took it over meanwhile, which interrupts the
+            block.
     """
+    mine = uuid.uuid4().hex
     try:
-        filesystem.pipe_file(path, _owner().encode(), mode="create")
+        filesystem.pipe_file(path, _owner(mine).encode(), mode="create")
     except OSError as error:  # some stores say that it exists in words of their own
         if not isinstance(error, FileExistsError) and not _content(filesystem, path):
             raise
-        _take_over(filesystem, path, renew)
+        _take_over(filesystem, path, renew, mine)
     done = threading.Event()
+    lost: list[ConfigError] = []
 
     def keep_renewing() -> None:
-        while not done.wait(renew):
+        while not done.wait(renew) and not lost:
             # A store that does not answer must not end the run; the next turn tries again.
             with contextlib.suppress(Exception):
-                filesystem.pipe_file(path, _owner().encode())
+                now = _content(filesystem, path)
+                if mine in now:
+                    filesystem.pipe_file(path, _owner(mine).encode())
+                else:
+                    lost.append(_taken_over(_folder(filesystem, path), now))
+        if lost and not done.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)  # which ends every command as Ctrl-C does
 
     thread = threading.Thread(target=keep_renewing, daemon=True)
     thread.start()
@@ -92,12 +103,15 @@ def hold_object(filesystem: Any, path: str, renew: float = RENEW_SECONDS) -> Ite
         done.set()
         thread.join()
         with contextlib.suppress(Exception):
-            filesystem.rm_file(path)
+            if mine in _content(filesystem, path):
+                filesystem.rm_file(path)
+        if lost:
+            raise lost[0]
 
 
-def _take_over(filesystem: Any, path: str, renew: float) -> None:
+def _take_over(filesystem: Any, path: str, renew: float, mine: str) -> None:
     """Replace a lock whose owner is dead."""
-    folder = str(filesystem.unstrip_protocol(path)).rpartition("/")[0]
+    folder = _folder(filesystem, path)
     earlier = now = _content(filesystem, path)
     end = time.monotonic() + 3 * renew
     while earlier and not _died_here(earlier) and time.monotonic() < end:
@@ -106,12 +120,15 @@ def _take_over(filesystem: Any, path: str, renew: float) -> None:
         if now not in ("", earlier):
             raise _taken(folder, now)
         earlier = now
-    mine = _owner()
-    filesystem.pipe_file(path, mine.encode())
+    filesystem.pipe_file(path, _owner(mine).encode())
     time.sleep(renew / 10)  # two that take over at once: the later write stands
     now = _content(filesystem, path)
-    if now != mine:
+    if mine not in now:
         raise _taken(folder, now)
+
+
+def _folder(filesystem: Any, path: str) -> str:
+    return str(filesystem.unstrip_protocol(path)).rpartition("/")[0]
 
 
 def _content(filesystem: Any, path: str) -> str:
@@ -121,9 +138,9 @@ def _content(filesystem: Any, path: str) -> str:
         return ""
 
 
-def _owner() -> str:
+def _owner(holder: str = "") -> str:
     """Who holds a lock; differs at every call."""
-    here = {"pid": os.getpid(), "host": socket.gethostname(), "pids": _pids()}
+    here = {"pid": os.getpid(), "host": socket.gethostname(), "pids": _pids(), "holder": holder}
     return json.dumps({**here, "time": time.time_ns()})
 
 
@@ -162,9 +179,21 @@ def _died_here(content: str) -> bool:
 
 
 def _taken(folder: str, content: str) -> ConfigError:
-    host, pid, _ = _read_owner(content)
-    who = f"process {pid} on host {host}" if pid is not None else "another process"
     return ConfigError(
-        f"{folder} is in use by {who}, which trains the same name now. Wait for it to end or stop "
-        "it, then run this command to go on; or give this run a name of its own (--set name=…)."
+        f"{folder} is in use by {_who(content)}, which trains the same name now. Wait for it to "
+        "end or stop it, then run this command to go on; or give this run a name of its own "
+        "(--set name=…)."
     )
+
+
+def _taken_over(folder: str, content: str) -> ConfigError:
+    return ConfigError(
+        f"{folder} was taken over by {_who(content)} while this process was silent (asleep, or cut "
+        "off from the store), so this one has ended. When the other has ended, run this command "
+        "to go on."
+    )
+
+
+def _who(content: str) -> str:
+    host, pid, _ = _read_owner(content)
+    return f"process {pid} on host {host}" if pid is not None else "another process"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +180,33 @@ def test_a_store_that_says_otherwise_that_the_lock_is_there_is_understood(
         assert json.loads(filesystem.cat_file(path))["pid"] == os.getpid()
         with pytest.raises(ConfigError, match=f"process {os.getpid()} on host"):
             hold_object(filesystem, path, renew=0.3).__enter__()
+
+
+@pytest.mark.parametrize("now", ["held", "ended"])
+def test_on_an_object_store_a_driver_that_was_taken_over_ends_and_leaves_the_lock_alone(
+    now: str, store: tuple[Any, str]
+) -> None:
+    filesystem, path = store
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as in every command
+    with ExitStack() as block:
+        block.callback(signal.signal, signal.SIGTERM, before)
+        block.enter_context(pytest.raises(ConfigError, match=r"was taken over by (process 7|a)"))
+        block.enter_context(hold_object(filesystem, path, renew=0.1))
+        if now == "held":
+            leave(filesystem, path, "elsewhere", 7, "of another machine")
+        else:
+            filesystem.rm_file(path)
+        time.sleep(20)
+    if now == "held":
+        assert json.loads(filesystem.cat_file(path))["pid"] == 7
+    else:
+        assert not filesystem.exists(path)
+
+
+def test_on_an_object_store_a_driver_that_ends_leaves_another_s_lock(
+    store: tuple[Any, str],
+) -> None:
+    filesystem, path = store
+    with hold_object(filesystem, path):
+        leave(filesystem, path, "elsewhere", 7, "of another machine")
+    assert json.loads(filesystem.cat_file(path))["pid"] == 7
