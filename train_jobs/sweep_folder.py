@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mtl_core.config import dump_experiment
 from mtl_core.errors import ConfigError, DataError
-from train_jobs.folders import NamedFolder, differences
+from train_jobs.folders import LOCK, NamedFolder, differences
 from train_jobs.runs import MACHINE_FIELDS
 from train_jobs.sweep import Plan, Sweep
 
@@ -48,9 +49,16 @@ class SweepFolder(NamedFolder):
         with self.in_words():
             self.check_free()
             begun = self._is_of(plan)
-            if not begun and self.filesystem.exists(self.path) and self.filesystem.ls(self.path):
+            if not begun and self._holds_other():
                 raise ConfigError(f"{self.title} holds something else; choose another name")
         return begun
+
+    def _holds_other(self) -> bool:
+        """Whether anything is here but what a first start that broke off leaves."""
+        if not self.filesystem.exists(self.path):
+            return False
+        names = {Path(path).name for path in self.filesystem.ls(self.path, detail=False)}
+        return bool(names - {LOCK, "sweep.yaml.partial"})
 
     @contextmanager
     def claim(self, plan: Plan, keys: Mapping[str, str] | None = None) -> Iterator[None]:

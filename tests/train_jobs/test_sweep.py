@@ -426,6 +426,23 @@ def test_a_sweep_that_came_in_between_is_not_mixed_with_another(tmp_path: Path) 
     assert SweepFolder(theirs.sweep).check(theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "free"), [("run.lock", True), ("sweep.yaml.partial", True), ("notes.txt", False)]
+)
+def test_a_folder_that_a_start_which_broke_off_left_is_free(
+    name: str, free: bool, tmp_path: Path
+) -> None:
+    plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
+    folder = SweepFolder(plan.sweep)
+    Path(folder.path).mkdir(parents=True)
+    Path(folder.path, name).touch()
+    if free:
+        assert not folder.check(plan)
+    else:
+        with pytest.raises(ConfigError, match="holds something else"):
+            folder.check(plan)
+
+
 def test_a_sweep_does_not_go_on_with_other_texts_than_it_was_begun_with(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
     folder = SweepFolder(plan.sweep)
