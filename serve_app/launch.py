@@ -65,8 +65,8 @@ SERVE_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # What was given no GPU sees none; else torch may take memory of one for nothing.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # Ray kills a job three seconds after `ray job stop`: too soon for a sweep's report, or for nodes
-    # to be given back.
+    # Ray kills a job three seconds after `ray job stop`: too soon for a sweep to report and to
+    # give back its nodes.
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -117,7 +117,7 @@ def start_ray(
     import ray
     from ray import serve
     from ray._private.node import Node
-    from ray.exceptions import RayError
+    from ray.exceptions import AuthenticationError, RayError
     from ray.serve.config import HTTPOptions
 
     address = os.environ.get("RAY_ADDRESS")
@@ -130,7 +130,7 @@ def start_ray(
         else:
             with own_node(Node, scripts), outliving_the_terminal():
                 ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -122,6 +122,14 @@ def test_a_ray_that_is_not_there_is_named_at_once(
         start_ray("127.0.0.1", free_ports(1)[0])
 
 
+def test_a_wrong_token_is_told_in_words(cluster: HeadNode, artifact: Path) -> None:
+    cluster.env["RAY_AUTH_TOKEN"] = "another-token-0123456789"
+    done = cluster.serve_app("--artifact", artifact)
+    assert done.returncode == 1
+    assert f"error: cannot reach the cluster at RAY_ADDRESS={cluster.gcs}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_job_that_is_stopped_has_the_time_to_end_well(cluster: HeadNode, tmp_path: Path) -> None:
     begun, ended, slow = tmp_path / "begun", tmp_path / "ended", tmp_path / "slow.sh"
     slow.write_text(
