@@ -37,7 +37,7 @@ _WHERE = [
     (r"serve shutdown", Tried.CLUSTER),
     (r"ray (up|dashboard|attach|down)\b", Tried.SIMULATED),
     (r"benchmarks|make bench-|tune_configs/all.yaml", Tried.BENCHMARK),
-    (r"s3://|aws\b|ray job|serve deploy|serve status|ray start|/ready", Tried.CLUSTER),
+    (r"s3://|aws\b|ray job|serve deploy|serve status|ray start|ray get-auth|/ready", Tried.CLUSTER),
     (r"(\w+=\S+ )*python -m serve_app (?!.*--(ask|write-config))", Tried.SERVER),
     (r"curl .*/v1/predict", Tried.SERVER),
     (r"python -m (train_jobs|serve_app)|(cp|mv|rm|mkdir|tar|df|du|openssl) ", Tried.READER),
