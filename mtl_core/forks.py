@@ -176,6 +176,8 @@ def own_node(kind: Any, scripts: str | None) -> Iterator[None]:
             "path: put the virtual environment where no folder has a space, quote or bracket"
         )
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one for each CPU, unasked
+    with suppress(OSError):  # for the token, which Ray would let others of this machine read
+        os.mkdir(os.path.expanduser("~/.ray"), mode=0o700)
     begin = kind.__init__
 
     def begin_bare(node: Any, ray_params: Any, **options: Any) -> None:

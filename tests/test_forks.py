@@ -200,3 +200,13 @@ def test_where_a_shell_would_misread_python_s_path_ray_is_not_started_without_fo
     else:
         with pytest.raises(ValueError, match=re.escape(python)), node:
             pass
+
+
+def test_a_folder_for_ray_s_token_is_the_user_s_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "HOME": str(tmp_path)})
+    for _ in range(2):  # a folder that is there stays as it is
+        with forks.own_node(SimpleNamespace(start_api_server=None), "/scripts"):
+            pass
+    assert (tmp_path / ".ray").stat().st_mode & 0o777 == 0o700
