@@ -227,6 +227,14 @@ def test_every_row_has_servers_and_each_side_is_measured_once_a_round() -> None:
     }
 
 
+@pytest.mark.parametrize("row", ["predict", "latency"])
+def test_fastapi_is_measured_in_bf16_too(row: str) -> None:
+    fp32, bf16 = ROWS[row], ROWS[f"{row}-bf16"]
+    assert (bf16.load, bf16.kind) == (fp32.load, fp32.kind)
+    settings = {**SERVERS[fp32.peer].settings, "DTYPE": "bfloat16"}
+    assert SERVERS[bf16.peer].settings == settings
+
+
 def test_agreement_is_over_labels_and_places_not_scores() -> None:
     def answer(label: str, score: float, start: int) -> dict[str, object]:
         entity = {"entity_group": "place", "word": "x", "score": score, "start": start, "end": 9}

@@ -49,6 +49,9 @@ ROWS = {
         "predict, 32 connections", "predict", "ours", "fastapi_processes", "rate", None
     ),
     "latency": Row("predict, 1 connection", "predict_alone", "ours", "fastapi_latency", "p50", 1.0),
+    "latency-bf16": Row(
+        "predict, 1 connection", "predict_alone", "ours", "fastapi_latency_bf16", "p50", None
+    ),
     "lists": Row("predict, 32 sentences a request", "predict_list", "ours", "fastapi", "rate", 3.0),
     "embeddings": Row("embeddings, 32 connections", "embed", "ours", "infinity", "rate", 4.0),
     "heads": Row(

@@ -83,6 +83,9 @@ SERVERS = {
     "ours_in_process": Server("serve_app, heads in the encoder", _in_process, ready="/ready"),
     "fastapi": Server("(a) FastAPI, torch fp32", _fastapi, settings=THROUGHPUT),
     "fastapi_latency": Server("(a) set for latency", _fastapi, settings={"PASSES": "1"}),
+    "fastapi_latency_bf16": Server(
+        "(a) set for latency, in bf16", _fastapi, settings={"PASSES": "1", "DTYPE": "bfloat16"}
+    ),
     "fastapi_bf16": Server("(a) in bf16", _fastapi, settings={**THROUGHPUT, "DTYPE": "bfloat16"}),
     "fastapi_processes": Server("(a) a process a core", _fastapi, settings=PROCESSES),
     "ray_serve": Server("(b) Ray Serve, textbook", _ray_serve),
