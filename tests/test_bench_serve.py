@@ -20,7 +20,7 @@ import pytest
 from benchmarks.serve import __main__ as bench
 from benchmarks.serve import corpus, servers
 from benchmarks.serve.__main__ import Benchmark
-from benchmarks.serve.checks import agreement, utilisation
+from benchmarks.serve.checks import agreement, disagreements, utilisation
 from benchmarks.serve.plan import OFFLINE, ROWS, Row, schedule
 from benchmarks.serve.report import compare, table
 from benchmarks.serve.scores import Scored, complaints
@@ -95,13 +95,78 @@ def test_a_dropped_connection_is_the_server_s_error(listens: bool) -> None:
             Running(listener.getsockname()[1], 0.0).post("/v1/predict", b"{}")
 
 
+SENTENCE = {"mood": {"label": "a", "score": 0.9}}
+WHOLE = {"results": [SENTENCE, SENTENCE]}
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ({**WHOLE, "errors": {"entities": {"code": 503}}}, "tasks without an answer: entities"),
+        ({"results": [SENTENCE]}, "1 answers to 2 texts"),
+        ({"results": [SENTENCE, {}]}, "1 answers to 2 texts"),
+        ({"results": [SENTENCE, {"mood": "a"}]}, "another shape"),
+        ({"outputs": []}, "another shape"),
+        (["a", "b"], "another shape"),
+        ({"data": [{"embedding": [1.0]}, {"embedding": "AAAA"}]}, "another shape"),
+        ({"data": [{"embedding": [1.0]}, {"embedding": []}]}, "1 answers to 2 texts"),
+    ],
+)
+def test_an_answer_in_part_or_of_another_shape_fails_the_server(
+    reply: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its load and after: of the answers meanwhile wrk knows the status alone."""
+    replies: list[Any] = [WHOLE, reply]
+
+    class Answers(Running):
+        def get(self, route: str) -> Any:
+            return {"runtime": "openvino-int8"}
+
+        def post(self, route: str, body: bytes) -> Any:
+            return replies.pop(0)
+
+    sample = Sample(requests=600, seconds=6.0, mean_ms=40.0, p50_ms=41.5, p99_ms=80.25)
+    monkeypatch.setattr(servers, "running", lambda *_: nullcontext(Answers(8000, 1.0)))
+    monkeypatch.setattr(bench, "warm_up", lambda *_: None)
+    monkeypatch.setattr(bench, "drive", lambda *_: sample)
+    monkeypatch.setattr(bench, "DRAIN_SECONDS", 0)
+    measured = Unserved()
+    measured.artifact = measured.folder = Path()
+    measured.bodies, measured.texts, measured.values = {"sentence": Path()}, ["a", "b"], {}
+    with pytest.raises(ServerError, match=reason):
+        Benchmark.serve(measured, "ours", ["predict"])
+    assert not measured.values
+    assert measured.runtimes == {"ours": "openvino-int8"}
+    replies += [WHOLE, WHOLE]
+    Benchmark.serve(measured, "ours", ["predict"])
+    assert measured.values["ours", "predict"][0]["rate"] == 100.0
+
+
+@pytest.mark.parametrize("name", [name for name in SERVERS if name.startswith("ours")])
+def test_ours_stays_on_the_cpus_as_its_peers_do(name: str, tmp_path: Path) -> None:
+    assert dict(pairwise(SERVERS[name].command(tmp_path, 8000)))["--gpus"] == "0"
+
+
+def test_an_artifact_that_peers_cannot_serve_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "heads/topics").mkdir(parents=True)
+    (tmp_path / "heads/topics/head.json").write_text('{"kind": "multilabel"}', encoding="utf-8")
+    words = ["bench", "--only", "offline", "--artifact", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "peers do not serve multilabel tasks, as topics is" in capsys.readouterr().err
+
+
 class Unserved(Benchmark):
     """A benchmark whose servers do not start."""
 
     def __init__(self, *_: object) -> None:
         self.values = {("torch", OFFLINE): rates(20.0), ("ours", OFFLINE): rates(100.0)}
-        self.starts, self.answers, self.failures = {}, {}, {}
+        self.starts, self.runtimes, self.answers, self.failures = {}, {}, {}, {}
         self.lengths = {"offline": [10], "sentence": [10]}
+        self.rounds, self.seconds = 0, 6
 
     def serve(self, name: str, loads: Sequence[str]) -> None:
         raise ServerError(f"{name} did not start")
@@ -122,8 +187,8 @@ def unserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
     monkeypatch.setattr(bench, "versions", lambda rows: {})
 
     def run(error: type[BaseException] | None, *rows: str) -> dict[str, Any]:
-        words = ["--rounds", "1", "--artifact", str(tmp_path), "--output", str(output)]
-        monkeypatch.setattr(sys, "argv", ["bench", "--only", *rows, *words])
+        words = ["--rounds", "1", "--artifact", str(tmp_path), "--output", str(output), "--only"]
+        monkeypatch.setattr(sys, "argv", ["bench", *words, *rows])
         with pytest.raises(error) if error else nullcontext():
             bench.main()
         found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
@@ -145,6 +210,55 @@ def test_what_was_measured_is_kept_when_a_check_fails(
 ) -> None:
     monkeypatch.setattr(bench, "agreement", lambda answers: answers["no such"])
     assert unserved(KeyError, "offline")["samples"]["ours offline"] == rates(100.0)
+
+
+def test_a_peer_that_does_other_work_fails_the_command(
+    unserved: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(self: Unserved, engine: str) -> None:
+        self.values["gemm", OFFLINE] = [{"bf16_square": 400.0, "int8_square": 800.0}]
+        self.answers[f"offline {engine}"] = [[1.0, 0.0]] if engine == "ours" else [[0.0, 1.0]]
+
+    monkeypatch.setattr(Unserved, "offline", offline)
+    found = unserved(SystemExit, "offline")
+    assert found["results"]["offline"]["result"] == 5.0
+    assert found["agreement"]["offline torch"] == {"least_cosine": 0.0}
+
+
+def test_what_earlier_rounds_measured_is_kept(
+    unserved: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(self: Unserved, engine: str) -> None:
+        if self.rounds == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unserved, "offline", offline)
+    found = unserved(KeyboardInterrupt, "offline", "--rounds", "2")
+    assert (found["rounds"], found["samples"]["ours offline"]) == (1, rates(100.0))
+
+
+def test_products_that_cannot_be_measured_leave_out_the_utilisation_alone(
+    unserved: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(self: Unserved, engine: str) -> None:
+        if engine == "gemm":
+            raise LoadError("no int8 products here")
+
+    monkeypatch.setattr(Unserved, "offline", offline)
+    found = unserved(None, "offline")
+    assert found["failures"] == {"gemm": "no int8 products here"}
+    assert (found["utilisation"], found["results"]["offline"]["result"]) == ({}, 5.0)
+
+
+def test_offline_rows_need_no_wrk(
+    unserved: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def require_wrk() -> None:
+        raise LoadError("wrk is not installed")
+
+    monkeypatch.setattr(bench, "require_wrk", require_wrk)
+    assert unserved(None, "offline")["results"]["offline"]["result"] == 5.0
+    assert unserved(SystemExit, "offline", "latency")["results"].keys() == {"offline"}, "of before"
 
 
 def test_versions_are_of_the_commit_and_of_each_side_s_packages(
@@ -251,6 +365,26 @@ def test_agreement_is_over_labels_and_places_not_scores() -> None:
     assert agreement(vectors) == {"offline torch": {"least_cosine": 0.8}}
     vectors = {"embeddings infinity": [[3.0, 4.0]], "embeddings ours": [[1.0, 0.0]]}
     assert agreement(vectors) == {"embeddings infinity": {"least_cosine": 0.6}}
+
+
+def test_a_task_or_a_vector_that_one_side_lacks_is_no_agreement() -> None:
+    mood, both = {"mood": {"label": "a"}}, {"mood": {"label": "a"}, "entities": []}
+    for ours, theirs in ((mood, both), (both, mood)):
+        found = agreement({"ours": [ours], "fastapi": [theirs]})
+        assert found == {"fastapi": {"mood": 1.0, "entities": 0.0}}
+    for vector in ([0.0, 0.0], [1.0], [float("nan"), 1.0]):
+        found = agreement({"offline ours": [[1.0, 0.0]] * 2, "offline torch": [[1.0, 0.0], vector]})
+        assert found == {"offline torch": {"least_cosine": 0.0}}
+
+
+def test_disagreement_is_beyond_what_runtimes_of_less_precision_explain() -> None:
+    alike = {"fastapi": {"mood": 0.9, "entities": 1.0}, "offline torch": {"least_cosine": 0.99}}
+    assert disagreements(alike) == []
+    other = {"fastapi": {"mood": 0.85, "entities": 1.0}, "offline torch": {"least_cosine": 0.98}}
+    assert disagreements(other) == [
+        "fastapi does other work: mood 0.850, at least 0.9",
+        "offline torch does other work: least_cosine 0.980, at least 0.99",
+    ]
 
 
 def test_utilisation_counts_the_operations_of_the_encoder(tmp_path: Path) -> None:

@@ -16,16 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environments import environment, folder_of, packages
 from benchmarks.serve import artifacts, corpus, servers
-from benchmarks.serve.checks import agreement, utilisation
+from benchmarks.serve.checks import agreement, complete, disagreements, utilisation
 from benchmarks.serve.plan import LOADS, OFFLINE, ROWS, Load, Row, schedule
-from benchmarks.serve.report import compare, table
+from benchmarks.serve.report import Values, compare, table
 from benchmarks.serve.wrk import LoadError, drive, require_wrk, warm_up
 
 OFFLINE_SCRIPT = Path(__file__).with_name("offline.py")
@@ -60,38 +61,39 @@ class Benchmark:
         }
         self.values: dict[tuple[str, str], list[dict[str, float]]] = {}
         self.starts: dict[str, list[float]] = {}
+        self.runtimes: dict[str, str] = {}
         self.answers: dict[str, Any] = {}
         self.failures: dict[str, str] = {}
+        self.rounds = 0
 
     def serve(self, name: str, loads: Sequence[str]) -> None:
         """Start a server, put each load on it, stop it."""
         with servers.running(name, self.artifact, self.folder) as server:
             self.starts.setdefault(name, []).append(server.start_seconds)
             log(f"{name}: ready after {server.start_seconds:.1f} s")
+            if name.startswith("ours"):
+                self.runtimes[name] = server.get("/info")["runtime"]
             for key in loads:
                 load = LOADS[key]
                 bodies = self.bodies[load.bodies]
                 self._ask(server, name, load)
-                server.post(load.route, bodies.read_bytes().splitlines()[0])
                 warm_up(server.port, load.route, bodies, load.connections, WARM_UP_SECONDS)
                 time.sleep(DRAIN_SECONDS)
                 sample = drive(server.port, load.route, bodies, load.connections, self.seconds)
+                self._ask(server, name, load)  # wrk looks at statuses only
                 self._add(name, key, {**asdict(sample), "rate": sample.rate})
 
     def _ask(self, server: servers.Running, name: str, load: Load) -> None:
-        """Keep a server's answers of each kind, once."""
+        """Check that a server answers, and keep its first answers of each kind."""
         texts = self.texts[:NUM_COMPARED]
-        if load.bodies == "embed":
-            name = f"embeddings {name}"
-        if name in self.answers:
-            return
-        if load.bodies == "embed":
-            body = json.dumps({"input": texts, "model": corpus.MODEL}).encode()
-            rows = server.post(load.route, body)["data"]
-            self.answers[name] = [row["embedding"] for row in rows]
-        else:
-            body = json.dumps({"inputs": texts}).encode()
-            self.answers[name] = server.post(load.route, body)["results"]
+        embed = load.bodies == "embed"
+        body = {"input": texts, "model": corpus.MODEL} if embed else {"inputs": texts}
+        reply = server.post(load.route, json.dumps(body).encode())
+        try:
+            answers = complete(reply, len(texts))
+        except ValueError as error:
+            raise servers.ServerError(f"POST {load.route} gave {error}") from error
+        self.answers.setdefault(f"embeddings {name}" if embed else name, answers)
 
     def offline(self, engine: str) -> None:
         """Run offline.py, in the environment that has the engine."""
@@ -111,6 +113,10 @@ class Benchmark:
         self.answers.setdefault(f"{OFFLINE} {engine}", result.pop("vectors", None))
         self._add(engine, OFFLINE, result)
 
+    def counted(self) -> Values:
+        """What was measured of servers and engines that never failed."""
+        return {key: found for key, found in self.values.items() if key[0] not in self.failures}
+
     def _add(self, name: str, load: str, values: dict[str, float]) -> None:
         self.values.setdefault((name, load), []).append(values)
         log(f"{name} {load}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -120,15 +126,17 @@ def log(message: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
 
 
-def run_rounds(bench: Benchmark, keys: Sequence[str], rounds: int) -> None:
+def run_rounds(
+    bench: Benchmark, keys: Sequence[str], rounds: int, after_each: Callable[[], object]
+) -> None:
     """Alternate: what went first in one round goes last in the next."""
     rows = [ROWS[key] for key in keys]
     online, offline = schedule(rows, offline=False), schedule(rows, offline=True)
     steps = [("serve", name) for name in online] + [("offline", name) for name in offline]
     for number in range(rounds):
         log(f"round {number + 1} of {rounds}")
-        bench.offline("gemm")
-        for kind, name in steps[:: -1 if number % 2 else 1]:
+        bench.rounds = number + 1
+        for kind, name in [("offline", "gemm"), *steps[:: -1 if number % 2 else 1]]:
             if name in bench.failures:
                 continue
             try:
@@ -137,6 +145,7 @@ def run_rounds(bench: Benchmark, keys: Sequence[str], rounds: int) -> None:
                 # Half a series would pair rounds that do not belong together.
                 bench.failures[name] = str(error)
                 log(f"{name} is left out: {error}")
+        after_each()
 
 
 def main() -> None:
@@ -151,40 +160,54 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="ours with the checked int8 encoder")
     parser.add_argument("--output", type=Path, default=Path("build/bench-serve.json"))
     options = parser.parse_args()
+    rows = {key: ROWS[key] for key in options.only}
     try:
-        require_wrk()
+        if any(row.load != OFFLINE for row in rows.values()):
+            require_wrk()
     except LoadError as error:
         parser.error(str(error))
+    if options.artifact and (tasks := artifacts.multilabel_tasks(options.artifact)):
+        parser.error(f"--artifact: peers do not serve multilabel tasks, as {tasks[0]} is")
     artifact = (options.artifact or artifacts.demo_artifact()).resolve()
     if options.int8:
         artifact = artifacts.int8_artifact(artifact)
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
         bench = Benchmark(artifact, Path(folder), options.seconds, options.texts)
-        run_rounds(bench, options.only, options.rounds)
-    rows = {key: ROWS[key] for key in options.only}
-    values = {k: v for k, v in bench.values.items() if k[0] not in bench.failures}
-    results = {key: compare(row, values) for key, row in rows.items()}
-    content = {
-        "machine": {"cpu": cpu_name(), "cores": servers.CORES, "load": os.getloadavg()},
-        "rounds": options.rounds,
-        "seconds": options.seconds,
-        "results": results,
-        "samples": {f"{name} {load}": v for (name, load), v in bench.values.items()},
-        "start_seconds": bench.starts,
-        "failures": bench.failures,
-    }
-    write(options.output, content)  # what was measured first, whatever becomes of the rest
+        # After each round, whatever becomes of the next.
+        save = partial(save_measured, options.output, bench, rows)
+        run_rounds(bench, options.only, options.rounds, save)
+    content = save()
     content["versions"] = versions(rows.values())
     content["agreement"] = agreement(bench.answers)
-    content["utilisation"] = utilisation(artifact, bench.lengths, bench.values)
+    content["utilisation"] = utilisation(artifact, bench.lengths, bench.counted())
     write(options.output, content)
+    results = content["results"]
     titles = {name: server.title for name, server in servers.SERVERS.items()} | OFFLINE_TITLES
     print("\n".join(table(rows, results, titles)))
     for name in ("utilisation", "agreement", "failures"):
         print(f"\n{name}: {json.dumps(content[name], indent=2)}")
     missing = [key for key, row in rows.items() if row.asked is not None and results[key] is None]
-    if missing:
-        sys.exit(f"not measured: {', '.join(missing)}")
+    wrong = [f"not measured: {', '.join(missing)}"] if missing else []
+    wrong += disagreements(content["agreement"])
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+def save_measured(path: Path, bench: Benchmark, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Write what the rounds so far gave."""
+    counted = bench.counted()
+    content = {
+        "machine": {"cpu": cpu_name(), "cores": servers.CORES, "load": os.getloadavg()},
+        "rounds": bench.rounds,
+        "seconds": bench.seconds,
+        "results": {key: compare(row, counted) for key, row in rows.items()},
+        "samples": {f"{name} {load}": v for (name, load), v in bench.values.items()},
+        "start_seconds": bench.starts,
+        "runtimes": bench.runtimes,
+        "failures": bench.failures,
+    }
+    write(path, content)
+    return content
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:

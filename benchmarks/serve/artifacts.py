@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,15 @@ def demo_artifact() -> Path:
         command += ["--set", f"encoder.max_length={MAX_LENGTH}"]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return folder / "artifact"
+
+
+def multilabel_tasks(artifact: Path) -> list[str]:
+    """Tasks that peers cannot serve."""
+    specs = sorted((artifact / "heads").glob("*/head.json"))
+    kinds = {
+        spec.parent.name: json.loads(spec.read_text(encoding="utf-8"))["kind"] for spec in specs
+    }
+    return [task for task, kind in kinds.items() if kind == "multilabel"]
 
 
 def int8_artifact(artifact: Path) -> Path:

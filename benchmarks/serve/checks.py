@@ -12,6 +12,32 @@ from typing import Any
 from benchmarks.serve.plan import OFFLINE
 from benchmarks.serve.report import Values
 
+LEAST_SHARE = 0.9
+"""Of labels and entities. Runtimes of less precision may differ in a few."""
+LEAST_COSINE = 0.99
+
+
+def complete(reply: Any, count: int) -> list[Any]:
+    """The predictions or vectors of a reply to so many texts.
+
+    Raises:
+        ValueError: it is of another shape, or some of what was asked is missing.
+    """
+    try:
+        if reply.get("errors"):
+            raise ValueError(f"tasks without an answer: {', '.join(reply['errors'])}")
+        if "data" in reply:
+            rows = [row["embedding"] for row in reply["data"]]
+            read = [math.hypot(*row) for row in rows]
+        else:
+            rows = list(reply["results"])
+            read = [[_essence(answer) for answer in row.values()] for row in rows]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"an answer of another shape: {error!r}") from error
+    if len(read) != count or not all(read):
+        raise ValueError(f"{sum(map(bool, read))} answers to {count} texts")
+    return rows
+
 
 def agreement(answers: Mapping[str, Any]) -> dict[str, Any]:
     """How often a peer's label and entities are ours; the least cosine of vectors.
@@ -30,19 +56,35 @@ def agreement(answers: Mapping[str, Any]) -> dict[str, Any]:
         else:
             pairs = list(zip(ours, rows, strict=True))
             found[name] = {
-                task: sum(_essence(a[task]) == _essence(b[task]) for a, b in pairs) / len(pairs)
-                for task in ours[0]
+                task: sum(_essence(a.get(task)) == _essence(b.get(task)) for a, b in pairs)
+                / len(pairs)
+                for task in sorted({task for pair in pairs for row in pair for task in row})
             }
     return found
 
 
+def disagreements(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Where sides did other work, of what `agreement` found."""
+    return [
+        f"{name} does other work: {what} {value:.3f}, at least {least}"
+        for name, values in found.items()
+        for what, value in values.items()
+        if value < (least := LEAST_COSINE if what == "least_cosine" else LEAST_SHARE)
+    ]
+
+
 def _cosine(left: Sequence[float], right: Sequence[float]) -> float:
-    dot = sum(a * b for a, b in zip(left, right, strict=True))
-    return dot / (math.hypot(*left) * math.hypot(*right))
+    """0 where there is none to have: other numbers of dimensions, or no direction."""
+    norms = math.hypot(*left) * math.hypot(*right)
+    if len(left) != len(right) or not 0 < norms < math.inf:
+        return 0.0
+    return sum(a * b for a, b in zip(left, right, strict=True)) / norms
 
 
 def _essence(answer: Any) -> Any:
-    """An answer without its scores, which differ in the last digits."""
+    """An answer without its scores, which differ in the last digits; None if there is none."""
+    if answer is None:
+        return None
     if isinstance(answer, list):
         return [(entity["entity_group"], entity["start"], entity["end"]) for entity in answer]
     return answer["label"]
@@ -54,10 +96,12 @@ def utilisation(
     """What the encoder computes beside what matrix products in bf16 and int8 reach here.
 
     `ceiling` is how many texts a second the matrix units could encode if nothing else took any
-    time: no server can answer more, whatever is asked of it.
+    time: no server can answer more, whatever is asked of it. Empty if products were not measured.
     """
     config = json.loads((artifact / "encoder/config.json").read_text(encoding="utf-8"))
-    products = values[("gemm", OFFLINE)]
+    products = values.get(("gemm", OFFLINE))
+    if not products:
+        return {}
     found = {f"gemm_{name}_gflops": _median(products, name) for name in products[0]}
     best = {k: max(v for n, v in found.items() if k in n) for k in ("bf16", "int8")}
     for name, counts in lengths.items():

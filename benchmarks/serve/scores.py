@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -155,8 +154,7 @@ def ask(name: str, artifact: Path, scored: Scored, folder: Path) -> Served:
             rows: list[Any] = server.post("/v1/predict", body)["results"]
             return rows
 
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/info", timeout=30) as reply:
-            runtime = json.load(reply)["runtime"]
+        runtime = server.get("/info")["runtime"]
         with ThreadPoolExecutor(CONNECTIONS) as threads:
             answers = [row for rows in threads.map(post, lists) for row in rows]
     return scored.count(runtime, answers)

@@ -40,7 +40,9 @@ class Server:
 
 
 def _ours(artifact: Path, port: int) -> list[str]:
-    return [sys.executable, "-m", "serve_app", "--artifact", str(artifact), "--port", str(port)]
+    """On CPUs: peers have nothing else."""
+    command = [sys.executable, "-m", "serve_app", "--artifact", str(artifact)]
+    return [*command, "--port", str(port), "--gpus", "0"]
 
 
 def _fp32(artifact: Path, port: int) -> list[str]:
@@ -100,19 +102,30 @@ class Running:
     port: int
     start_seconds: float
 
+    def get(self, route: str) -> Any:
+        """As `post`."""
+        return self._ask("GET", route)
+
     def post(self, route: str, body: bytes) -> Any:
         """One request.
 
         Raises:
-            ServerError: no answer came, or its status is not 200; a redirect is none either.
+            ServerError: no answer came, it is no JSON, or its status is not 200; a redirect is
+                none either.
         """
+        return self._ask("POST", route, body)
+
+    def _ask(self, method: str, route: str, body: bytes | None = None) -> Any:
         try:
-            status, answer = _request(self.port, "POST", route, body)
+            status, answer = _request(self.port, method, route, body)
         except (OSError, HTTPException) as error:
-            raise ServerError(f"POST {route} gave no answer: {error!r}") from error
+            raise ServerError(f"{method} {route} gave no answer: {error!r}") from error
         if status != 200:
-            raise ServerError(f"POST {route} gave {status}: {answer[:300]!r}")
-        return json.loads(answer)
+            raise ServerError(f"{method} {route} gave {status}: {answer[:300]!r}")
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise ServerError(f"{method} {route} gave no JSON: {answer[:300]!r}") from error
 
 
 @contextmanager
