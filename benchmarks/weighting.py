@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps a round")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: at least 2, which quartiles need")
     disable_progress_bar()
     loop.LOG_EVERY = options.steps
     size = f"training.batch_size={options.batch_size}"

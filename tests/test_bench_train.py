@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks import corpus_size, frozen_sweep, scaling
 from benchmarks.scaling import Machine
@@ -133,6 +136,43 @@ def test_a_sweep_counts_only_if_every_trial_finished(
     monkeypatch.setattr(subprocess, "run", run)
     with nullcontext() if status == "finished" else pytest.raises(SystemExit, match="failed"):
         assert len(frozen_sweep.sweep(2, tmp_path)[1]) == 2
+
+
+def test_a_slice_of_batches_by_length_is_as_many_as_the_trainer_sorts_at_a_time() -> None:
+    (by_length,) = (
+        contender
+        for contender in COMPARISONS["joint"].contenders.values()
+        if "--by-length" in contender.arguments
+    )
+    lengths = torch.randint(5, 30, (12_800,)).tolist()
+    order = get_length_grouped_indices(lengths, 32)  # the Trainer's own
+    slices = [
+        order[n : n + 32 * by_length.steps] for n in range(0, len(order), 32 * by_length.steps)
+    ]
+    means = [np.mean([lengths[text] for text in texts]) for texts in slices]
+    assert max(means) < 1.05 * min(means)
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "reason"),
+    [
+        # Peers have a batch size of their own.
+        ("benchmarks.train.__main__", ["--batch-size", "16"], "unrecognized arguments"),
+        ("weighting", ["--rounds", "1"], "--rounds: at least 2"),
+    ],
+)
+def test_what_could_not_be_compared_is_refused_before_the_work(
+    module: str,
+    words: list[str],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(HERE.parent)  # scripts have their folder first
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main()
+    assert reason in capsys.readouterr().err
 
 
 def test_the_peers_named_in_the_table_exist() -> None:

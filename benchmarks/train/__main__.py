@@ -78,7 +78,8 @@ COMPARISONS = {
             "ours, fp32": ours(*ALL_LEARN, "training.precision=fp32"),
             "Trainer, fp32": Contender("hf_trainer"),
             "Trainer, bf16": Contender("hf_trainer", ("--bf16",)),
-            "Trainer, bf16, by length": Contender("hf_trainer", ("--bf16", "--by-length")),
+            # It sorts the texts of 50 batches at a time, so fewer would be all long or all short.
+            "Trainer, bf16, by length": Contender("hf_trainer", ("--bf16", "--by-length"), 50),
             "plain loop": Contender("plain_loop", steps=6, passes=2),
             "flair": Contender("flair_trainer", steps=10, passes=2, packages="flair.txt"),
         },
@@ -150,27 +151,25 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
     results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for name in options.only:
         comparison = COMPARISONS[name]
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(comparison, options.rounds, options.batch_size, Path(folder))
+            results[name] = measure(comparison, options.rounds, Path(folder))
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print("\n".join(table(comparison, results[name])), end="\n\n", flush=True)
 
 
-def measure(comparison: Comparison, rounds: int, batch_size: int, folder: Path) -> dict[str, Any]:
+def measure(comparison: Comparison, rounds: int, folder: Path) -> dict[str, Any]:
     """Per contender what each round's slice took; the order turns from round to round."""
     config = CONFIGS[comparison.data]
     data = prepare(load_experiment(config))
-    changes = [f"training.batch_size={batch_size}"]
     rows = folder / "rows.npz"
     write_rows(rows, data)
     commands = {
-        name: command(contender, config, data, rows, changes)
+        name: command(contender, config, data, rows, ["training.batch_size=32"])
         for name, contender in comparison.contenders.items()
     }
     tokens = int(data.splits["train"].lengths.sum())
