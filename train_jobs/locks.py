@@ -93,7 +93,7 @@ def hold_object(filesystem: Any, path: str, renew: float = RENEW_SECONDS) -> Ite
                 else:
                     lost.append(_taken_over(_folder(filesystem, path), now))
         if lost and not done.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)  # which ends every command as Ctrl-C does
+            interrupt()
 
     thread = threading.Thread(target=keep_renewing, daemon=True)
     thread.start()
@@ -107,6 +107,11 @@ def hold_object(filesystem: Any, path: str, renew: float = RENEW_SECONDS) -> Ite
                 filesystem.rm_file(path)
         if lost:
             raise lost[0]
+
+
+def interrupt() -> None:
+    """End this process as Ctrl-C does; every command takes SIGTERM so."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _take_over(filesystem: Any, path: str, renew: float, mine: str) -> None:

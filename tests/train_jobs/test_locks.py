@@ -24,6 +24,8 @@ from train_jobs import locks
 from train_jobs.locks import check_file, hold_file, hold_object
 from train_jobs.runs import RunFolder
 
+INTERRUPT = locks.interrupt
+
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -100,8 +102,9 @@ def test_a_run_of_another_configuration_that_came_in_between_is_not_overwritten(
 
 
 @pytest.fixture
-def store(request: pytest.FixtureRequest) -> tuple[Any, str]:
-    """An object store: names to bytes, no locks."""
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
+    """An object store: names to bytes, no locks. A lock that is lost ends no test process."""
+    monkeypatch.setattr(locks, "interrupt", lambda: None)
     filesystem = fsspec.filesystem("memory")
     return filesystem, f"/{request.node.name}/run.lock"
 
@@ -184,9 +187,10 @@ def test_a_store_that_says_otherwise_that_the_lock_is_there_is_understood(
 
 @pytest.mark.parametrize("now", ["held", "ended"])
 def test_on_an_object_store_a_driver_that_was_taken_over_ends_and_leaves_the_lock_alone(
-    now: str, store: tuple[Any, str]
+    now: str, store: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filesystem, path = store
+    monkeypatch.setattr(locks, "interrupt", INTERRUPT)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as in every command
     with ExitStack() as block:
         block.callback(signal.signal, signal.SIGTERM, before)
