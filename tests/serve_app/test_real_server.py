@@ -349,7 +349,7 @@ def test_sigterm_during_the_start_leaves_nothing_behind(artifact: Path, tmp_path
             "interrupted; run the same command again to go on",
         ]
         assert not list(Path(short).glob("mtl-*"))
-    _, alive = psutil.wait_procs(started, timeout=5)
+    _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
 
 

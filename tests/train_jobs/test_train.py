@@ -268,10 +268,10 @@ def test_interrupted_as_its_own_ray_starts_it_leaves_no_process(
 
     family = wait_for(agents, process)
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output
     assert output.splitlines()[-1] == "interrupted; run the same command again to go on"
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
 
 
