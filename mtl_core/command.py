@@ -49,7 +49,8 @@ def run_command(main: Callable[[], None]) -> None:
         os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
+            # A terminal that lacks a sign must not end a run; in a file, too, lines come in order.
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
     except UserError as error:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,8 +19,9 @@ from mtl_core.errors import ConfigError
 from mtl_core.folders import socket_root
 from mtl_core.runtime import usable_cpus
 from mtl_core.storage import fetch, manifest_of, version_of
-from serve_app import launch
+from serve_app import client, launch
 from serve_app.auth import KEYS_VARIABLE, Keys
+from serve_app.environment import set_environment
 from serve_app.settings import ENCODER, ENCODER_CPUS, HEAD_CPUS, LOOPBACK, head_name, parse_settings
 
 EVERYWHERE = "0.0.0.0"
@@ -33,7 +35,7 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
         ConfigError: a setting is wrong, or the port would be open to others without a key.
     """
     check_host(options.host)
-    args: dict[str, Any] = {"artifact": launch.artifact_path(options.artifact)}
+    args: dict[str, Any] = {"artifact": artifact_path(options.artifact)}
     args |= map(parse_override, options.set)
     if options.keys_file:
         args["keys_file"] = os.path.abspath(os.path.expanduser(options.keys_file))
@@ -68,6 +70,11 @@ def serve_config(options: argparse.Namespace) -> dict[str, Any]:
         apps += [head_config(task, options.head_replicas) for task in manifest.tasks]
     http = {"host": options.host, "port": options.port}
     return {"http_options": http, "applications": apps}
+
+
+def artifact_path(artifact: str) -> str:
+    """An artifact as replicas find it: a folder's path in full, a URL as it is."""
+    return artifact if "://" in artifact else str(Path(artifact).expanduser().resolve())
 
 
 def check_host(host: str) -> None:
@@ -170,15 +177,15 @@ def serve_until_stopped(options: argparse.Namespace, scripts: str | None) -> Non
     url = local_url(options)
     # HAProxy's files, sockets with short paths among them.
     with TemporaryDirectory(prefix="mtl-", dir=socket_root(), ignore_cleanup_errors=True) as folder:
-        launch.set_environment(folder)
+        set_environment(folder)
         print("starting Ray and the replicas …", flush=True)
         try:
             launch.start_ray(options.host, options.port, cpus_for(config), scripts)
             share_gpus(config, launch.gpus(), options.gpus)
             launch.deploy(config)
-            launch.wait_until_ready(url)
+            client.wait_until_ready(url)
             if options.ask:
-                launch.ask(url, options.ask, Keys(settings.keys_file).first)
+                client.ask(url, options.ask, Keys(settings.keys_file).first)
                 return
             heads = HeadWatcher(config, options.head_replicas)
             ready = f"ready: {url}  (page, /docs, /v1/predict; Ctrl-C stops)"
@@ -193,14 +200,14 @@ def serve_on_cluster(options: argparse.Namespace) -> None:
     """Bring a cluster to what `serve_config` gives, as `serve deploy` does; leave it running."""
     config = serve_config(options)
     autoscale(config)
-    launch.set_environment()
+    set_environment()
     launch.start_ray(options.host, options.port)
     launch.deploy_on_cluster(config)
     url = local_url(options)
     if options.ask:
-        launch.wait_until_ready(url)
+        client.wait_until_ready(url)
         settings = parse_settings(config["applications"][0]["args"])
-        launch.ask(url, options.ask, Keys(settings.keys_file).first)
+        client.ask(url, options.ask, Keys(settings.keys_file).first)
     print(
         f"deployed on the cluster at {os.environ['RAY_ADDRESS']}, port {options.port}; it goes on "
         "without this command; `serve status` shows it, `serve shutdown` stops it"

@@ -13,7 +13,9 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
+import ray.util
 from ray import serve
+from ray.serve._private import replica
 
 from mtl_core.errors import ArtifactError, ConfigError, UserError
 from mtl_core.runtime import usable_cpus
@@ -24,7 +26,6 @@ from serve_app.gate import Gate
 from serve_app.heads import HeadCall, HeadReplica, HeadUnavailable, LocalHead, RemoteHead
 from serve_app.loaded import ServedModel, current_version, load_artifact
 from serve_app.metrics import Metrics
-from serve_app.ports import bind_replicas_to_their_node
 from serve_app.requestlog import RequestLog
 from serve_app.routes import Routes
 from serve_app.service import Service
@@ -38,8 +39,6 @@ from serve_app.settings import (
     parse_settings,
 )
 
-bind_replicas_to_their_node()  # at import: Serve opens the port before it calls a replica's code
-
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's own lines for every call are left out: RequestLog says more and costs less."""
 RETRY_REFUSED_S = 60.0
@@ -47,6 +46,25 @@ READY_FOR_S = 1.0
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 10.0
 """A replica that died is replaced within seconds, before calls to it time out; one that hangs
 within half a minute."""
+
+
+def bind_replicas_to_their_node() -> None:
+    """Let a replica take calls on its node's address alone, where Serve binds to every one.
+
+    These calls are pickled: where RAY_AUTH_MODE is disabled, whoever reaches the port could run
+    code. The other replicas use that address, and for a Ray that was started here it is 127.0.0.1.
+    """
+    patched: Any = replica
+    bind = patched.add_port_to_grpc_server
+
+    def bind_to_node(server: Any, address: str) -> Any:
+        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return bind(server, address.replace("[::]", f"[{host}]" if ":" in host else host))
+
+    patched.add_port_to_grpc_server = bind_to_node
+
+
+bind_replicas_to_their_node()  # at import: Serve opens the port before it calls a replica's code
 
 
 def remote_call(task: str) -> Callable[..., Any]:

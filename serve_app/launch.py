@@ -2,102 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import select
 import signal
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from mtl_core.errors import ConfigError
 from mtl_core.forks import end, own_node
-from serve_app.errors import ApiError
-from serve_app.ports import HAPROXY_VARIABLE, haproxy_files, haproxy_script, own_haproxy_ports
-
-RETRY_ON = "conn-failure empty-response"
-BODY_TIMEOUT_S = 10
-HAPROXY_ERRORS = (
-    ApiError(408, "Validation", f"the body did not arrive in {BODY_TIMEOUT_S} s"),
-    ApiError(500, "Backend", "an error of the proxy; its log has the details"),
-)
-HAPROXY_DEFAULTS = f"""{RETRY_ON}
-    option http-buffer-request
-    timeout http-request {BODY_TIMEOUT_S}s
-    option http-ignore-probes""" + "".join(
-    f"\n    http-error status {error.status} content-type application/json string "
-    f"'{json.dumps(error.body())}'"
-    for error in HAPROXY_ERRORS
-)
-"""HAProxy sends again only what it had whole when it began to send, and clients often send body and
-headers apart: so it waits for the body, and then for no longer than a replica would. Serve has no
-setting for these options; they follow on lines of their own where it writes a value of its own."""
-SERVE_ENVIRONMENT = {
-    # HAProxy in front and one event loop a replica: nine times the requests of Serve's defaults.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # A batch's token states are larger than gRPC's 4 MB.
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 1024 * 1024),
-    # Requests change nothing, so one whose replica died is sent to another. A 503 is an answer:
-    # a head that hangs would be asked five times over.
-    "RAY_SERVE_HAPROXY_RETRY_ON": HAPROXY_DEFAULTS,
-    "RAY_SERVE_HAPROXY_INGRESS_RETRY_ON": RETRY_ON,
-    "RAY_SERVE_HAPROXY_RETRIES": "5",
-    # What can be sent again must fit HAProxy's buffer.
-    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),
-    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    # A client that stops reading its answer is let go; the time an answer takes does not count.
-    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
-    # A HAProxy that died is replaced after three checks: in seconds, not half a minute.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # Replicas log to files that Ray lets grow for ever unless it is told a size.
-    "RAY_ROTATION_MAX_BYTES": str(64 * 1024 * 1024),
-    "RAY_ROTATION_BACKUP_COUNT": "4",
-    # Ray runs its workers at nice 15, which starves them beside anything else on a small machine.
-    "RAY_worker_niceness": "0",
-    # What was given no GPU sees none; else torch may take memory of one for nothing.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # Ray kills a job three seconds after `ray job stop`: too soon for a sweep to report and to
-    # give back its nodes.
-    "RAY_JOB_STOP_WAIT_TIME_S": "60",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""Must be set where Ray itself is started: here for a local Ray, at `ray start` on a cluster.
-`python -m serve_app.environment` starts it so."""
-LOCAL_ENVIRONMENT = {
-    # A proxy that is not ready by then is ended, and the start with it: on a busy machine five
-    # seconds, the default, are too few.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
-    # With one node no load balancer elsewhere has to notice that a replica is going.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-    # Ray's own ports on the loopback address, as on the platforms that it is named for.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
-
-
-def set_environment(folder: str | None = None) -> None:
-    """Set what Serve reads at import; what the user set stays.
-
-    `folder` is for HAProxy's files, where Ray is started here; None for a cluster.
-
-    Raises:
-        ConfigError: Ray is started here, and there is no HAProxy.
-    """
-    chosen = dict(SERVE_ENVIRONMENT)
-    if folder is not None:
-        chosen |= {**LOCAL_ENVIRONMENT, **own_haproxy_ports(), **haproxy_files(folder)}
-        if HAPROXY_VARIABLE not in os.environ:
-            chosen[HAPROXY_VARIABLE] = haproxy_script(loopback=True)
-    for name, value in chosen.items():
-        os.environ.setdefault(name, value)
 
 
 def start_ray(
@@ -377,58 +295,3 @@ def check_port(host: str, port: int) -> int:
                 f"--port: {host}:{port} cannot be had: {error.strerror}; stop what listens there, "
                 "or choose another port"
             ) from error
-
-
-def artifact_path(artifact: str) -> str:
-    """An artifact as replicas find it: a folder's path in full, a URL as it is."""
-    return artifact if "://" in artifact else str(Path(artifact).expanduser().resolve())
-
-
-def request(url: str, body: object = None, key: str | None = None) -> Any:
-    """One HTTP request's JSON reply."""
-    headers = {"content-type": "application/json"}
-    if key:
-        headers["authorization"] = f"Bearer {key}"
-    data = None if body is None else json.dumps(body).encode()
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # despite http_proxy
-    with direct.open(urllib.request.Request(url, data, headers), timeout=60) as reply:
-        return json.load(reply)
-
-
-def wait_until_ready(url: str, timeout_s: float = 60.0) -> None:
-    """Return once every deployment answers.
-
-    Raises:
-        ConfigError: it does not within the time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            request(f"{url}/ready")
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ConfigError(f"{url} is not ready after {timeout_s:g} s: {error}") from error
-            time.sleep(0.1)
-
-
-def ask(url: str, text: str, key: str | None) -> None:
-    """Ask one question over HTTP and print question and reply.
-
-    Raises:
-        ConfigError: the server refuses it; the message is its own.
-    """
-    body = {"inputs": text}
-    print(f"POST {url}/v1/predict {json.dumps(body, ensure_ascii=False)}")
-    try:
-        reply = request(f"{url}/v1/predict", body, key)
-    except urllib.error.HTTPError as error:
-        raise ConfigError(f"--ask: {refusal(error)}") from error
-    print(json.dumps(reply, indent=2, ensure_ascii=False))
-
-
-def refusal(error: urllib.error.HTTPError) -> str:
-    """What the server says is wrong; its status where that is not JSON of ours."""
-    with suppress(ValueError, LookupError, TypeError):
-        return str(json.load(error)["error"])
-    return str(error)

@@ -26,7 +26,7 @@ import psutil
 import yaml
 
 from mtl_core.forks import end
-from serve_app.ports import free_ports
+from serve_app.haproxy import free_ports
 from tests import preloaded
 from tests.commands import ROOT
 from tests.head_node import RAY_START

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of commands that tests start, too
 gc.set_threshold(100_000, 50, 50)  # else it goes through all that libraries hold, again and again
 _SESSION_CACHE = tempfile.TemporaryDirectory(prefix="mtl-cache-")
 os.environ["MTL_CACHE"] = _SESSION_CACHE.name

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from serve_app.ports import free_ports, own_haproxy_ports
+from serve_app.haproxy import free_ports, own_haproxy_ports
 from tests import preloaded
 from tests.commands import ROOT
 from tests.servers import wait_for

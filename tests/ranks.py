@@ -28,7 +28,7 @@ from mtl_core.loop import fit
 from mtl_core.shared_gradients import SharedGradients
 from mtl_core.state import TrainState
 from mtl_core.world import World
-from serve_app.ports import free_ports
+from serve_app.haproxy import free_ports
 from tests.small_runs import first_gradients, weights
 
 STEPS = 20

@@ -25,10 +25,10 @@ from starlette.routing import Mount
 from serve_app.app import build_app
 from serve_app.auth import Keys
 from serve_app.gate import Gate
+from serve_app.haproxy import free_ports
 from serve_app.heads import HeadCall, LocalHead
 from serve_app.loaded import load_artifact
 from serve_app.metrics import Metrics
-from serve_app.ports import free_ports
 from serve_app.requestlog import RequestLog
 from serve_app.routes import Routes
 from serve_app.service import Service

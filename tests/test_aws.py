@@ -20,7 +20,7 @@ from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from aws import prepare
 from serve_app.auth import read_keys
-from serve_app.launch import SERVE_ENVIRONMENT
+from serve_app.environment import SERVE_ENVIRONMENT
 from tests.commands import ROOT
 
 moto = pytest.importorskip("moto", reason="moto is not installed")

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 
-from serve_app.ports import free_ports
+from serve_app.haproxy import free_ports
 from tests.commands import ROOT, environment
 from tests.head_node import HeadNode, head_node
 from tests.pages import Tried, tried_in

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.environments import environment
 from benchmarks.serve import corpus
-from serve_app.ports import free_ports
+from serve_app.haproxy import free_ports
 
 INFINITY = Path(__file__).with_name("infinity.txt")
 START_SECONDS = 240

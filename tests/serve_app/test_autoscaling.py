@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from serve_app.__main__ import main
-from serve_app.launch import SERVE_ENVIRONMENT
-from serve_app.ports import HAPROXY_VARIABLE, free_ports, haproxy_script, own_haproxy_ports
+from serve_app.environment import SERVE_ENVIRONMENT
+from serve_app.haproxy import HAPROXY_VARIABLE, free_ports, haproxy_script, own_haproxy_ports
 from tests import preloaded
 from tests.clusters import AutoscalingCluster, autoscaling_cluster
 from tests.servers import Answer, call

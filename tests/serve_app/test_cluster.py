@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from mtl_core.predictor import Predictor
-from serve_app.launch import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
-from serve_app.ports import HAPROXY_VARIABLE, free_ports, haproxy_script
+from serve_app.environment import LOCAL_ENVIRONMENT, SERVE_ENVIRONMENT
+from serve_app.haproxy import HAPROXY_VARIABLE, free_ports, haproxy_script
 from tests import preloaded
 from tests.head_node import HeadNode, head_node
 from tests.servers import Answer, call, wait_for
@@ -77,12 +77,13 @@ def test_serve_deploy_and_the_command_bring_a_cluster_to_what_they_are_told(
 UNGUARDED = """
 import sys
 from serve_app import launch
+from serve_app.environment import set_environment
 from serve_app.settings import ENCODER
 
 artifact, port, scripts, folder = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 app = {"name": ENCODER, "route_prefix": "/", "deployments": [{"name": ENCODER}]}
 app["args"] = {"artifact": artifact, "heads": "in_process"}
-launch.set_environment(folder)
+set_environment(folder)
 try:
     launch.start_ray("0.0.0.0", port, 4, scripts)
     launch.deploy({"applications": [app]})

@@ -21,12 +21,12 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from mtl_core.errors import ArtifactError, ConfigError
-from serve_app import launch
+from serve_app import client, launch
 from serve_app.__main__ import main
 from serve_app.application import share_gpus
 from serve_app.auth import KEYS_VARIABLE
 from serve_app.deployments import encoder_app, head_app
-from serve_app.ports import free_ports, haproxy_files
+from serve_app.haproxy import free_ports, haproxy_files
 from tests import preloaded
 from tests.servers import local_server
 
@@ -191,7 +191,7 @@ def test_it_asks_its_own_server_whatever_proxy_the_environment_names(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setattr("urllib.request._opener", None)  # it keeps what it read once
-    launch.wait_until_ready(local_url, timeout_s=0.0)
+    client.wait_until_ready(local_url, timeout_s=0.0)
 
 
 @pytest.mark.parametrize("cluster", [False, True])
@@ -203,7 +203,8 @@ def test_it_asks_with_a_key_of_its_file_and_tells_why_it_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of a server that runs already; what would start one does nothing."""
-    for name in ("set_environment", "start_ray", "deploy", "deploy_on_cluster", "stop"):
+    monkeypatch.setattr("serve_app.application.set_environment", lambda *_: None)
+    for name in ("start_ray", "deploy", "deploy_on_cluster", "stop"):
         monkeypatch.setattr(launch, name, lambda *_: None)
     monkeypatch.setattr(launch, "gpus", lambda: 0.0)
     monkeypatch.setattr(launch, "check_port", lambda _, port: port)
@@ -402,7 +403,7 @@ def test_the_command_s_are_in_ray_s_folder_too(
         raise ConfigError(folder)
 
     monkeypatch.setattr("serve_app.__main__.forked_workers", nullcontext)
-    monkeypatch.setattr(launch, "set_environment", show)
+    monkeypatch.setattr("serve_app.application.set_environment", show)
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as root:
         monkeypatch.setenv("RAY_TMPDIR", root)
         assert Path(refused("--artifact", artifact, "--port", "0")).parent == Path(root)

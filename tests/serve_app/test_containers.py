@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 import serve_app.__main__
+from serve_app.environment import SERVE_ENVIRONMENT
 from serve_app.errors import unavailable
-from serve_app.launch import SERVE_ENVIRONMENT
-from serve_app.ports import free_ports, haproxy_files
+from serve_app.haproxy import free_ports, haproxy_files
 from tests.servers import call, local_server
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from openapi_spec_validator import validate
 from schemathesis import Case, GenerationMode
 
 from serve_app.errors import ApiError, unavailable
-from serve_app.launch import HAPROXY_ERRORS
+from serve_app.haproxy import HAPROXY_ERRORS
 from tests.servers import call, local_server
 
 SERVING = Path(__file__).parents[2] / "docs" / "serving.md"

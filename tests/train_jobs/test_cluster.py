@@ -16,7 +16,7 @@ import yaml
 
 from mtl_core.config import ScaleConfig
 from mtl_core.errors import ConfigError
-from serve_app.launch import SERVE_ENVIRONMENT
+from serve_app.environment import SERVE_ENVIRONMENT
 from train_jobs import predict, tune
 from train_jobs.cluster import LOCAL_SETTINGS, idle_gpus, ray_cluster, worker_resources
 from train_jobs.search import trials_at_once

@@ -32,7 +32,7 @@ from mtl_core.data.shards import ElsewhereError
 from mtl_core.errors import DataError
 from mtl_core.state import FILES
 from mtl_core.world import World
-from serve_app.ports import free_ports
+from serve_app.haproxy import free_ports
 from tests.small_runs import examples, experiment, write_rows
 from train_jobs import worker
 from train_jobs.runs import RunFolder

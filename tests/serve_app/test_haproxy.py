@@ -16,8 +16,8 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from mtl_core.errors import ConfigError
 from mtl_core.folders import MAX_SOCKET_ROOT
-from serve_app.launch import set_environment
-from serve_app.ports import (
+from serve_app.environment import set_environment
+from serve_app.haproxy import (
     FROM_CLIENTS,
     HAPROXY_VARIABLE,
     free_ports,

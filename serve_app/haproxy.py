@@ -1,13 +1,12 @@
-"""HAProxy as Ray Serve starts it, and the ports that are opened beside the one that was given.
+"""HAProxy, which Ray Serve starts in front of the replicas: its configuration, ports and files.
 
-HAProxy's statistics, and a port of each replica that takes pickled calls from other replicas, are
-bound to every address, and Serve has no option against it: where RAY_AUTH_MODE is disabled, anybody
-who reaches a replica's could run code. The ports of the statistics and of the proxy that HAProxy
-asks while no replica is up are the same in every server; a second server binds them without an
-error, and the clients of one may get the other's answers. A HAProxy that has just started answers
-404 for any route until it is told of an application: at first, on a new node, and after another one
-died. What it says itself when no replica answers is no JSON. And by headers any client tells Serve
-how long to work for it, and has it answer 500 where it cannot decode them.
+Its statistics are bound to every address, and Serve has no option against it. The ports of the
+statistics and of the proxy that HAProxy asks while no replica is up are the same in every server; a
+second server binds them without an error, and the clients of one may get the other's answers. A
+HAProxy that has just started answers 404 for any route until it is told of an application: at
+first, on a new node, and after another one died. What it says itself when no replica answers is no
+JSON. And by headers any client tells Serve how long to work for it, and has it answer 500 where it
+cannot decode them.
 """
 
 from __future__ import annotations
@@ -20,12 +19,28 @@ import shlex
 import shutil
 import socket
 from contextlib import suppress
-from typing import Any
 
 from mtl_core.errors import ConfigError
 from mtl_core.folders import cache_root
-from serve_app.errors import unavailable
+from serve_app.errors import ApiError, unavailable
 
+RETRY_ON = "conn-failure empty-response"
+BODY_TIMEOUT_S = 10
+HAPROXY_ERRORS = (
+    ApiError(408, "Validation", f"the body did not arrive in {BODY_TIMEOUT_S} s"),
+    ApiError(500, "Backend", "an error of the proxy; its log has the details"),
+)
+HAPROXY_DEFAULTS = f"""{RETRY_ON}
+    option http-buffer-request
+    timeout http-request {BODY_TIMEOUT_S}s
+    option http-ignore-probes""" + "".join(
+    f"\n    http-error status {error.status} content-type application/json string "
+    f"'{json.dumps(error.body())}'"
+    for error in HAPROXY_ERRORS
+)
+"""HAProxy sends again only what it had whole when it began to send, and clients often send body and
+headers apart: so it waits for the body, and then for no longer than a replica would. Serve has no
+setting for these options; they follow on lines of their own where it writes a value of its own."""
 QUIET_PORTS = range(20_000, 30_000)
 HAPROXY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 NOT_YET = json.dumps(unavailable("the server has just started; try again").body())
@@ -133,21 +148,3 @@ def haproxy_files(folder: str) -> dict[str, str]:
         "SERVER_STATE_FILE": "/server-state",
     }
     return {f"RAY_SERVE_HAPROXY_{name}": folder + file for name, file in files.items()}
-
-
-def bind_replicas_to_their_node() -> None:
-    """Let a replica take calls on its node's address alone; called where replicas start.
-
-    The other replicas use that address, and for a Ray that was started here it is 127.0.0.1.
-    """
-    import ray.util
-    from ray.serve._private import replica
-
-    patched: Any = replica
-    bind = patched.add_port_to_grpc_server
-
-    def bind_to_node(server: Any, address: str) -> Any:
-        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return bind(server, address.replace("[::]", f"[{host}]" if ":" in host else host))
-
-    patched.add_port_to_grpc_server = bind_to_node
