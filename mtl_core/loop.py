@@ -25,7 +25,7 @@ from mtl_core.config import Experiment
 from mtl_core.data.batching import Rows, Schedule, collate, deal
 from mtl_core.data.encoding import EncodedSplit
 from mtl_core.data.prepare import Data
-from mtl_core.data.shards import ShardLoader, Whole
+from mtl_core.data.shards import ShardLoader, Unsharded
 from mtl_core.dropout import QuickDropout
 from mtl_core.errors import TrainingError
 from mtl_core.evaluation import evaluate
@@ -93,9 +93,9 @@ class _Run:
         assert state.optimizer is not None
         self.model, self.optimizer = state.model, state.optimizer
         self.weighting = state.model.weighting
-        self.parts: Whole | ShardLoader
+        self.parts: Unsharded | ShardLoader
         if data.shards is None:
-            self.parts = Whole(data.splits["train"])
+            self.parts = Unsharded(data.splits["train"])
         else:
             key = data.keys["train"]
             self.parts = ShardLoader(experiment, data.shards, key, data.labels, world)

@@ -76,7 +76,7 @@ class Windows:
         texts: Sequence[str],
         most: int | None = None,
         states: bool = True,
-        whole: bool = False,
+        truncate: bool = True,
     ) -> list[Tokenized]:
         """Sub-words of each text, those beyond the model's reach in overlapping windows.
 
@@ -84,11 +84,11 @@ class Windows:
             texts: any number.
             most: how many sub-words are taken; what follows the text that exceeds it is not read.
             states: keep every window; else the first alone, as where no states are wanted.
-            whole: refuse texts beyond the first window.
+            truncate: take texts beyond the first window; else they are refused.
 
         Raises:
             TextError: a text is empty, blank or no valid Unicode.
-            TooLong: see `whole`.
+            TooLong: see `truncate`.
             TooMany: see `most`.
         """
         for number, text in enumerate(texts):
@@ -101,7 +101,7 @@ class Windows:
         encodings = encoded(self.backend, texts, most is None)
         for text, encoding in zip(texts, encodings, strict=True):
             more = encoding.overflowing
-            if whole and more:
+            if more and not truncate:
                 raise TooLong(
                     f"input {len(items) + 1} has more than the {self.max_length} tokens that the "
                     "model reads at once"

@@ -36,7 +36,7 @@ class CompatibleRoutes:
         if not isinstance(asked.input, str) and any(not isinstance(t, str) for t in asked.input):
             raise invalid("input: send text; token ids of other models mean nothing here")
         texts = self.gate.texts(asked.input, "input")  # type: ignore[arg-type]
-        answer = await self.service.answer(texts, (), whole=not asked.truncate)
+        answer = await self.service.answer(texts, (), truncate=asked.truncate)
         vectors = self.shorten(answer.vectors(), asked.dimensions)
         as_text = asked.encoding_format == "base64"
         data = [
@@ -59,7 +59,7 @@ class CompatibleRoutes:
         """Sentence vectors in the shape of Text Embeddings Inference."""
         asked = await self.gate.parse(request, schemas.EmbedRequest)
         answer = await self.service.answer(
-            self.gate.texts(asked.inputs), (), whole=not asked.truncate
+            self.gate.texts(asked.inputs), (), truncate=bool(asked.truncate)
         )
         if asked.normalize:
             return Reply(self.shorten(answer.vectors(), asked.dimensions), answer)
@@ -77,7 +77,7 @@ class CompatibleRoutes:
         texts = self.gate.texts(
             [entry[0] if isinstance(entry, list) else entry for entry in listed]
         )
-        answer = await self.service.answer(texts, (task,), whole=not asked.truncate)
+        answer = await self.service.answer(texts, (task,), truncate=bool(asked.truncate))
         self.one_task(answer)
         rows = [by_probability(item["scores"]) for item in self.labels(answer, task)]
         return Reply(rows[0] if single else rows, answer)
@@ -125,7 +125,7 @@ class CompatibleRoutes:
             texts,
             (task,),
             all_tags=strategy in ("first", "average", "max"),
-            whole=not options.truncation,
+            truncate=options.truncation,
         )
         self.one_task(answer)
         if answer.model.heads[task].level == "sentence":

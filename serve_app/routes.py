@@ -52,7 +52,7 @@ class Routes:
         texts = self.gate.texts(asked.inputs)
         tasks = self.gate.tasks(asked.tasks)
         answer = await self.service.answer(
-            texts, tasks, whole=not asked.truncate, vectors=asked.return_embeddings
+            texts, tasks, truncate=asked.truncate, vectors=asked.return_embeddings
         )
         failures = answer.failures
         if failures and len(failures) == len(tasks):
@@ -78,7 +78,7 @@ class Routes:
         """Cosines between the vectors of texts."""
         asked = await self.gate.parse(request, schemas.SimilarityRequest)
         answer = await self.service.answer(
-            self.gate.texts(asked.inputs), (), whole=not asked.truncate
+            self.gate.texts(asked.inputs), (), truncate=asked.truncate
         )
         vectors = answer.vectors()
         cosines = np.clip(vectors @ vectors.T, -1.0, 1.0)

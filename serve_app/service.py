@@ -143,7 +143,7 @@ class Service:
         texts: Sequence[str],
         tasks: Sequence[str],
         all_tags: bool = False,
-        whole: bool = False,
+        truncate: bool = True,
         vectors: bool = False,
     ) -> Answer:
         """Answer texts for tasks; none for their vectors alone.
@@ -152,12 +152,13 @@ class Service:
             texts: one or more.
             tasks: known tasks.
             all_tags: give token heads' probabilities of every tag.
-            whole: refuse texts beyond the model's window where only their beginning would count.
+            truncate: let the beginning of a text beyond the model's window stand for it where only
+                the beginning would count; else such a text is refused.
             vectors: their vectors are wanted beside the tasks.
 
         Raises:
             TextError: a text is blank or no valid Unicode.
-            TooLong: see `whole`.
+            TooLong: see `truncate`.
             TooMany: they have more sub-words than a request may have.
             Overloaded: too much waits already.
         """
@@ -166,7 +167,7 @@ class Service:
         want_states = any(model.heads[task].level == "token" for task in tasks)
         pooled = vectors or not tasks
         cut = pooled or any(model.heads[task].level == "sentence" for task in tasks)
-        asked = (self.max_tokens, want_states, whole and cut)
+        asked = (self.max_tokens, want_states, truncate or not cut)
         items = await self._tokenize(model.stage.windows.split, texts, *asked)
         tokenize = time.perf_counter() - started
         beginnings = [number for number, item in enumerate(items) if cut and item.long]

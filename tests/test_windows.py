@@ -137,7 +137,7 @@ def test_what_is_refused_is_not_read_to_its_end(bert: Tokenizer) -> None:
         windows.tokens(texts, most=12)
     assert len(backend.texts) == len(untruncated.texts) == 3
     with pytest.raises(TooLong, match="input 2 has more than the 16 tokens"):
-        windows.split(["a", long, *texts], 1_000, whole=True)
+        windows.split(["a", long, *texts], 1_000, truncate=False)
     assert len(backend.texts) == 3 + 2
     items = windows.split([long] * 9, 9 * 16, states=False)
     assert [item.num_tokens for item in items] == [16] * 9

@@ -29,17 +29,17 @@ from train_jobs.runs import RunFolder
 from train_jobs.sweep import Plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_page import pair_name, render_page
-from train_jobs.trials import ALONE, BASE, BEST, objective_key, objective_keys
+from train_jobs.trials import ALONE, BASE, BEST, TrialResult, objective_key, objective_keys
 
 SUMMARY = "summary.json"
-Rows = list[dict[str, Any]]
+Results = Sequence[TrialResult]
 
 
 def write_report(
     plan: Plan,
     folder: SweepFolder,
-    results: Mapping[str, Rows],
-    best: Mapping[str, Any] | None,
+    results: Mapping[str, Results],
+    best: TrialResult | None,
     seconds: Mapping[str, float],
 ) -> None:
     """Write all that is known so far into the sweep's folder.
@@ -57,7 +57,7 @@ def write_report(
     summary: dict[str, Any] = {
         "name": plan.sweep.name,
         "objective": list(plan.sweep.objectives),
-        "phases": {phase: _counts(rows) for phase, rows in results.items()},
+        "phases": {phase: _counts(trials) for phase, trials in results.items()},
         "seconds": dict(seconds),
         "compared": compared,
         "splits": splits,
@@ -68,14 +68,14 @@ def write_report(
         "best": None,
     }
     if best is not None:
-        experiment = plan.experiment(best["config"])
+        experiment = plan.experiment(best.config)
         experiment = experiment.model_copy(update={"name": f"{plan.sweep.name}-best"})
         folder.set_best(dump_experiment(experiment))
         summary["best"] = {
-            "trial": best["trial"],
-            "settings": plan.settings(best["config"]),
+            "trial": best.trial,
+            "settings": plan.settings(best.config),
             "objective": _objectives(plan, best),
-            "validation": primary_scores(best["metrics"], "validation"),
+            "validation": primary_scores(best.metrics, "validation"),
         }
         if "best" in results:
             _publish(plan, folder, experiment, results["best"])
@@ -86,14 +86,14 @@ def write_report(
     folder.write("report.html", render_page(summary, table, pictures, folder.read("best.yaml")))
 
 
-def trials_table(plan: Plan, results: Mapping[str, Rows]) -> pd.DataFrame:
+def trials_table(plan: Plan, results: Mapping[str, Results]) -> pd.DataFrame:
     """A row for each trial of every phase."""
     rows = []
     for phase, trials in results.items():
         for trial in trials:
-            metrics, config = trial["metrics"], trial["config"]
+            metrics, config = trial.metrics, trial.config
             settings = plan.settings(config) if phase == "search" else dict(config)
-            row = {key: trial[key] for key in ("phase", "trial", "status", "reason")}
+            row = {key: getattr(trial, key) for key in ("phase", "trial", "status", "reason")}
             row |= {k: _cell(v) for k, v in settings.items()}
             if phase == "search":
                 row |= _objectives(plan, trial)
@@ -108,22 +108,22 @@ def trials_table(plan: Plan, results: Mapping[str, Rows]) -> pd.DataFrame:
 
 
 def compared_scores(
-    plan: Plan, results: Mapping[str, Rows]
+    plan: Plan, results: Mapping[str, Results]
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
     """Task → alone, shared, best → score of each seed; and task → the split these are of.
 
     That is test where every run has a score of the task there, else validation.
     """
     ended = [*results.get("baselines", []), *results.get("best", [])]
-    ended = [trial for trial in ended if trial["status"] == "finished"]
+    ended = [trial for trial in ended if trial.is_finished]
     compared: dict[str, dict[str, list[float]]] = {}
     splits: dict[str, str] = {}
     for task in plan.base.tasks:
         cases = {"alone": f"{ALONE}{task}", "shared": BASE, "best": BEST}
-        runs = [trial for trial in ended if trial["config"]["case"] in cases.values()]
-        tested = all(task in primary_scores(trial["metrics"], "test") for trial in runs)
+        runs = [trial for trial in ended if trial.config["case"] in cases.values()]
+        tested = all(task in primary_scores(trial.metrics, "test") for trial in runs)
         splits[task] = "test" if tested else "validation"
-        scored = [(t["config"]["case"], primary_scores(t["metrics"], splits[task])) for t in runs]
+        scored = [(t.config["case"], primary_scores(t.metrics, splits[task])) for t in runs]
         of_cases = {
             name: [scores[task] for found, scores in scored if found == case and task in scores]
             for name, case in cases.items()
@@ -132,7 +132,7 @@ def compared_scores(
     return compared, splits
 
 
-def importance(plan: Plan, trials: Rows) -> dict[str, float]:
+def importance(plan: Plan, trials: Results) -> dict[str, float]:
     """Field → its share in what separates the better trials from the rest, by PED-ANOVA.
 
     Watanabe, Bansal and Hutter, IJCAI 2023, as Optuna has it. Empty with fewer than four trials
@@ -140,8 +140,8 @@ def importance(plan: Plan, trials: Rows) -> dict[str, float]:
     """
     import optuna
 
-    scored = [t for t in trials if objective_key(0) in t["metrics"]]
-    settings = [{k: _cell(v) for k, v in plan.settings(t["config"]).items()} for t in scored]
+    scored = [t for t in trials if objective_key(0) in t.metrics]
+    settings = [{k: _cell(v) for k, v in plan.settings(t.config).items()} for t in scored]
     varied = [
         k for k in (settings[0] if settings else {}) if len({str(s[k]) for s in settings}) > 1
     ]
@@ -169,19 +169,21 @@ def _distribution(values: Sequence[Any], logarithmic: bool) -> Any:
     return FloatDistribution(min(values), max(values), log=logarithmic)
 
 
-def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) -> dict[str, bytes]:
+def draw(
+    plan: Plan, results: Mapping[str, Results], summary: Mapping[str, Any]
+) -> dict[str, bytes]:
     """Name → PNG of every picture that the results allow."""
-    searched = []
+    searched: list[dict[str, Any]] = []
     best = (summary["best"] or {}).get("trial")
     for trial in results.get("search", []):
-        if objective_key(0) in trial["metrics"]:
+        if objective_key(0) in trial.metrics:
             searched.append(
                 {
-                    "best": trial["trial"] == best,
-                    "status": trial["status"],
-                    "seconds": trial["metrics"].get("time_total_s", float("nan")),
-                    "settings": plan.settings(trial["config"]),
-                    "scores": primary_scores(trial["metrics"], "validation"),
+                    "best": trial.trial == best,
+                    "status": trial.status,
+                    "seconds": trial.seconds,
+                    "settings": plan.settings(trial.config),
+                    "scores": primary_scores(trial.metrics, "validation"),
                     "objective": sum(_objectives(plan, trial).values())
                     / len(plan.sweep.objectives),
                 }
@@ -219,48 +221,47 @@ def draw(plan: Plan, results: Mapping[str, Rows], summary: Mapping[str, Any]) ->
         return {path.name: path.read_bytes() for path in sorted(root.glob("*.png"))}
 
 
-def _publish(plan: Plan, folder: SweepFolder, experiment: Experiment, trials: Rows) -> None:
+def _publish(plan: Plan, folder: SweepFolder, experiment: Experiment, trials: Results) -> None:
     """Build the artifact from the weights of the best setting's first seed."""
-    first = next((t for t in trials if t["config"]["seed"] == plan.base.seed), None)
-    if first is None or first["status"] != "finished":
+    first = next((t for t in trials if t.config["seed"] == plan.base.seed), None)
+    if first is None or not first.is_finished:
         return
     place = {"name": folder.name, "output_dir": plan.sweep.output_dir}
     run = RunFolder(experiment.model_copy(update=place))
     run.write_history(_history(trials, BEST))
     with _weights(first, folder).as_directory() as weights:
-        seconds = float(first["metrics"].get("time_total_s", 0.0))
-        build_artifact(Path(weights), experiment, prepare(experiment), run, seconds)
+        build_artifact(Path(weights), experiment, prepare(experiment), run, first.seconds)
 
 
-def _weights(trial: Mapping[str, Any], folder: SweepFolder) -> Any:
+def _weights(trial: TrialResult, folder: SweepFolder) -> Any:
     """Tune's checkpoint of a trial in one process, or the one that its workers wrote."""
-    if trial["checkpoint"] is not None:
-        return trial["checkpoint"]
+    if trial.checkpoint is not None:
+        return trial.checkpoint
     filesystem = None if folder.is_local else PyFileSystem(FSSpecHandler(folder.filesystem))
-    name = Path(trial["metrics"]["checkpoint_path"]).name  # the sweep may have moved since
-    path = f"{folder.path}/workers/{trial['trial']}/{name}"
+    name = Path(trial.metrics["checkpoint_path"]).name  # the sweep may have moved since
+    path = f"{folder.path}/workers/{trial.trial}/{name}"
     return Checkpoint(path, filesystem=filesystem)
 
 
-def _history(trials: Rows, case: str) -> Rows:
+def _history(trials: Results, case: str) -> list[dict[str, Any]]:
     """What the first finished run of a case told on its way."""
     for trial in trials:
-        if trial["status"] == "finished" and trial["config"].get("case") == case:
-            return list(trial["metrics"].get("history", []))
+        if trial.is_finished and trial.config.get("case") == case:
+            return list(trial.metrics.get("history", []))
     return []
 
 
-def _objectives(plan: Plan, trial: Mapping[str, Any]) -> dict[str, float]:
+def _objectives(plan: Plan, trial: TrialResult) -> dict[str, float]:
     objectives = plan.sweep.objectives
-    values = map(trial["metrics"].get, objective_keys(objectives))
+    values = map(trial.metrics.get, objective_keys(objectives))
     return {
         f"objective {name}": float("nan") if value is None else float(value)
         for name, value in zip(objectives, values, strict=True)
     }
 
 
-def _counts(rows: Rows) -> dict[str, int]:
-    states = [row["status"] for row in rows]
+def _counts(trials: Results) -> dict[str, int]:
+    states = [trial.status for trial in trials]
     return {state: states.count(state) for state in dict.fromkeys(states)}
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
-import ray.train
 import torch
 from pyarrow.fs import FileSelector, FileType
 from ray import tune
+from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from mtl_core.config import Experiment, WeightingConfig, dump_experiment
@@ -32,6 +33,33 @@ itself."""
 
 COSINES_EVERY = 10
 """Steps between two looks at the tasks' gradients, in the base experiment's first run."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What became of a trial, as reports have it."""
+
+    phase: str
+    trial: str
+    """Tune's name for it."""
+    status: Literal["finished", "stopped", "failed", "unfinished"]
+    reason: str
+    """Why it failed; "" otherwise."""
+    config: Mapping[str, Any]
+    """What a searcher drew, or a case and a seed of a comparison."""
+    metrics: Mapping[str, Any]
+    """Its last report; empty if there was none."""
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.status == "finished"
+
+    @property
+    def seconds(self) -> float:
+        """How long it ran; NaN without a report."""
+        return float(self.metrics.get("time_total_s", math.nan))
 
 
 class TrialFailed(RuntimeError):
@@ -167,8 +195,8 @@ class TrialSession(WorkerSession):
         self.world = World(device=torch.device("cuda" if use_gpu else "cpu"))
         self.history, self.keep_weights = history, keep_weights
 
-    def checkpoint(self) -> ray.train.Checkpoint | None:
-        found: ray.train.Checkpoint | None = tune.get_checkpoint()
+    def checkpoint(self) -> Checkpoint | None:
+        found: Checkpoint | None = tune.get_checkpoint()
         return None if found is None else first_complete(found)
 
     def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
@@ -186,7 +214,7 @@ class TrialSession(WorkerSession):
             self.history.store()
 
 
-def first_complete(checkpoint: ray.train.Checkpoint) -> ray.train.Checkpoint | None:
+def first_complete(checkpoint: Checkpoint) -> Checkpoint | None:
     """The first complete checkpoint of a trial from this one onwards, or None.
 
     Tune deletes a checkpoint once it has the next, and records only then which one that is: what a
@@ -199,7 +227,7 @@ def first_complete(checkpoint: ray.train.Checkpoint) -> ray.train.Checkpoint | N
     for later in sorted(info.path for info in found if info.base_name >= name):
         files = filesystem.get_file_info([f"{later}/{file}" for file in FILES])
         if all(file.type == FileType.File for file in files):
-            return ray.train.Checkpoint(later, filesystem)
+            return Checkpoint(later, filesystem)
     return None
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from ray import tune
 from ray.exceptions import RayError
@@ -36,6 +36,7 @@ from train_jobs.trials import (
     BEST,
     Job,
     RestoreMissingCheckpoints,
+    TrialResult,
     objective_keys,
     run_trial,
 )
@@ -119,16 +120,16 @@ def run_phases(job: Job, folder: SweepFolder) -> bool:
             that scores 0.
     """
     plan = job.plan
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[TrialResult]] = {}
     seconds: dict[str, float] = {}
-    best: dict[str, Any] | None = None
+    best: TrialResult | None = None
     for phase in PHASES:
         records = phase
         if phase == "best":
             if best is None:
                 raise ConfigError(f"no trial of {folder.title} finished; trials.csv there says why")
-            job = replace(job, best=best["config"])
-            records = f"best-{best['trial']}"  # a search that goes on may find a better one
+            job = replace(job, best=best.config)
+            records = f"best-{best.trial}"  # a search that goes on may find a better one
         cases = _cases(phase, plan)
         if phase != "search" and not cases:
             continue
@@ -199,7 +200,7 @@ def _with_resources(plan: Plan) -> Plan:
 
 def run_phase(
     phase: str, job: Job, space: Mapping[str, Any], folder: SweepFolder, records: str
-) -> tuple[list[dict[str, Any]], bool]:
+) -> tuple[list[TrialResult], bool]:
     """Run a phase's trials, or what is left of them; their results, and whether all ran.
 
     Args:
@@ -234,14 +235,14 @@ def run_phase(
     grid = tune.ResultGrid(analysis)
     pairs = [(trial, grid[number]) for number, trial in enumerate(analysis.trials)]
     # Tune has them in another order once it went on with some, or tried one again.
-    rows = [_row(phase, result, trial) for trial, result in sorted(pairs, key=_drawn_as)]
-    rows = [row for row in rows if row["metrics"] or row["reason"]]  # the others never began
+    found = [_result(phase, result, trial) for trial, result in sorted(pairs, key=_drawn_as)]
+    found = [trial for trial in found if trial.metrics or trial.reason]  # the others never began
     if budget.is_over:
         print(f"{budget.minutes:g} minutes are over; with more the same command goes on")
     expected = sweep.num_trials
     if not searching:
         expected = math.prod(len(values["grid_search"]) for values in space.values())
-    return rows, budget.is_over or _num_ended(rows) >= expected
+    return found, budget.is_over or _num_ended(found) >= expected
 
 
 @contextlib.contextmanager
@@ -263,8 +264,8 @@ def tune_breaking_off() -> Iterator[None]:
         raise TrainingError(f"Ray Tune broke off: {reason}; the same command goes on") from error
 
 
-def _num_ended(rows: Sequence[Mapping[str, Any]]) -> int:
-    return sum(row["status"] != "unfinished" for row in rows)
+def _num_ended(trials: Sequence[TrialResult]) -> int:
+    return sum(trial.status != "unfinished" for trial in trials)
 
 
 def _resources(plan: Plan) -> dict[str, float]:
@@ -284,45 +285,41 @@ def _drawn_as(pair: tuple[Any, tune.Result]) -> int:
     return int(pair[0].experiment_tag.partition("_")[0])
 
 
-def _row(phase: str, result: tune.Result, trial: Any) -> dict[str, Any]:
-    """A trial as a row of the report."""
+def _result(phase: str, result: tune.Result, trial: Any) -> TrialResult:
+    """A trial as the report has it."""
     metrics = dict(result.metrics or {})
-    status = "finished" if metrics.get("finished") else "unfinished"
+    status: Literal["finished", "stopped", "failed", "unfinished"] = "unfinished"
+    reason = ""
     if result.error is not None:
-        status = "failed"
-    elif status == "unfinished" and metrics.get("done"):
+        status, reason = "failed", reason_of(result.error)
+    elif metrics.get("finished"):
+        status = "finished"
+    elif metrics.get("done"):
         status = "stopped"
-    return {
-        "phase": phase,
-        "trial": trial.trial_id,
-        "status": status,
-        "reason": reason_of(result.error) if result.error is not None else "",
-        "config": dict(trial.config),
-        "metrics": metrics,
-        "checkpoint": result.checkpoint,
-    }
+    return TrialResult(
+        phase, trial.trial_id, status, reason, dict(trial.config), metrics, result.checkpoint
+    )
 
 
-def best_trial(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
+def best_trial(trials: Sequence[TrialResult], plan: Plan) -> TrialResult | None:
     """The finished trial with the highest objective, or the highest mean of several; the first of
     equals."""
     keys = objective_keys(plan.sweep.objectives)
-    finished = [row for row in rows if row["status"] == "finished"]
-    found = max(finished, key=lambda r: sum(r["metrics"][key] for key in keys), default=None)
-    return dict(found) if found else None
+    finished = [trial for trial in trials if trial.is_finished]
+    return max(finished, key=lambda trial: sum(trial.metrics[k] for k in keys), default=None)
 
 
-def _scores_alone(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, float]:
+def _scores_alone(trials: Sequence[TrialResult], plan: Plan) -> dict[str, float]:
     """Task → mean validation score over the seeds of its runs alone, if validation has its labels.
 
     Raises:
         ConfigError: the objective is relative to one that is missing, or 0.
     """
     gain = "gain" in plan.sweep.objectives
-    finished = [row for row in rows if row["status"] == "finished"]
+    finished = [trial for trial in trials if trial.is_finished]
     alone = {}
     for task in plan.base.tasks:
-        runs = [row["metrics"] for row in finished if row["config"]["case"] == f"{ALONE}{task}"]
+        runs = [trial.metrics for trial in finished if trial.config["case"] == f"{ALONE}{task}"]
         if gain and not runs:
             raise ConfigError(f"objective: gain needs {task} alone, and no such run finished")
         found = [primary_scores(metrics, "validation") for metrics in runs]

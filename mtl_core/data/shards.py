@@ -240,7 +240,7 @@ class ShardedCorpus:
         return found
 
 
-class Whole:
+class Unsharded:
     """All training texts as the one part of every epoch."""
 
     def __init__(self, split: EncodedSplit) -> None:

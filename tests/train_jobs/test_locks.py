@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from mtl_core.errors import ConfigError
 from train_jobs import locks
 from train_jobs.locks import check_file, hold_file, hold_object
 from train_jobs.runs import RunFolder
-
-INTERRUPT = locks.interrupt
 
 HOLDER = """
 import sys, time
@@ -185,26 +183,46 @@ def test_a_store_that_says_otherwise_that_the_lock_is_there_is_understood(
             hold_object(filesystem, path, renew=0.3).__enter__()
 
 
-@pytest.mark.parametrize("now", ["held", "ended"])
+TAKEN_OVER = """
+import json, sys, time
+import fsspec
+from mtl_core.command import run_command
+from train_jobs.locks import hold_object
+
+def main():
+    store, path = fsspec.filesystem("memory"), "/run.lock"
+    try:
+        with hold_object(store, path, renew=0.1):
+            if sys.argv[1] == "held":
+                store.pipe_file(path, json.dumps({"pid": 7, "host": "elsewhere"}).encode())
+            else:
+                store.rm_file(path)
+            time.sleep(60)
+            print("it went on")
+    finally:
+        print(store.cat_file(path).decode() if store.exists(path) else "no lock")
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("now", "by", "left"),
+    [
+        ("held", "process 7 on host elsewhere", '{"pid": 7, "host": "elsewhere"}'),
+        ("ended", "another process", "no lock"),
+    ],
+)
 def test_on_an_object_store_a_driver_that_was_taken_over_ends_and_leaves_the_lock_alone(
-    now: str, store: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+    now: str, by: str, left: str
 ) -> None:
-    filesystem, path = store
-    monkeypatch.setattr(locks, "interrupt", INTERRUPT)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as in every command
-    with ExitStack() as block:
-        block.callback(signal.signal, signal.SIGTERM, before)
-        block.enter_context(pytest.raises(ConfigError, match=r"was taken over by (process 7|a)"))
-        block.enter_context(hold_object(filesystem, path, renew=0.1))
-        if now == "held":
-            leave(filesystem, path, "elsewhere", 7, "of another machine")
-        else:
-            filesystem.rm_file(path)
-        time.sleep(20)
-    if now == "held":
-        assert json.loads(filesystem.cat_file(path))["pid"] == 7
-    else:
-        assert not filesystem.exists(path)
+    done = subprocess.run(
+        [sys.executable, "-c", TAKEN_OVER, now], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"was taken over by {by}" in done.stderr
+    assert done.stdout.splitlines() == [left]
 
 
 def test_on_an_object_store_a_driver_that_ends_leaves_another_s_lock(

@@ -20,7 +20,7 @@ from train_jobs import sweep, tune
 from train_jobs.space import Parameter
 from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
-from train_jobs.trials import ALONE, Job
+from train_jobs.trials import ALONE, Job, TrialResult
 from train_jobs.trials import BASE as BASELINE
 from train_jobs.tune import _space, best_trial, run_phase, run_phases
 
@@ -539,12 +539,12 @@ def test_trials_are_reported_in_the_order_in_which_they_were_drawn(
     monkeypatch.setattr(tune, "_resources", lambda _: {})
     monkeypatch.setattr(tune, "search_options", lambda _: {})
     job = Job(plan, str(tmp_path), labels={}, keys={})
-    rows, _ = run_phase("search", job, {}, SweepFolder(plan.sweep), "search")
-    assert [row["trial"] for row in rows] == ["trial_1", "trial_2", "trial_10"]
-    assert [row["metrics"]["number"] for row in rows] == ["trial_1", "trial_2", "trial_10"]
-    best = best_trial(rows, plan)
+    found, _ = run_phase("search", job, {}, SweepFolder(plan.sweep), "search")
+    assert [trial.trial for trial in found] == ["trial_1", "trial_2", "trial_10"]
+    assert [trial.metrics["number"] for trial in found] == ["trial_1", "trial_2", "trial_10"]
+    best = best_trial(found, plan)
     assert best is not None
-    assert best["trial"] == "trial_1"
+    assert best.trial == "trial_1"
 
 
 def test_baselines_that_are_interrupted_leave_a_report_of_what_there_is(
@@ -570,23 +570,23 @@ def test_a_gain_over_nothing_is_refused(
     plan = plan_of(tmp_path, objective="gain", baselines=True, seeds=2, **place)
     found = {"entities": {} if score is None else {"validation/entities/f1": score}}
     found["sentiment"] = {"validation/sentiment/accuracy": 0.8}
-    rows = [
-        {
-            "phase": "baselines",
-            "trial": f"{task}{seed}",
-            "status": "finished",
-            "reason": "",
-            "config": {"case": f"{ALONE}{task}", "seed": seed},
-            "metrics": {**metrics, "objective_0": score or 0.0},
-        }
+    ended = [
+        TrialResult(
+            phase="baselines",
+            trial=f"{task}{seed}",
+            status="finished",
+            reason="",
+            config={"case": f"{ALONE}{task}", "seed": seed},
+            metrics={**metrics, "objective_0": score or 0.0},
+        )
         for task, metrics in found.items()
         for seed in plan.seeds()
     ]
     asked: list[Job] = []
 
-    def phase(name: str, job: Job, *_: Any) -> tuple[list[dict[str, Any]], bool]:
+    def phase(name: str, job: Job, *_: Any) -> tuple[list[TrialResult], bool]:
         asked.append(job)
-        return (rows, True) if name == "baselines" else ([], False)
+        return (ended, True) if name == "baselines" else ([], False)
 
     monkeypatch.setattr(tune, "run_phase", phase)
     folder = SweepFolder(plan.sweep)
@@ -604,10 +604,9 @@ def test_a_gain_over_nothing_is_refused(
 def test_a_search_of_which_no_trial_finished_leaves_a_table_that_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = {"reason": "Task was killed due to the node running low on memory.", "metrics": {}}
-    config = {"optim.learning_rate": 1e-4}
-    row = {"phase": "search", "trial": "a", "status": "failed", "config": config, **told}
-    monkeypatch.setattr(tune, "run_phase", lambda *_: ([row], True))
+    reason = "Task was killed due to the node running low on memory."
+    killed = TrialResult("search", "a", "failed", reason, {"optim.learning_rate": 1e-4}, {})
+    monkeypatch.setattr(tune, "run_phase", lambda *_: ([killed], True))
     plan = plan_of(tmp_path, output_dir=str(tmp_path / "sweeps"))
     folder = SweepFolder(plan.sweep)
     with folder.claim(plan), pytest.raises(ConfigError, match=r"no trial of .*trials\.csv there"):

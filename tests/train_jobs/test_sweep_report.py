@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,7 @@ from train_jobs.sweep import Plan, load_plan
 from train_jobs.sweep_folder import SweepFolder
 from train_jobs.sweep_page import render_page
 from train_jobs.sweep_report import draw, importance, show_report, write_report
+from train_jobs.trials import TrialResult
 
 KINDS = {"topic": "classification", "mood": "multilabel", "places": "token_classification"}
 RATE, DROPOUT, SCHEDULE = "optim.learning_rate", "encoder.dropout", "optim.schedule"
@@ -50,7 +51,7 @@ def plan(tmp_path: Path) -> Plan:
     return load_plan(tmp_path / "sweep.yaml")
 
 
-def search_of(count: int, decisive: str) -> list[dict[str, Any]]:
+def search_of(count: int, decisive: str) -> list[TrialResult]:
     """Trials whose objective hangs on one field and on nothing else."""
     draw_from = np.random.default_rng(0)
     worth = {"linear": 0.9, "cosine": 0.5, "constant": 0.1}
@@ -65,15 +66,14 @@ def search_of(count: int, decisive: str) -> list[dict[str, Any]]:
             for place, (task, kind) in enumerate(KINDS.items())
         }
         trials.append(
-            {
-                "phase": "search",
-                "trial": f"trial_{number}",
-                "status": "finished",
-                "reason": "",
-                "config": {RATE: 10**exponent, DROPOUT: dropout, SCHEDULE: schedule},
-                "metrics": {**metrics, "objective_0": objective, "time_total_s": 1.0 + number},
-                "checkpoint": None,
-            }
+            TrialResult(
+                phase="search",
+                trial=f"trial_{number}",
+                status="finished",
+                reason="",
+                config={RATE: 10**exponent, DROPOUT: dropout, SCHEDULE: schedule},
+                metrics={**metrics, "objective_0": objective, "time_total_s": 1.0 + number},
+            )
         )
     return trials
 
@@ -106,8 +106,8 @@ def test_every_two_tasks_are_drawn_against_each_other(
     assert drawn.keys() - {"time.png"} == names
     (first, second), points = drawn["pareto_topic+places.png"]
     assert (first, second) == ("topic", "places")
-    assert points[0]["x"] == trials[0]["metrics"]["validation/topic/accuracy"]
-    assert points[0]["y"] == trials[0]["metrics"]["validation/places/f1"]
+    assert points[0]["x"] == trials[0].metrics["validation/topic/accuracy"]
+    assert points[0]["y"] == trials[0].metrics["validation/places/f1"]
 
 
 def test_the_front_is_a_line_through_what_nothing_beats(
@@ -129,11 +129,16 @@ def test_the_trial_that_stands_out_is_the_best_and_not_one_that_was_stopped(
 ) -> None:
     figures = {}
     monkeypatch.setattr(sweep_plots, "save_figure", lambda f, path: figures.update({path.name: f}))
-    trials = search_of(3, RATE)
-    for trial, rate, objective in zip(trials, (1e-5, 1e-4, 1e-3), (0.5, 0.5, 0.9), strict=True):
-        trial["config"][RATE] = rate
-        trial["metrics"]["objective_0"] = objective
-    trials[2]["status"] = "stopped"
+    chosen = ((1e-5, 0.5, "finished"), (1e-4, 0.5, "finished"), (1e-3, 0.9, "stopped"))
+    trials = [
+        replace(
+            trial,
+            status=status,
+            config={**trial.config, RATE: rate},
+            metrics={**trial.metrics, "objective_0": objective},
+        )
+        for trial, (rate, objective, status) in zip(search_of(3, RATE), chosen, strict=True)
+    ]
     draw(plan, {"search": trials}, {**NOTHING_MORE, "best": best and {"trial": best}})
     (axes,) = figures["trials.png"].axes
     orange = [line.get_ydata()[0] for line in axes.lines if line.get_color() == sweep_plots.BEST]
@@ -190,20 +195,20 @@ def test_each_picture_says_what_it_shows_and_where_its_numbers_are() -> None:
     ]
 
 
-def runs_of(case: str, scores: dict[str, float]) -> list[dict[str, Any]]:
+def runs_of(case: str, scores: dict[str, float]) -> list[TrialResult]:
     """Two seeds of a case of the comparison that ended with these scores."""
     metrics = {"time_total_s": 1.0, **scores}
-    run = {"phase": "", "trial": case, "status": "finished", "reason": "", "checkpoint": None}
     return [
-        {**run, "config": {"case": case, "seed": seed}, "metrics": metrics} for seed in (43, 44)
+        TrialResult("", case, "finished", "", {"case": case, "seed": seed}, metrics)
+        for seed in (43, 44)
     ]
 
 
-def spread_runs_of(case: str, scores: dict[str, float]) -> list[dict[str, Any]]:
+def spread_runs_of(case: str, scores: dict[str, float]) -> list[TrialResult]:
     """As `runs_of`, the second seed a little better."""
     first, second = runs_of(case, scores)
-    better = {name: value + 0.001 for name, value in second["metrics"].items()}
-    return [first, {**second, "metrics": better}]
+    better = {name: value + 0.001 for name, value in second.metrics.items()}
+    return [first, replace(second, metrics=better)]
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -211,11 +216,11 @@ def test_the_summary_is_json_for_strict_parsers_too(plan: Plan, seeds: int) -> N
     """Neither one seed nor two of one score give an interval, and a trial may have no objective."""
     one = runs_of("alone/topic", {"validation/topic/accuracy": 0.6})[:seeds]
     one += runs_of("base", {"validation/topic/accuracy": 0.7})[:seeds]
-    searched = search_of(2, RATE)
-    searched[0]["metrics"]["objective_0"] = float("nan")
+    first, second = search_of(2, RATE)
+    first = replace(first, metrics={**first.metrics, "objective_0": float("nan")})
     folder = SweepFolder(plan.sweep)
     with folder.claim(plan):
-        write_report(plan, folder, {"baselines": one, "search": searched}, searched[0], {})
+        write_report(plan, folder, {"baselines": one, "search": [first, second]}, first, {})
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -277,12 +282,12 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
-def best_run(plan: Plan, status: str = "finished") -> list[dict[str, Any]]:
+def best_run(plan: Plan, status: Literal["finished", "failed"] = "finished") -> list[TrialResult]:
     """The best setting's first seed, trained with several workers in another place."""
-    (run,) = runs_of("best", {})[:1]
-    run["config"]["seed"] = plan.base.seed
-    run["metrics"]["checkpoint_path"] = "/before/sweep/workers/best/checkpoint_7"
-    return [{**run, "status": status}]
+    config = {"case": "best", "seed": plan.base.seed}
+    place = {"checkpoint_path": "/before/sweep/workers/best/checkpoint_7"}
+    (run,) = runs_of("best", place)[:1]
+    return [replace(run, config=config, status=status)]
 
 
 def test_an_artifact_is_of_the_best_setting_or_not_there(
