@@ -52,6 +52,14 @@ ROWS = {
     "latency-bf16": Row(
         "predict, 1 connection", "predict_alone", "ours", "fastapi_latency_bf16", "p50", None
     ),
+    "latency-in-process": Row(
+        "predict, 1 connection, heads in the encoder's process",
+        "predict_alone",
+        "ours_in_process",
+        "fastapi_latency_bf16",
+        "p50",
+        None,
+    ),
     "lists": Row("predict, 32 sentences a request", "predict_list", "ours", "fastapi", "rate", 3.0),
     "embeddings": Row("embeddings, 32 connections", "embed", "ours", "infinity", "rate", 4.0),
     "heads": Row(
