@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mtl_core.errors import TextError
+from mtl_core.errors import TextError, there_is
 from mtl_core.windows import TooLong, TooMany
 from serve_app.auth import Keys, bearer, from_another_site
 from serve_app.batcher import Overloaded
@@ -154,8 +154,8 @@ class Gate:
         known = self.service.model.heads
         for name in names or ():
             if name not in known:
-                listed = ", ".join(known)
-                raise ApiError(404, "NotFound", f"unknown task {name[:80]!r}; known: {listed}")
+                listed = there_is(known, name[:80])
+                raise ApiError(404, "NotFound", f"unknown task {name[:80]!r}; {listed}")
         if names is not None and not names:
             raise invalid("tasks: name at least one, or leave it out for all")
         return list(dict.fromkeys(known if names is None else names))
@@ -239,7 +239,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         where = ".".join(str(step)[:80] for step in item["loc"])
         message = item["msg"]
         if item["type"] == "extra_forbidden":
-            message = f"unknown key; known: {', '.join(model.model_fields)}"
+            message = f"unknown key; {there_is(model.model_fields, str(item['loc'][-1])[:80])}"
         if item["type"] == "json_invalid":
             message += "; send JSON in UTF-8, no half of a surrogate pair"
         lines.append(f"{where}: {message}" if where else message)

@@ -327,14 +327,20 @@ def test_an_unknown_task_is_answered_with_the_known_ones(path: str, local_url: s
     answer = call(local_url + path, body)
     assert answer.status == 404
     assert answer.body["error_type"] == "NotFound"
-    assert message(answer) == "unknown task 'weather'; known: topic, mood, entities"
+    assert message(answer) == "unknown task 'weather'; there is: topic, mood, entities"
+
+
+def test_a_typo_in_a_task_is_answered_with_the_nearest_one(local_url: str) -> None:
+    answer = call(f"{local_url}/tasks/topics", {"inputs": SECRET})
+    assert answer.status == 404
+    assert "unknown task 'topics'; did you mean 'topic'? there is:" in message(answer)
 
 
 @pytest.mark.parametrize("path", OWN)
 def test_a_typo_in_a_key_is_refused_with_the_known_ones(path: str, local_url: str) -> None:
     answer = call(local_url + path, {"inputs": [SECRET], "trunkate": True})
     assert answer.status == 422
-    assert "trunkate: unknown key; known: inputs" in message(answer)
+    assert "trunkate: unknown key; did you mean 'truncate'? there is: inputs" in message(answer)
 
 
 def test_very_many_unknown_keys_are_counted_and_not_listed(local_url: str) -> None:
